@@ -1,0 +1,62 @@
+"""Errors by what the user should do, each with its own exit code.
+
+::
+
+    KvpackError                 1   something failed; the message says what
+    |-- UsageError              2   wrong options or arguments
+    |-- QualityError            3   quality below the asked threshold
+    |-- FormatError             4   not a file of the expected kind, or its contents break the format
+    |   |-- CorruptError        4   a checksum or digest does not match
+    |   `-- TruncatedError      4   the file ends early
+    |-- MismatchError           5   wrong model, profile, or original for this file
+    `-- UnsupportedError        6   made by a newer kvpack, or by a model with layers kvpack cannot represent
+
+Exit code 0 is success. Library callers catch :class:`KvpackError`; the command line prints its text as one
+line on stderr and exits with ``exit_code``.
+"""
+
+from typing import ClassVar
+
+
+class KvpackError(Exception):
+    """Base of every error kvpack raises on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(KvpackError):
+    """Wrong options or arguments; the message says which are right."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class QualityError(KvpackError):
+    """The measured quality is below a threshold the caller set."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class FormatError(KvpackError):
+    """Not a file of the expected kind, or its contents break the format's rules."""
+
+    exit_code: ClassVar[int] = 4
+
+
+class CorruptError(FormatError):
+    """A checksum or a digest does not match the bytes it covers."""
+
+
+class TruncatedError(FormatError):
+    """The file ends before its contents do."""
+
+
+class MismatchError(KvpackError):
+    """The model, profile or original given is not the one this file was made with."""
+
+    exit_code: ClassVar[int] = 5
+
+
+class UnsupportedError(KvpackError):
+    """Needs a newer kvpack, or holds a kind of layer that kvpack cannot represent yet."""
+
+    exit_code: ClassVar[int] = 6
