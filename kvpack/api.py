@@ -1,0 +1,274 @@
+"""What kvpack does, for programs: compress, decompress, test. The command line is a thin layer over this."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import kvpack
+from kvpack.archive import Archive, Capture, as_bytes, digest, part_of
+from kvpack.codecs import CODECS, Codec
+from kvpack.container import ContainerWriter, layer_of, plan_parts
+from kvpack.container.header import Header
+from kvpack.container.layout import FLOAT_DTYPES, PartPlan
+from kvpack.errors import FormatError, UsageError
+from kvpack.parallel import ordered_map
+from kvpack.pipeline import Bits, chain_of, encode, stream_names
+from kvpack.stages.base import UnrepresentableError
+from kvpack.tensorfile import Header as SourceHeader
+from kvpack.tensorfile import TensorFile, TensorSpec, build_header
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+CHUNK_TOKENS = 2048
+CHUNK_MULTIPLE = 128
+"""Chunks begin at multiples of this many tokens, so that groups of tokens never straddle two."""
+
+PROBES = ("queries.*", "query_positions", "attention_mass")
+"""Tensors of a capture that only measure fidelity."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What :func:`compress` did: sizes in bytes, and the parts it had to carry losslessly."""
+
+    original: int
+    size: int
+    carried: list[str] = field(default_factory=list)
+
+
+def compress(
+    source: Path,
+    output: BinaryIO,
+    codec: Codec,
+    *,
+    chunk_tokens: int = CHUNK_TOKENS,
+    drop: Sequence[str] = (),
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Compressed:
+    """Compress the capture ``source`` into ``output`` (written once, in order: may be a pipe).
+
+    Keys and values go through ``codec``; every other tensor, and parts a lossy codec cannot represent (NaN,
+    Inf, out of range), are carried losslessly. Tensors whose names match a pattern of ``drop`` are left out,
+    and the file says so.
+
+    Raises:
+        FormatError: ``source`` is not a sound safetensors file, or has no keys and values to be lossy about.
+        UsageError: ``chunk_tokens`` is not a positive multiple of 128.
+
+    """
+    if chunk_tokens < 1 or chunk_tokens % CHUNK_MULTIPLE or chunk_tokens > 1 << 20:
+        raise UsageError(f"chunk tokens must be a multiple of {CHUNK_MULTIPLE} up to {1 << 20}")
+    capture = Capture(TensorFile.open(source))
+    return compress_capture(
+        capture, output, codec, chunk_tokens=chunk_tokens, drop=drop, threads=threads, progress=progress
+    )
+
+
+def compress_capture(
+    capture: Capture,
+    output: BinaryIO,
+    codec: Codec,
+    *,
+    chunk_tokens: int,
+    drop: Sequence[str],
+    threads: int | None,
+    progress: Progress | None,
+) -> Compressed:
+    """:func:`compress` for an open capture."""
+    kept, dropped = _without(capture.file.header, drop)
+    plans = plan_parts(kept, chunk_tokens)
+    if not codec.lossless and not any(layer_of(spec) is not None for spec in kept.tensors):
+        raise FormatError(f"{capture.file.path}: no layers.N.keys or layers.N.values to compress lossily")
+    codecs = list({c.name: c for c in (codec, CODECS["lossless"], CODECS["zstd"])}.values())
+    header = Header(
+        writer=f"kvpack {kvpack.__version__}",
+        codecs=[c.to_json() for c in codecs],
+        chunk_tokens=chunk_tokens,
+        streams=_all_stream_names(plans, codecs),
+        dropped=dropped,
+        source=kept.raw.decode(),
+    )
+    writer = ContainerWriter(output, header)
+    carried: list[str] = []
+    done, total = 0, sum(spec.nbytes for spec in kept.tensors)
+    for plan, part in zip(plans, ordered_map(_Encoder(capture, codecs), plans, threads), strict=True):
+        writer.add(part.codec, part.digest, part.streams)
+        if part.fallback:
+            carried.append(plan.name)
+        done += part.nbytes
+        if progress:
+            progress(done, total)
+    return Compressed(capture.file.header.file_size, writer.finish(), carried)
+
+
+def _without(header: SourceHeader, patterns: Sequence[str]) -> tuple[SourceHeader, list[str]]:
+    gone = [s.name for s in header.tensors if any(fnmatchcase(s.name, pattern) for pattern in patterns)]
+    if not gone:
+        return header, []
+    kept = [(s.name, s.dtype, s.shape) for s in header.tensors if s.name not in set(gone)]
+    return build_header(kept, header.metadata), gone
+
+
+def _codec_for(plan: PartPlan, codecs: Sequence[Codec]) -> int:
+    """The codec asked for where it applies, else the lossless one that carries such a tensor."""
+    names = [codec.name for codec in codecs]
+    if plan.tensor.dtype not in FLOAT_DTYPES:
+        return names.index("zstd")
+    return 0 if plan.layer is not None or codecs[0].lossless else names.index("lossless")
+
+
+def _all_stream_names(plans: Sequence[PartPlan], codecs: Sequence[Codec]) -> list[str]:
+    names: set[str] = set()
+    for plan in plans:
+        for i in {_codec_for(plan, codecs), _fallback(plan, codecs)}:
+            names.update(stream_names(chain_of(codecs[i], plan.tensor.name), part_of(plan)))
+    return sorted(names)
+
+
+def _fallback(plan: PartPlan, codecs: Sequence[Codec]) -> int:
+    chosen = _codec_for(plan, codecs)
+    return chosen if codecs[chosen].lossless else [codec.name for codec in codecs].index("lossless")
+
+
+@dataclass(frozen=True)
+class _EncodedPart:
+    codec: int
+    digest: bytes
+    streams: list[tuple[str, bytes, int]]
+    nbytes: int
+    fallback: bool
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """Encodes one planned part, for the thread pool."""
+
+    capture: Capture
+    codecs: list[Codec]
+
+    def __call__(self, plan: PartPlan) -> _EncodedPart:
+        bits = self.capture.read_part(plan)
+        chosen = _codec_for(plan, self.codecs)
+        used = chosen
+        try:
+            streams = self._encode(used, bits, plan)
+        except UnrepresentableError:
+            used = _fallback(plan, self.codecs)
+            streams = self._encode(used, bits, plan)
+        sums = [(name, data, zlib.crc32(data)) for name, data in streams]
+        return _EncodedPart(used, digest(bits), sums, bits.nbytes, used != chosen)
+
+    def _encode(self, codec: int, bits: Bits, plan: PartPlan) -> list[tuple[str, bytes]]:
+        return encode(chain_of(self.codecs[codec], plan.tensor.name), bits, part_of(plan))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which part of a cache to decompress: layers by index, tokens ``[start, stop)``; None means all."""
+
+    layers: frozenset[int] | None = None
+    tokens: tuple[int, int] | None = None
+
+    @property
+    def partial(self) -> bool:
+        """Whether anything is left out."""
+        return self.layers is not None or self.tokens is not None
+
+
+def decompress(
+    archive: Archive,
+    output: BinaryIO,
+    selection: Selection | None = None,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Write the capture that ``archive`` holds to ``output`` (in order: may be a pipe).
+
+    Without a selection, a losslessly compressed file comes back byte for byte. With one, the chosen layers'
+    keys and values and the ``tokens`` tensor are written, cut to the range; returns the names left out.
+
+    Raises:
+        UsageError: a selection outside the cache.
+        CorruptError: the file is damaged.
+
+    """
+    if selection is None or not selection.partial:
+        chosen: dict[str, slice | None] = dict.fromkeys(archive.tensors)
+        header, left_out = archive.container.source, []
+    else:
+        chosen = _select(archive.tensors, selection)
+        header = _cut_header(archive, chosen)
+        left_out = [name for name in archive.tensors if name not in chosen]
+    output.write(len(header.raw).to_bytes(8, "little") + header.raw)
+    total = sum(spec.nbytes for spec in header.tensors)
+    done = 0
+    names = [spec.name for spec in header.tensors]
+    for bits in ordered_map(lambda name: archive.read(name, chosen[name]), names, threads):
+        output.write(as_bytes(bits))
+        done += bits.nbytes
+        if progress:
+            progress(done, total)
+    return left_out
+
+
+def _select(tensors: Mapping[str, TensorSpec], selection: Selection) -> dict[str, slice | None]:
+    layers = {name: layer for name, spec in tensors.items() if (layer := layer_of(spec)) is not None}
+    if not layers:
+        raise UsageError("this file has no layers to select from")
+    wanted = selection.layers if selection.layers is not None else frozenset(layers.values())
+    missing = sorted(wanted - set(layers.values()))
+    if missing:
+        raise UsageError(f"no layer {missing[0]}: the file has layers 0 to {max(layers.values())}")
+    cut = slice(*selection.tokens) if selection.tokens else None
+    chosen: dict[str, slice | None] = {name: cut for name, layer in layers.items() if layer in wanted}
+    longest = min(tensors[name].shape[1] for name in chosen)
+    if selection.tokens and not 0 <= selection.tokens[0] < selection.tokens[1] <= longest:
+        raise UsageError(f"tokens {selection.tokens[0]}:{selection.tokens[1]} are not within 0:{longest}")
+    if "tokens" in tensors and len(tensors["tokens"].shape) == 1:
+        chosen["tokens"] = cut
+    return chosen
+
+
+def _cut_header(archive: Archive, chosen: Mapping[str, slice | None]) -> SourceHeader:
+    entries = []
+    for name, cut in chosen.items():
+        spec = archive.tensors[name]
+        shape = list(spec.shape)
+        if cut is not None:
+            axis = 0 if name == "tokens" else 1
+            start, stop, _ = cut.indices(shape[axis])
+            shape[axis] = stop - start
+        entries.append((name, spec.dtype, shape))
+    return build_header(entries, archive.metadata)
+
+
+def test(archive: Archive, *, threads: int | None = None, progress: Progress | None = None) -> None:
+    """Decode everything and keep nothing: checksums, coding, and the digests of what is lossless.
+
+    Raises:
+        CorruptError: the file is damaged.
+
+    """
+    done, total = 0, sum(spec.nbytes for spec in archive.tensors.values())
+    for size in ordered_map(lambda part: archive.read_part(part).nbytes, archive.parts, threads):
+        done += size
+        if progress:
+            progress(done, total)
+
+
+def matches_original(archive: Archive, capture: Capture) -> Iterable[str]:
+    """Names of parts whose digests say that ``capture`` is not what ``archive`` was made from."""
+    plans: Iterator[Any] = iter(archive.parts)
+    for part in plans:
+        spec = capture.tensors.get(part.plan.tensor.name)
+        same = spec is not None and (spec.dtype, spec.shape) == (part.plan.tensor.dtype, part.plan.tensor.shape)
+        if not same or digest(capture.read_part(part.plan)) != part.digest:
+            yield part.plan.name

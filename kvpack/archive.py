@@ -1,0 +1,145 @@
+"""Captures and ``.kvp`` files behind one face: tensors by name, read as bit patterns."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvpack.codecs import Codec
+from kvpack.container import Container, PartEntry, layer_of
+from kvpack.container.layout import DIGEST_BYTES, MAGIC, PartPlan
+from kvpack.errors import CorruptError, FormatError, UnsupportedError
+from kvpack.pipeline import Bits, chain_of, decode
+from kvpack.stages.base import Part
+from kvpack.tensorfile import TensorFile, TensorSpec
+
+
+def part_of(plan: PartPlan) -> Part:
+    """The stages' view of a planned part."""
+    total = plan.tensor.shape[1] if plan.layer is not None else plan.shape[1]
+    return Part(plan.tensor.dtype, plan.shape, plan.first, total)
+
+
+def digest(bits: Bits) -> bytes:
+    """The first 16 bytes of SHA-256 of a part's little-endian bytes, row-major ``[H, T, D]``."""
+    return hashlib.sha256(as_bytes(bits)).digest()[:DIGEST_BYTES]
+
+
+class Capture:
+    """A safetensors capture."""
+
+    def __init__(self, file: TensorFile) -> None:
+        """Over an open file."""
+        self.file = file
+        self.tensors: Mapping[str, TensorSpec] = file.tensors
+        self.metadata: Mapping[str, str] = file.metadata
+
+    def read(self, name: str) -> Bits:
+        """The tensor's bit patterns in its shape, as unsigned integers; not copied."""
+        spec = self.tensors[name]
+        bits: Bits = np.frombuffer(self.file.data(spec), f"<u{spec.itemsize}").reshape(spec.shape)
+        return bits
+
+    def read_part(self, plan: PartPlan) -> Bits:
+        """A planned part's bit patterns, contiguous ``[H, T, D]``."""
+        bits = self.read(plan.tensor.name)
+        if plan.layer is not None:
+            bits = bits[:, plan.first : plan.first + plan.tokens]
+        return np.ascontiguousarray(bits).reshape(plan.shape)
+
+
+class Archive:
+    """A ``.kvp`` file."""
+
+    def __init__(self, container: Container) -> None:
+        """Over an open container; its codecs are rebuilt from the header.
+
+        Raises:
+            FormatError, UnsupportedError: codecs that this kvpack cannot rebuild.
+
+        """
+        self.container = container
+        self.codecs = [Codec.from_json(document) for document in container.header.codecs]
+        self.tensors: Mapping[str, TensorSpec] = {spec.name: spec for spec in container.source.tensors}
+        self.metadata: Mapping[str, str] = container.source.metadata
+        self._parts: dict[str, list[PartEntry]] = {}
+        for part in container.parts:
+            self._parts.setdefault(part.plan.tensor.name, []).append(part)
+
+    @classmethod
+    def open(cls, path: Path) -> Archive:
+        """Open ``path``; errors carry the path."""
+        try:
+            return cls(Container.open(path))
+        except (FormatError, UnsupportedError) as error:
+            raise error if str(error).startswith(str(path)) else type(error)(f"{path}: {error}") from None
+
+    @property
+    def parts(self) -> list[PartEntry]:
+        """Every part, in file order."""
+        return self.container.parts
+
+    def is_exact(self, part: PartEntry) -> bool:
+        """Whether the part was coded losslessly."""
+        return chain_of(self.codecs[part.codec], part.plan.tensor.name).quantizer.exact
+
+    def read_part(self, part: PartEntry) -> Bits:
+        """Decode a part; ``[H, T, D]``. Exact parts are checked against the original's digest.
+
+        Raises:
+            CorruptError: a checksum, the coding or the digest does not hold.
+
+        """
+        chain = chain_of(self.codecs[part.codec], part.plan.tensor.name)
+        try:
+            bits = decode(chain, self.container.read(part), part_of(part.plan))
+        except CorruptError as error:
+            raise CorruptError(f"{part.plan.name}: {error}") from None
+        if chain.quantizer.exact and digest(bits) != part.digest:
+            raise CorruptError(f"corrupt: {part.plan.name} does not match the digest of the original")
+        return bits
+
+    def read(self, name: str, tokens: slice | None = None) -> Bits:
+        """Decode a tensor, or of keys and values the range ``tokens`` alone, touching no other chunk."""
+        spec = self.tensors[name]
+        if layer_of(spec) is None:
+            bits = np.zeros(spec.shape, f"<u{spec.itemsize}")
+            for part in self._parts.get(name, []):
+                bits = self.read_part(part).reshape(spec.shape)
+            return bits if tokens is None else bits[..., tokens]
+        heads, total, dims = spec.shape
+        start, stop, _ = (tokens or slice(None)).indices(total)
+        out = np.empty((heads, max(stop - start, 0), dims), f"<u{spec.itemsize}")
+        for part, first, last in self._overlapping(name, start, stop):
+            piece = self.read_part(part)[:, first - part.plan.first : last - part.plan.first]
+            out[:, first - start : last - start] = piece
+        return out
+
+    def _overlapping(self, name: str, start: int, stop: int) -> Iterator[tuple[PartEntry, int, int]]:
+        for part in self._parts.get(name, []):
+            first, last = max(part.plan.first, start), min(part.plan.first + part.plan.tokens, stop)
+            if first < last:
+                yield part, first, last
+
+
+def open_cache(path: Path) -> Capture | Archive:
+    """Open a capture or a ``.kvp`` file, told apart by their first bytes.
+
+    Raises:
+        FormatError: neither, or damaged.
+
+    """
+    with path.open("rb") as file:
+        start = file.read(len(MAGIC))
+    if start[:4] == MAGIC[:4]:
+        return Archive.open(path)
+    return Capture(TensorFile.open(path))
+
+
+def as_bytes(bits: Bits) -> memoryview[Any]:
+    """A contiguous array's bytes."""
+    return memoryview(np.ascontiguousarray(bits).reshape(-1).view(np.uint8))

@@ -1,0 +1,42 @@
+"""Floats as bit patterns and back, in numpy, which has no bf16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FLOAT_BITS = {"BF16": (8, 7), "F16": (5, 10), "F32": (8, 23)}
+"""Exponent bits and mantissa bits of each dtype (safetensors spelling)."""
+
+UINT: dict[str, type[np.unsignedinteger[Any]]] = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
+"""The unsigned dtype that holds each dtype's bit patterns."""
+
+Bits = NDArray[np.unsignedinteger[Any]]
+
+
+def to_float32(bits: Bits, dtype: str) -> NDArray[np.float32]:
+    """Bit patterns of ``dtype`` to float32 values of the same shape, exactly (NaN payloads kept)."""
+    if dtype == "F32":
+        return np.ascontiguousarray(bits, np.uint32).view(np.float32)
+    if dtype == "F16":
+        with np.errstate(invalid="ignore"):
+            return np.ascontiguousarray(bits, np.uint16).view(np.float16).astype(np.float32)
+    wide = bits.astype(np.uint32)
+    wide <<= np.uint32(16)
+    return wide.view(np.float32)
+
+
+def from_float32(values: NDArray[np.float32], dtype: str) -> Bits:
+    """Float32 values to bit patterns of ``dtype``, to nearest, ties to even; NaN stays NaN."""
+    values = np.ascontiguousarray(values, np.float32)
+    if dtype == "F32":
+        return values.view(np.uint32)
+    if dtype == "F16":
+        with np.errstate(over="ignore", invalid="ignore"):
+            return values.astype(np.float16).view(np.uint16)
+    bits = values.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    quiet = (bits >> np.uint32(16)) | np.uint32(0x40)
+    return np.where(np.isnan(values), quiet, rounded).astype(np.uint16)

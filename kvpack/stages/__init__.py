@@ -1,0 +1,1 @@
+"""The stages of the pipeline: transforms, quantizers and entropy coders, each a folder of its own."""

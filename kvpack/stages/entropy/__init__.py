@@ -1,0 +1,1 @@
+"""Entropy by name, one folder each."""

@@ -1,0 +1,1 @@
+"""Quantizers by name, one folder each."""

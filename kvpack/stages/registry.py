@@ -1,0 +1,48 @@
+"""Stages by wire name and version. To add a stage: write its folder, name it here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvpack.errors import FormatError, UnsupportedError
+from kvpack.stages.base import Stage
+from kvpack.stages.entropy.bitpack import BitPack
+from kvpack.stages.entropy.rans import Rans
+from kvpack.stages.entropy.zstd import Zstd
+from kvpack.stages.quantizers.affine import Affine
+from kvpack.stages.quantizers.byte_planes import BytePlanes
+from kvpack.stages.quantizers.float_split import FloatSplit
+from kvpack.stages.quantizers.lloyd_max import LloydMax
+from kvpack.stages.transforms.rotation import Rotation
+
+
+def _index(*stages: type[Stage]) -> dict[str, type[Stage]]:
+    index: dict[str, type[Stage]] = {}
+    for stage in stages:
+        if stage.name in index:
+            raise ValueError(f"two stages are named {stage.name!r}")
+        index[stage.name] = stage
+    return index
+
+
+STAGES = _index(Rotation, FloatSplit, BytePlanes, Affine, LloydMax, BitPack, Rans, Zstd)
+"""Every stage there is, by wire name."""
+
+
+def stage_from_json(document: Any) -> Stage:
+    """The stage that a file's ``{"name", "version", "configuration"}`` describes.
+
+    Raises:
+        FormatError: not such a document, or its configuration is invalid.
+        UnsupportedError: a stage or version this kvpack does not have.
+
+    """
+    if not isinstance(document, dict) or set(document) != {"name", "version", "configuration"}:
+        raise FormatError("a stage is not {name, version, configuration}")
+    name, version, configuration = document["name"], document["version"], document["configuration"]
+    if not isinstance(name, str) or not isinstance(version, int) or not isinstance(configuration, dict):
+        raise FormatError("a stage's name, version or configuration has the wrong type")
+    stage = STAGES.get(name)
+    if stage is None or stage.version != version:
+        raise UnsupportedError(f"needs the stage {name!r} version {version}: upgrade kvpack")
+    return stage.from_configuration(configuration)

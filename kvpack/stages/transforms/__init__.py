@@ -1,0 +1,1 @@
+"""Transforms by name, one folder each."""
