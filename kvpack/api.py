@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -10,7 +9,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import kvpack
-from kvpack.archive import Archive, Capture, as_bytes, digest, part_of
+from kvpack.archive import Archive, Capture, as_bytes, part_of
+from kvpack.checksum import checksum
 from kvpack.codecs import CODECS, Codec
 from kvpack.container import ContainerWriter, layer_of, plan_parts
 from kvpack.container.header import Header
@@ -91,6 +91,7 @@ def compress_capture(
         writer=f"kvpack {kvpack.__version__}",
         codecs=[c.to_json() for c in codecs],
         chunk_tokens=chunk_tokens,
+        lossless=codec.lossless,
         streams=_all_stream_names(plans, codecs),
         dropped=dropped,
         source=kept.raw.decode(),
@@ -140,7 +141,7 @@ def _fallback(plan: PartPlan, codecs: Sequence[Codec]) -> int:
 @dataclass(frozen=True)
 class _EncodedPart:
     codec: int
-    digest: bytes
+    digest: int
     streams: list[tuple[str, bytes, int]]
     nbytes: int
     fallback: bool
@@ -162,8 +163,8 @@ class _Encoder:
         except UnrepresentableError:
             used = _fallback(plan, self.codecs)
             streams = self._encode(used, bits, plan)
-        sums = [(name, data, zlib.crc32(data)) for name, data in streams]
-        return _EncodedPart(used, digest(bits), sums, bits.nbytes, used != chosen)
+        sums = [(name, data, checksum(data)) for name, data in streams]
+        return _EncodedPart(used, checksum(bits), sums, bits.nbytes, used != chosen)
 
     def _encode(self, codec: int, bits: Bits, plan: PartPlan) -> list[tuple[str, bytes]]:
         return encode(chain_of(self.codecs[codec], plan.tensor.name), bits, part_of(plan))
@@ -270,5 +271,5 @@ def matches_original(archive: Archive, capture: Capture) -> Iterable[str]:
     for part in plans:
         spec = capture.tensors.get(part.plan.tensor.name)
         same = spec is not None and (spec.dtype, spec.shape) == (part.plan.tensor.dtype, part.plan.tensor.shape)
-        if not same or digest(capture.read_part(part.plan)) != part.digest:
+        if not same or checksum(capture.read_part(part.plan)) != part.digest:
             yield part.plan.name

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kvpack.checksum import checksum
 from kvpack.codecs import Codec
 from kvpack.container import Container, PartEntry, layer_of
-from kvpack.container.layout import DIGEST_BYTES, MAGIC, PartPlan
+from kvpack.container.layout import MAGIC, PartPlan
 from kvpack.errors import CorruptError, FormatError, UnsupportedError
 from kvpack.pipeline import Bits, chain_of, decode
 from kvpack.stages.base import Part
@@ -22,11 +22,6 @@ def part_of(plan: PartPlan) -> Part:
     """The stages' view of a planned part."""
     total = plan.tensor.shape[1] if plan.layer is not None else plan.shape[1]
     return Part(plan.tensor.dtype, plan.shape, plan.first, total)
-
-
-def digest(bits: Bits) -> bytes:
-    """The first 16 bytes of SHA-256 of a part's little-endian bytes, row-major ``[H, T, D]``."""
-    return hashlib.sha256(as_bytes(bits)).digest()[:DIGEST_BYTES]
 
 
 class Capture:
@@ -64,6 +59,8 @@ class Archive:
         """
         self.container = container
         self.codecs = [Codec.from_json(document) for document in container.header.codecs]
+        if container.header.lossless and not all(map(self.is_exact, container.parts)):
+            raise FormatError("labelled lossless, but its codecs are not")
         self.tensors: Mapping[str, TensorSpec] = {spec.name: spec for spec in container.source.tensors}
         self.metadata: Mapping[str, str] = container.source.metadata
         self._parts: dict[str, list[PartEntry]] = {}
@@ -99,7 +96,7 @@ class Archive:
             bits = decode(chain, self.container.read(part), part_of(part.plan))
         except CorruptError as error:
             raise CorruptError(f"{part.plan.name}: {error}") from None
-        if chain.quantizer.exact and digest(bits) != part.digest:
+        if chain.quantizer.exact and checksum(np.ascontiguousarray(bits)) != part.digest:
             raise CorruptError(f"corrupt: {part.plan.name} does not match the digest of the original")
         return bits
 
@@ -113,8 +110,12 @@ class Archive:
             return bits if tokens is None else bits[..., tokens]
         heads, total, dims = spec.shape
         start, stop, _ = (tokens or slice(None)).indices(total)
+        pieces = list(self._overlapping(name, start, stop))
+        if len(pieces) == 1:
+            part, first, last = pieces[0]
+            return self.read_part(part)[:, first - part.plan.first : last - part.plan.first]
         out = np.empty((heads, max(stop - start, 0), dims), f"<u{spec.itemsize}")
-        for part, first, last in self._overlapping(name, start, stop):
+        for part, first, last in pieces:
             piece = self.read_part(part)[:, first - part.plan.first : last - part.plan.first]
             out[:, first - start : last - start] = piece
         return out

@@ -26,6 +26,8 @@ class Header:
     """The codecs that parts refer to by position: the one asked for, then those that carry the rest."""
     chunk_tokens: int
     """Tokens a chunk."""
+    lossless: bool
+    """Whether every tensor comes back bit for bit."""
     streams: list[str]
     """Names of the kinds of stream, sorted; the index refers to them by position."""
     dropped: list[str]
@@ -72,6 +74,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "writer": lambda v: isinstance(v, str),
     "codecs": lambda v: isinstance(v, list) and 1 <= len(v) <= MAX_CODECS,
     "chunk_tokens": lambda v: type(v) is int and 1 <= v <= MAX_CHUNK_TOKENS,
+    "lossless": lambda v: isinstance(v, bool),
     "streams": lambda v: _is_strings(v, MAX_STREAM_NAMES) and v == sorted(set(v)),
     "dropped": lambda v: _is_strings(v, 1 << 20),
     "source": lambda v: isinstance(v, str),

@@ -25,18 +25,17 @@ FOOTER = struct.Struct("<QIIQII8s")
 MAX_HEADER = 1 << 27
 """Cap in bytes on the header, before and after inflation."""
 MAX_INDEX = 1 << 30
-DIGEST_BYTES = 16
 
 LAYER_TENSOR = ("keys", "values")
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 
 
 class Record(NamedTuple):
-    """A stream as the index lists it: kind (position in the header's names), size, CRC-32."""
+    """A stream as the index lists it: kind (position in the header's names), size in bytes, checksum."""
 
     kind: int
     size: int
-    crc: int
+    checksum: int
 
 
 @dataclass(frozen=True)
@@ -70,11 +69,11 @@ class PartPlan:
 
 @dataclass(frozen=True)
 class PartEntry:
-    """A part as the index lists it: its plan, codec, digest, and streams with absolute offsets."""
+    """A part as the index lists it: its plan, codec, original's checksum, and streams with absolute offsets."""
 
     plan: PartPlan
     codec: int
-    digest: bytes
+    digest: int
     streams: tuple[tuple[Record, int], ...]
 
 
@@ -156,17 +155,17 @@ def inflate(raw: bytes, limit: int, what: str) -> bytes:
     return data
 
 
-def pack_index(parts: Sequence[tuple[int, bytes, Sequence[Record]]]) -> bytes:
+def pack_index(parts: Sequence[tuple[int, int, Sequence[Record]]]) -> bytes:
     """Columns of the index for parts of (codec, digest, streams), deflated."""
     records = [record for _, _, streams in parts for record in streams]
     columns = (
         struct.pack("<II", len(parts), len(records)),
         bytes(codec for codec, _, _ in parts),
         bytes(len(streams) for _, _, streams in parts),
-        b"".join(digest for _, digest, _ in parts),
+        struct.pack(f"<{len(parts)}Q", *(digest for _, digest, _ in parts)),
         bytes(record.kind for record in records),
         struct.pack(f"<{len(records)}Q", *(record.size for record in records)),
-        struct.pack(f"<{len(records)}I", *(record.crc for record in records)),
+        struct.pack(f"<{len(records)}Q", *(record.checksum for record in records)),
     )
     return zlib.compress(b"".join(columns), 9)
 
@@ -181,27 +180,19 @@ def unpack_index(raw: bytes, plans: Sequence[PartPlan], start: int, stop: int) -
     if len(raw) < 8:
         raise FormatError("the index is too short")
     parts, streams = struct.unpack_from("<II", raw)
-    if parts != len(plans) or len(raw) != 8 + parts * (2 + DIGEST_BYTES) + streams * 13:
+    columns = struct.Struct(f"<{parts}s{parts}s{parts}Q{streams}s{streams}Q{streams}Q")
+    if parts != len(plans) or len(raw) != 8 + columns.size:
         raise FormatError("the index does not match the header's tensors")
-    at = 8
-    codecs, at = raw[at : at + parts], at + parts
-    counts, at = raw[at : at + parts], at + parts
-    digests, at = raw[at : at + parts * DIGEST_BYTES], at + parts * DIGEST_BYTES
-    kinds, at = raw[at : at + streams], at + streams
-    sizes = struct.unpack_from(f"<{streams}Q", raw, at)
-    crcs = struct.unpack_from(f"<{streams}I", raw, at + 8 * streams)
+    codecs, counts, *numbers = columns.unpack_from(raw, 8)
+    digests, kinds = numbers[:parts], numbers[parts]
+    sizes, checksums = numbers[parts + 1 : parts + 1 + streams], numbers[parts + 1 + streams :]
     if sum(counts) != streams or start + sum(sizes) != stop:
         raise FormatError("the index's streams do not fill the file")
-    records = iter(map(Record, kinds, sizes, crcs))
+    records = iter(map(Record, kinds, sizes, checksums))
     offsets = _running(start, sizes)
     return [
-        PartEntry(
-            plan,
-            codecs[i],
-            digests[i * DIGEST_BYTES : (i + 1) * DIGEST_BYTES],
-            tuple((next(records), next(offsets)) for _ in range(counts[i])),
-        )
-        for i, plan in enumerate(plans)
+        PartEntry(plan, codec, digest, tuple((next(records), next(offsets)) for _ in range(count)))
+        for plan, codec, count, digest in zip(plans, codecs, counts, digests, strict=True)
     ]
 
 

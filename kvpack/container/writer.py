@@ -23,7 +23,7 @@ class ContainerWriter:
         self._output = output
         self._kinds = {name: i for i, name in enumerate(header.streams)}
         self._prologue = pack_prologue(deflated)
-        self._parts: list[tuple[int, bytes, list[Record]]] = []
+        self._parts: list[tuple[int, int, list[Record]]] = []
         self._offset = 0
         self._write(self._prologue)
         self._write(deflated)
@@ -32,11 +32,11 @@ class ContainerWriter:
         self._output.write(data)
         self._offset += len(data)
 
-    def add(self, codec: int, digest: bytes, streams: Sequence[tuple[str, bytes, int]]) -> None:
-        """Write the next part's streams: (name of its kind, bytes, their CRC-32)."""
+    def add(self, codec: int, digest: int, streams: Sequence[tuple[str, bytes, int]]) -> None:
+        """Write the next part's streams: (name of its kind, bytes, their checksum)."""
         records = []
-        for name, data, crc in streams:
-            records.append(Record(self._kinds[name], len(data), crc))
+        for name, data, total in streams:
+            records.append(Record(self._kinds[name], len(data), total))
             self._write(data)
         self._parts.append((codec, digest, records))
 

@@ -58,12 +58,12 @@ def _encode(codes: Codes, spec: PlaneSpec) -> bytes | None:
     heads, tokens, dims = spec.shape
     codes = np.ascontiguousarray(codes, spec.code_dtype)
     counts = np.zeros((heads, dims, 1 << spec.width), np.int32)
-    cpu.histogram(codes, counts)
-    counts = counts.reshape(heads * dims, -1)
-    symbols = np.flatnonzero(counts.any(0))
+    totals = np.zeros(1 << spec.width, np.int64)
+    cpu.histogram(codes, counts, totals)
+    symbols = np.flatnonzero(totals)
     if len(symbols) > MAX_SYMBOLS:
         return None
-    assigned, sums = tables.cluster(counts[:, symbols])
+    assigned, sums = tables.cluster(counts.reshape(heads * dims, -1)[:, symbols])
     levels = tables.quantize(sums)
     frequencies = tables.frequencies(levels)
     payload = (sums * -np.log2(np.maximum(frequencies, 1) / tables.TOTAL)).sum() / 8

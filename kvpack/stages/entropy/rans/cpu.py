@@ -20,13 +20,17 @@ _SHIFT = np.array([max(f - 1, 0).bit_length() for f in range(4097)])
 
 
 @njit
-def histogram(codes: Array, counts: Array) -> None:
-    """Count the codes ``[H, T, D]`` of every channel into ``counts`` ``[H, D, 2**width]``, zero before."""
+def histogram(codes: Array, counts: Array, totals: Array) -> None:
+    """Count the codes ``[H, T, D]`` by channel ``[H, D, 2**width]`` and in all ``[2**width]``; zeros before."""
     heads, tokens, dims = codes.shape
     for h in range(heads):
-        for t in range(tokens):
-            for d in range(dims):
-                counts[h, d, codes[h, t, d]] += 1
+        for block in range(0, dims, 16):  # counts of 16 channels stay in the first-level cache
+            for t in range(tokens):
+                for d in range(block, min(block + 16, dims)):
+                    counts[h, d, codes[h, t, d]] += 1
+            for d in range(block, min(block + 16, dims)):
+                for code in range(totals.size):
+                    totals[code] += counts[h, d, code]
 
 
 def encode_entries(frequencies: Array, symbols: Array, width: int) -> Array:

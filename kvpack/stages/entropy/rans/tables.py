@@ -2,8 +2,7 @@
 
 Channels with alike statistics share a table, found by k-means whose cost is the coded size; a bank of a few
 dozen tables stays in the first-level cache, and short captures do not drown in side information. Everything
-is integer arithmetic (the float64 products below are of integers under 2**53, hence exact), so that the same
-plane gives the same bytes on every machine.
+is integer arithmetic, so that the same plane gives the same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from kvpack.stages.jit import njit
 
 Ints = NDArray[np.integer[Any]]
 
@@ -37,22 +38,33 @@ def _levels() -> Ints:
 
 LEVELS = _levels()
 _NEAREST = np.abs(np.arange(TOTAL + 1)[:, None] - LEVELS[None, :]).argmin(1)
-_COST = np.round(64 * (PRECISION - np.log2(np.maximum(np.arange(TOTAL + 1), 2.0**-8)))).astype(np.float64)
+_COST = np.round(64 * (PRECISION - np.log2(np.maximum(np.arange(TOTAL + 1), 2.0**-8)))).astype(np.int64)
+"""Cost of a symbol in 64ths of a bit by its frequency; 20 bits where it has none."""
 
 
 def quantize(counts: Ints) -> Ints:
     """Frequency codes ``[K, A]`` for symbol counts ``[K, A]``; a symbol that occurs gets at least one quantum."""
-    rows = np.arange(len(counts))
-    rest = counts.argmax(1)
-    totals = np.maximum(counts.sum(1, keepdims=True), 1)
-    codes: Ints = _NEAREST[(counts * (2 * TOTAL) + totals) // (2 * totals)]
-    codes = np.where(counts > 0, np.maximum(codes, 1), 0)
-    codes[rows, rest] = 0
-    for k in np.flatnonzero(LEVELS[codes].sum(1) >= TOTAL):
-        while LEVELS[codes[k]].sum() >= TOTAL:
-            codes[k, codes[k].argmax()] -= 1
-    codes[rows, rest] = REST
+    codes = np.zeros(counts.shape, np.int64)
+    _quantize(counts.astype(np.int64), codes, _NEAREST, LEVELS)
     return codes
+
+
+@njit
+def _quantize(counts: Ints, codes: Ints, nearest: Ints, levels: Ints) -> None:
+    tables, alphabet = counts.shape
+    for k in range(tables):
+        total = max(counts[k].sum(), 1)
+        rest = counts[k].argmax()
+        used = 0
+        for s in range(alphabet):
+            code = nearest[(counts[k, s] * (2 * TOTAL) + total) // (2 * total)]
+            codes[k, s] = max(code, 1) if counts[k, s] > 0 and s != rest else 0
+            used += levels[codes[k, s]]
+        while used >= TOTAL:
+            largest = codes[k].argmax()
+            used -= levels[codes[k, largest]] - levels[codes[k, largest] - 1]
+            codes[k, largest] -= 1
+        codes[k, rest] = REST
 
 
 def frequencies(codes: Ints) -> Ints:
@@ -81,17 +93,42 @@ def cluster(histogram: Ints) -> tuple[Ints, Ints]:
     """
     channels, alphabet = histogram.shape
     tables = int(np.clip(histogram.sum() // SYMBOLS_A_TABLE, 1, min(MAX_TABLES, channels)))
-    counts = histogram.astype(np.float64)
     order = np.argsort(histogram @ np.arange(alphabet), kind="stable")
     assigned = np.empty(channels, np.int64)
     assigned[order] = np.arange(channels) * tables // channels
-    for _ in range(ROUNDS if tables > 1 else 0):
-        cost = _COST[frequencies(quantize(_sums(counts, assigned, tables)))]
-        assigned = (counts @ cost.T).argmin(1)
+    sums = np.zeros((tables, alphabet), np.int64)
+    _cluster(histogram, assigned, sums, ROUNDS if tables > 1 else 0, _NEAREST, LEVELS, _COST)
     used, assigned = np.unique(assigned, return_inverse=True)
-    return assigned, _sums(counts, assigned, len(used))
+    return assigned, sums[used]
 
 
-def _sums(counts: NDArray[np.float64], assigned: Ints, tables: int) -> Ints:
-    members = (assigned[None, :] == np.arange(tables)[:, None]).astype(np.float64)
-    return np.asarray((members @ counts).astype(np.int64))
+@njit
+def _cluster(histogram: Ints, assigned: Ints, sums: Ints, rounds: int,
+             nearest: Ints, levels: Ints, costs: Ints) -> None:  # fmt: skip
+    """Lloyd's rounds: tables from their channels, then every channel to the table that codes it shortest."""
+    channels, alphabet = histogram.shape
+    tables = len(sums)
+    codes = np.zeros((tables, alphabet), np.int64)
+    cost = np.zeros((alphabet, tables), np.int64)
+    bits = np.zeros(tables, np.int64)
+    for step in range(rounds + 1):
+        sums[:] = 0
+        for c in range(channels):
+            for s in range(alphabet):
+                sums[assigned[c], s] += histogram[c, s]
+        if step == rounds:
+            return
+        _quantize(sums, codes, nearest, levels)
+        for k in range(tables):
+            used = 0
+            for s in range(alphabet):
+                used += levels[codes[k, s]] if codes[k, s] != REST else 0
+            for s in range(alphabet):
+                cost[s, k] = costs[levels[codes[k, s]] if codes[k, s] != REST else TOTAL - used]
+        for c in range(channels):
+            bits[:] = 0
+            for s in range(alphabet):
+                if histogram[c, s]:
+                    for k in range(tables):
+                        bits[k] += histogram[c, s] * cost[s, k]
+            assigned[c] = bits.argmin()

@@ -1,0 +1,5 @@
+"""``python -m kvpack``."""
+
+from kvpack.cli.main import main
+
+main()

@@ -1,0 +1,94 @@
+"""Options, streams and progress bars that several commands share."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO
+
+import typer
+
+from kvpack.errors import UsageError
+from kvpack.files import atomic_output
+
+STDIO = Path("-")
+
+Inputs = Annotated[list[Path], typer.Argument(help="Files; - is standard input.", show_default=False)]
+Output = Annotated[
+    Path | None, typer.Option("-o", "--output", help="Where to write; - is standard output.", show_default=False)
+]
+Force = Annotated[bool, typer.Option("-f", "--force", help="Overwrite existing files.")]
+Keep = Annotated[bool, typer.Option("-k", "--keep", help="Keep input files (the default).")]
+Remove = Annotated[bool, typer.Option("--rm", help="Delete each input once its output was written and verified.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no summary.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more.")]
+Json = Annotated[bool, typer.Option("--json", help="Results as JSON, with schema_version.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads to use (default: all processors).", show_default=False)
+]
+
+
+def check_inputs(inputs: list[Path], output: Path | None, keep: bool, remove: bool) -> None:
+    """Refuse options that contradict each other."""
+    if keep and remove:
+        raise UsageError("--keep and --rm contradict each other")
+    if output is not None and len(inputs) > 1:
+        raise UsageError("-o names one output: give one input, or none of -o")
+    if remove and (STDIO in inputs or output == STDIO):
+        raise UsageError("--rm needs files, not standard input or output")
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[Path]:
+    """``path`` itself, or standard input spooled to a temporary file."""
+    if path != STDIO:
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(prefix="kvpack-") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+        file.flush()
+        yield Path(file.name)
+
+
+@contextmanager
+def writable(path: Path, force: bool) -> Iterator[BinaryIO]:
+    """A file that appears whole or not at all, or standard output where it is not a terminal."""
+    if path != STDIO:
+        with atomic_output(path, force=force) as file:
+            yield file
+        return
+    if sys.stdout.isatty():
+        raise UsageError("refusing to write binary data to a terminal: use -o FILE or a pipe")
+    yield sys.stdout.buffer
+    sys.stdout.buffer.flush()
+
+
+@contextmanager
+def progress_bar(title: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A callback ``(done, total)`` that draws a bar on stderr, or None where there is no terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def say(message: str, *, quiet: bool = False, to_stderr: bool = False) -> None:
+    """A result line on stdout, or a remark on stderr."""
+    if not quiet:
+        typer.echo(message, err=to_stderr)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout; NaN and infinities are refused."""
+    typer.echo(json.dumps(document, indent=2, allow_nan=False))

@@ -1,0 +1,143 @@
+"""``kvpack compress``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvpack.cli import common
+from kvpack.errors import FormatError, KvpackError, UsageError
+
+
+def _codec_names() -> list[str]:
+    from kvpack.codecs import CODECS
+
+    return list(CODECS)
+
+
+def _list_codecs(value: bool) -> None:
+    if value:
+        typer.echo("\n".join(_codec_names()))
+        raise typer.Exit
+
+
+def compress(
+    inputs: common.Inputs,
+    output: common.Output = None,
+    codec: Annotated[
+        str,
+        typer.Option("-c", "--codec", autocompletion=_codec_names, help="How to compress; see --list-codecs."),
+    ] = "lossless",
+    list_codecs: Annotated[
+        bool, typer.Option("--list-codecs", callback=_list_codecs, is_eager=True, help="Name every codec.")
+    ] = False,
+    chunk_tokens: Annotated[
+        int, typer.Option(help="Tokens a chunk: what one range read decodes; a multiple of 128.")
+    ] = 2048,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave out tensors by name or pattern, e.g. 'queries.*'; repeatable.", show_default=False),
+    ] = None,
+    drop_probes: Annotated[
+        bool, typer.Option("--drop-probes", help="Leave out what only measures fidelity: queries, attention mass.")
+    ] = False,
+    force: common.Force = False,
+    keep: common.Keep = False,
+    remove: common.Remove = False,
+    threads: common.Threads = None,
+    quiet: common.Quiet = False,
+    verbose: common.Verbose = False,
+    as_json: common.Json = False,
+) -> None:
+    """Compress captures (safetensors) to .kvp files; lossless unless another codec is asked for.
+
+    Tensors other than keys and values are carried losslessly, and so is what a lossy codec cannot represent.
+    """
+    del list_codecs
+    common.check_inputs(inputs, output, keep, remove)
+    from kvpack.api import PROBES
+    from kvpack.codecs import codec_named
+
+    codec_named(codec)
+    patterns = [*(drop or []), *(PROBES if drop_probes else ())]
+    rows = []
+    for path in inputs:
+        target = output or (common.STDIO if path == common.STDIO else path.with_name(path.name + ".kvp"))
+        row = _compress_one(path, target, codec, chunk_tokens, patterns, force, threads, quiet)
+        rows.append(row)
+        if remove:
+            _remove_verified(path, target)
+        to_stderr = target == common.STDIO
+        if not as_json:
+            common.say(_line(row), quiet=quiet, to_stderr=to_stderr)
+            if row["carried_losslessly"] and not quiet:
+                common.say(_carried(row["carried_losslessly"], verbose), to_stderr=True)
+    if as_json:
+        if output == common.STDIO or (output is None and common.STDIO in inputs):
+            raise UsageError("--json and a compressed file cannot both go to standard output")
+        common.print_json({"schema_version": 1, "files": rows})
+
+
+def _compress_one(
+    path: Path,
+    target: Path,
+    codec: str,
+    chunk_tokens: int,
+    drop: list[str],
+    force: bool,
+    threads: int | None,
+    quiet: bool,
+) -> dict[str, object]:
+    from kvpack import api
+    from kvpack.codecs import codec_named
+
+    with (
+        common.readable(path) as source,
+        common.progress_bar(f"compressing {path.name}", quiet) as progress,
+        common.writable(target, force) as sink,
+    ):
+        try:
+            done = api.compress(
+                source,
+                sink,
+                codec_named(codec),
+                chunk_tokens=chunk_tokens,
+                drop=drop,
+                threads=threads,
+                progress=progress,
+            )
+        except FormatError as error:
+            raise type(error)(str(error).replace(str(source), str(path))) from None
+    return {
+        "input": str(path),
+        "output": str(target),
+        "codec": codec,
+        "original_size": done.original,
+        "size": done.size,
+        "ratio": done.original / done.size,
+        "carried_losslessly": done.carried,
+    }
+
+
+def _line(row: dict[str, object]) -> str:
+    return "{input} -> {output}: {codec}, {original_size} -> {size} bytes, ratio {ratio:.3f}".format(**row)
+
+
+def _carried(names: object, verbose: bool) -> str:
+    assert isinstance(names, list)
+    shown = ", ".join(names if verbose or len(names) <= 3 else [*names[:3], "..."])
+    return f"kvpack: {len(names)} parts the codec cannot represent (NaN, Inf or out of range) are lossless: {shown}"
+
+
+def _remove_verified(path: Path, target: Path) -> None:
+    from kvpack import api
+    from kvpack.archive import Archive
+
+    try:
+        archive = Archive.open(target)
+        api.test(archive)
+    except FormatError as error:
+        raise KvpackError(f"{path}: kept, because what was written does not verify ({error})") from None
+    path.unlink()

@@ -1,0 +1,138 @@
+"""``kvpack decompress``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvpack.cli import common
+from kvpack.errors import FormatError, KvpackError, UsageError
+
+
+def decompress(
+    inputs: common.Inputs,
+    output: common.Output = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Only these layers, e.g. 3-5,8.", show_default=False, metavar="LIST")
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Only tokens START:STOP, e.g. 0:256.", show_default=False, metavar="RANGE")
+    ] = None,
+    test: Annotated[bool, typer.Option("-t", "--test", help="Decode and check everything, write nothing.")] = False,
+    force: common.Force = False,
+    keep: common.Keep = False,
+    remove: common.Remove = False,
+    threads: common.Threads = None,
+    quiet: common.Quiet = False,
+    verbose: common.Verbose = False,
+    as_json: common.Json = False,
+) -> None:
+    """Decompress .kvp files; a losslessly compressed file comes back byte for byte, proven by its digests."""
+    common.check_inputs(inputs, output, keep, remove)
+    partial = layers is not None or tokens is not None
+    if remove and (partial or test):
+        raise UsageError("--rm goes with decompressing a whole file")
+    chosen = parse_layers(layers), parse_tokens(tokens)
+    rows = []
+    for path in inputs:
+        target = _target(path, output, partial, test)
+        rows.append(_decompress_one(path, target, chosen, force, threads, quiet))
+        row = rows[-1]
+        if remove:
+            path.unlink()
+        if not as_json:
+            what = "ok" if test else f"-> {target}"
+            kind = "bit-exact" if row["lossless"] else "lossy"
+            common.say(f"{path} {what} ({kind})", quiet=quiet, to_stderr=target == common.STDIO)
+            left = row["left_out"]
+            if left and not quiet and isinstance(left, list):
+                names = ", ".join(left if verbose or len(left) <= 3 else [*left[:3], "..."])
+                common.say(f"kvpack: left out of the selection: {len(left)} tensors ({names})", to_stderr=True)
+    if as_json:
+        if output == common.STDIO or (output is None and common.STDIO in inputs and not test):
+            raise UsageError("--json and a capture cannot both go to standard output")
+        common.print_json({"schema_version": 1, "files": rows})
+
+
+def _target(path: Path, output: Path | None, partial: bool, test: bool) -> Path | None:
+    if test:
+        return None
+    if output is not None:
+        return output
+    if path == common.STDIO:
+        return common.STDIO
+    if partial:
+        raise UsageError("a selection needs -o: the default name is that of the whole capture")
+    if path.suffix != ".kvp":
+        raise UsageError(f"{path}: does not end in .kvp; name the output with -o")
+    return path.with_suffix("")
+
+
+def _decompress_one(
+    path: Path,
+    target: Path | None,
+    chosen: tuple[frozenset[int] | None, tuple[int, int] | None],
+    force: bool,
+    threads: int | None,
+    quiet: bool,
+) -> dict[str, object]:
+    from kvpack import api
+    from kvpack.archive import Archive
+
+    left_out: list[str] = []
+    title = f"{'testing' if target is None else 'decompressing'} {path.name}"
+    with common.readable(path) as source, common.progress_bar(title, quiet) as progress:
+        try:
+            archive = Archive.open(source)
+            if target is None:
+                api.test(archive, threads=threads, progress=progress)
+            else:
+                with common.writable(target, force) as sink:
+                    selection = api.Selection(*chosen)
+                    left_out = api.decompress(archive, sink, selection, threads=threads, progress=progress)
+        except (FormatError, KvpackError) as error:
+            text = str(error).replace(str(source), str(path))
+            raise type(error)(text if text.startswith(str(path)) else f"{path}: {text}") from None
+    return {
+        "input": str(path),
+        "output": None if target is None else str(target),
+        "lossless": archive.container.header.lossless,
+        "left_out": left_out,
+    }
+
+
+def parse_layers(text: str | None) -> frozenset[int] | None:
+    """``3-5,8`` to {3, 4, 5, 8}.
+
+    Raises:
+        UsageError: not such a list.
+
+    """
+    if text is None:
+        return None
+    layers: set[int] = set()
+    for piece in text.split(","):
+        first, dash, last = piece.partition("-")
+        if not (first.isdecimal() and (last.isdecimal() if dash else True)) or len(piece) > 12:
+            raise UsageError(f"--layers takes a list like 3-5,8, not {text!r}")
+        layers.update(range(int(first), int(last or first) + 1))
+    if not layers:
+        raise UsageError(f"--layers {text!r} names no layer")
+    return frozenset(layers)
+
+
+def parse_tokens(text: str | None) -> tuple[int, int] | None:
+    """``0:256`` to (0, 256).
+
+    Raises:
+        UsageError: not such a range.
+
+    """
+    if text is None:
+        return None
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdecimal() and stop.isdecimal()) or int(start) >= int(stop):
+        raise UsageError(f"--tokens takes a range like 0:256, not {text!r}")
+    return int(start), int(stop)

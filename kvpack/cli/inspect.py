@@ -1,0 +1,102 @@
+"""``kvpack inspect``."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvpack.cli import common
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kvpack.inspection import Inspection
+
+
+def inspect(
+    inputs: common.Inputs,
+    check: Annotated[bool, typer.Option("--check", help="Verify the checksum of every stream as well.")] = False,
+    as_json: common.Json = False,
+    verbose: common.Verbose = False,
+) -> None:
+    """Show what a capture or a .kvp file holds, and where its bytes went."""
+    from kvpack.inspection import inspect as look
+
+    reports = []
+    for path in inputs:
+        with common.readable(path) as source:
+            reports.append(look(source, check=check))
+    if as_json:
+        common.print_json({"schema_version": 1, "files": [report.to_json() for report in reports]})
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for report in reports:
+        for name, value in _facts(report):
+            console.print(f"[bold]{name:<16}[/bold]{value}", soft_wrap=True)
+        if report.streams:
+            console.print(_streams_table(report))
+        if verbose or len(report.layers) <= 4:
+            console.print(_layers_table(report))
+
+
+def _facts(report: Inspection) -> list[tuple[str, str]]:
+    facts = [("file", f"{report.path} ({report.kind}, {report.size:,} bytes)")]
+    if report.kind == "kvp":
+        stages = {
+            which: " > ".join(_stage(stage) for stage in (report.codec or {})[which]) for which in ("keys", "values")
+        }
+        label = "lossless" if report.lossless else "lossy"
+        facts += [
+            ("format", f"{report.format}, written by {report.writer}, chunks of {report.chunk_tokens} tokens"),
+            ("codec", f"{(report.codec or {})['name']} ({label})"),
+            ("keys", stages["keys"]),
+            ("values", stages["values"]),
+            ("original", f"{report.original_size:,} bytes, ratio {report.ratio:.3f}"),
+            ("checksums", ", ".join(f"{name} {state}" for name, state in report.checksums.items())),
+        ]
+    if report.bits_per_element is not None:
+        facts.append(("bits/element", f"{report.bits_per_element:.3f}"))
+    for shape, names in report.shapes.items():
+        shown = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)})"
+        facts.append((shape, shown))
+    facts += [(key, json.dumps(value)) for key, value in report.identity.items()]
+    if report.dropped:
+        facts.append(("dropped", f"{len(report.dropped)} tensors: {', '.join(report.dropped[:4])}"))
+    if report.carried_losslessly:
+        facts.append(("carried", f"{len(report.carried_losslessly)} parts losslessly"))
+    return [(name, value.replace("[", r"\[")) for name, value in facts]
+
+
+def _stage(stage: dict[str, object]) -> str:
+    configuration = stage["configuration"]
+    assert isinstance(configuration, dict)
+    inner = ", ".join(f"{name}={value}" for name, value in configuration.items())
+    return f"{stage['name']}({inner})"
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    return table
+
+
+def _streams_table(report: Inspection) -> Table:
+    table = _table("where the bytes went", "stream", "bytes", "share")
+    rows = {**report.streams, "(header)": report.header, "(index, footer)": report.index}
+    for name, size in rows.items():
+        table.add_row(name, f"{size:,}", f"{100 * size / report.size:.2f} %")
+    return table
+
+
+def _layers_table(report: Inspection) -> Table:
+    table = _table("layers", "layer", "tokens", "keys, bytes", "values, bytes", "bits/element")
+    for row in report.layers:
+        table.add_row(str(row.layer), str(row.tokens), f"{row.keys:,}", f"{row.values:,}", f"{row.bits_per_element:.3f}")
+    return table

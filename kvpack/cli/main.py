@@ -1,0 +1,73 @@
+"""The entry point: commands, exit codes, and errors as one line on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+import kvpack
+from kvpack.cli.capture import capture
+from kvpack.cli.compress import compress
+from kvpack.cli.decompress import decompress
+from kvpack.cli.demo import demo
+from kvpack.cli.inspect import inspect
+from kvpack.cli.verify import verify
+from kvpack.errors import KvpackError
+
+app = typer.Typer(
+    name="kvpack",
+    help="Compress saved KV caches of language models; measure what was lost.",
+    epilog="Exit codes: 0 fine, 1 error, 2 usage, 3 quality below a threshold, 4 corrupt or truncated input, "
+    "5 wrong model, profile or original, 6 needs a newer kvpack or an unsupported model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (capture, compress, decompress, verify, inspect, demo):
+    app.command()(command)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"kvpack {kvpack.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    del version
+
+
+def main() -> None:
+    """Run the command line; every expected failure ends in one line and its own exit code."""
+    try:
+        app()
+    except KvpackError as error:
+        _fail(str(error), error.exit_code)
+    except MemoryError:
+        _fail("out of memory", 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+    except Exception as error:  # a bug: say so in one line, show where on request
+        if os.environ.get("KVPACK_DEBUG"):
+            raise
+        _fail(f"internal error: {error!r}; set KVPACK_DEBUG=1 to see where, and please report it", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stderr.write(f"kvpack: {' '.join(message.split())}\n")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
