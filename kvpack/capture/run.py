@@ -1,0 +1,175 @@
+"""Runs a schedule of prefill chunks and decode steps, and collects the cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from transformers import DynamicCache
+
+import kvpack
+from kvpack.capture.model import Model
+from kvpack.capture.probe import Probe, listening
+from kvpack.errors import KvpackError, UnsupportedError, UsageError
+
+CAPTURE_VERSION = 1
+MASS_WINDOW = 256
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """``queries`` probes, prefill in chunks of ``chunk`` tokens (None: one), ``generate`` decode steps."""
+
+    max_tokens: int | None = None
+    queries: int = 32
+    chunk: int | None = None
+    generate: int = 0
+
+
+@dataclass(frozen=True)
+class CapturedCache:
+    """A cache on the CPU: per layer keys and values ``[H_kv, T, D]``; see ``docs/capture-format.md``."""
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    tokens: torch.Tensor
+    attention_mass: torch.Tensor
+    queries: list[torch.Tensor]
+    query_positions: torch.Tensor
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def run(
+    model: Model, text: str, options: CaptureOptions, progress: Callable[[int, int], None] | None = None
+) -> CapturedCache:
+    """Prefill ``text``, decode greedily if asked to, and return the cache.
+
+    Raises:
+        UsageError: empty text, more tokens than the model has positions, or options out of range.
+        UnsupportedError: layers that hold something else than plain keys and values.
+
+    """
+    ids = _tokenize(model, text, options)
+    prompt = ids.shape[1]
+    total = prompt + options.generate
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and total > limit:
+        raise UsageError(f"{total} tokens, but the model has {limit} positions: use --max-tokens")
+    cache = DynamicCache(config=model.network.config)
+    _refuse_unknown_layers(model, cache)
+    probe = Probe(probe_positions(total, options.queries), total, min(MASS_WINDOW, total))
+    chunks = [min(options.chunk or prompt, prompt - at) for at in range(0, prompt, options.chunk or prompt)]
+    with torch.inference_mode(), listening(probe):
+        at = 0
+        for size in chunks:
+            logits = _forward(model, ids[:, at : at + size], cache)
+            at += size
+            if progress:
+                progress(at, total)
+        for _ in range(options.generate):
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+            logits = _forward(model, ids[:, -1:], cache)
+            at += 1
+            if progress:
+                progress(at, total)
+    _check_recorded(cache, probe)
+    layers = range(len(cache.layers))
+    return CapturedCache(
+        keys=[cache.layers[i].keys[0].cpu().contiguous() for i in layers],
+        values=[cache.layers[i].values[0].cpu().contiguous() for i in layers],
+        tokens=ids[0].to(torch.int32).cpu(),
+        attention_mass=torch.stack([probe.mass[i] for i in layers]).to(torch.float16),
+        queries=[torch.cat(probe.queries[i], dim=1).contiguous() for i in layers],
+        query_positions=torch.tensor(probe.positions, dtype=torch.int32),
+        metadata=_metadata(model, cache, probe, chunks, options),
+    )
+
+
+def probe_positions(total: int, count: int) -> list[int]:
+    """``count`` positions spread evenly over the second half of ``total`` tokens, the last one included."""
+    first = total // 2
+    count = min(count, total - first)
+    return [total - 1 - (total - 1 - first) * i // max(count - 1, 1) for i in reversed(range(count))]
+
+
+def _tokenize(model: Model, text: str, options: CaptureOptions) -> torch.Tensor:
+    for name, least in (("queries", 0), ("generate", 0)):
+        if getattr(options, name) < least:
+            raise UsageError(f"--{name} cannot be negative")
+    if (options.chunk is not None and options.chunk < 1) or (options.max_tokens is not None and options.max_tokens < 1):
+        raise UsageError("--chunk and --max-tokens are at least 1")
+    ids: torch.Tensor = model.tokenizer(text, return_tensors="pt").input_ids[:, : options.max_tokens]
+    if ids.shape[1] == 0:
+        raise UsageError("the text has no tokens")
+    return ids.to(model.network.device)
+
+
+def _forward(model: Model, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    logits: torch.Tensor = model.network(
+        input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
+    ).logits
+    return logits
+
+
+def _refuse_unknown_layers(model: Model, cache: Any) -> None:
+    """Only layers that keep every token's keys and values can be represented."""
+    for i, layer in enumerate(cache.layers):
+        name = type(layer).__name__
+        if name != "DynamicLayer":
+            raise UnsupportedError(f"layer {i} of {model.name} is a {name}: kvpack cannot represent it yet")
+    if getattr(model.config, "kv_lora_rank", None):
+        raise UnsupportedError(
+            f"{model.name} caches latents (multi-head latent attention): kvpack cannot represent them yet"
+        )
+
+
+def _check_recorded(cache: Any, probe: Probe) -> None:
+    """Attention must have read exactly what the cache holds."""
+    for i, layer in enumerate(cache.layers):
+        if i not in probe.key_shapes:
+            raise UnsupportedError(f"layer {i} does not attend through transformers' attention interface")
+        held = tuple(layer.keys.shape[1:])
+        if held != probe.key_shapes[i] or held[1] != probe.total:
+            raise UnsupportedError(f"layer {i} caches {held}, but attention reads {probe.key_shapes[i]}")
+    if not cache.layers:
+        raise KvpackError("the model has no KV cache")
+
+
+def _metadata(
+    model: Model, cache: Any, probe: Probe, chunks: list[int], options: CaptureOptions
+) -> dict[str, str]:
+    config = model.config
+    scales = [probe.scales[i] for i in range(len(cache.layers))]
+    key = cache.layers[0].keys
+    document = {
+        "kvpack_capture_version": CAPTURE_VERSION,
+        "model": {
+            "name": model.name,
+            "architecture": type(model.network).__name__,
+            "weights_sha256": model.weights_sha256,
+            "num_hidden_layers": config.num_hidden_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": key.shape[1],
+            "head_dim": key.shape[3],
+            "vocab_size": config.vocab_size,
+        },
+        "rope": getattr(config, "rope_parameters", None) or None,
+        "attention": {
+            "scale": scales[0] if len(set(scales)) == 1 else scales,
+            "mass_window": probe.window,
+            "probes": len(probe.positions),
+        },
+        "layer_classes": [type(layer).__name__ for layer in cache.layers],
+        "schedule": {"prefill": chunks, "decode": options.generate},
+        "dtype": str(key.dtype).removeprefix("torch."),
+        "versions": {
+            "kvpack": kvpack.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    return {name: json.dumps(value, sort_keys=True) for name, value in document.items()}

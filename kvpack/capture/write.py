@@ -1,0 +1,50 @@
+"""Writes a captured cache as safetensors, the same bytes for the same cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import torch
+
+from kvpack.capture.run import CapturedCache
+from kvpack.errors import UnsupportedError
+from kvpack.tensorfile import build_header
+
+_DTYPES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.int32: "I32",
+}
+
+
+def write_capture(cache: CapturedCache, output: BinaryIO) -> int:
+    """Write ``cache`` to ``output``; returns the size in bytes.
+
+    Raises:
+        UnsupportedError: a dtype that the format does not have.
+
+    """
+    tensors = list(_tensors(cache))
+    for name, tensor in tensors:
+        if tensor.dtype not in _DTYPES:
+            raise UnsupportedError(f"{name}: captures cannot hold {tensor.dtype}: use --dtype")
+    entries = [(name, _DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors]
+    header = build_header(entries, cache.metadata)
+    output.write(len(header.raw).to_bytes(8, "little") + header.raw)
+    for _, tensor in tensors:
+        output.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return header.file_size
+
+
+def _tensors(cache: CapturedCache) -> Iterator[tuple[str, torch.Tensor]]:
+    for i, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
+        yield f"layers.{i}.keys", keys
+        yield f"layers.{i}.values", values
+    yield "tokens", cache.tokens
+    yield "attention_mass", cache.attention_mass
+    if len(cache.query_positions):
+        for i, queries in enumerate(cache.queries):
+            yield f"queries.{i}", queries
+        yield "query_positions", cache.query_positions

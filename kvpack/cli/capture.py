@@ -1,0 +1,62 @@
+"""``kvpack capture``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvpack.cli import common
+from kvpack.errors import KvpackError
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "-m", "--model", help="Hub id, directory or .gguf file (default: the embedded SmolLM2-135M).", show_default=False
+    ),
+]
+
+
+def capture(
+    text: Annotated[Path, typer.Option("--text", help="UTF-8 text file; - is standard input.", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Capture to write; - is standard output.")],
+    model: Model = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Use at most so many tokens of the text.", show_default=False)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own; bf16 for GGUF), bf16, fp16 or fp32.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    queries: Annotated[int, typer.Option(min=0, help="Probe queries to save, for verify's attention fidelity.")] = 32,
+    chunk: Annotated[
+        int | None, typer.Option(min=1, help="Prefill in chunks of so many tokens (default: one).", show_default=False)
+    ] = None,
+    generate: Annotated[int, typer.Option(min=0, help="Decode so many tokens greedily after the prefill.")] = 0,
+    force: common.Force = False,
+    quiet: common.Quiet = False,
+) -> None:
+    """Run a model over a text and save its KV cache as safetensors."""
+    content = _read(text)
+    if output != common.STDIO and output.exists() and not force:
+        raise KvpackError(f"{output}: exists already; use -f to overwrite it")
+    from kvpack.capture.model import load_model
+
+    loaded = load_model(model, dtype, device)
+    from kvpack.capture import CaptureOptions, run, write_capture
+
+    options = CaptureOptions(max_tokens, queries, chunk, generate)
+    with common.progress_bar(f"running {loaded.name}", quiet) as progress:
+        cache = run(loaded, content, options, progress)
+    with common.writable(output, force) as sink:
+        size = write_capture(cache, sink)
+    line = f"{output}: {len(cache.keys)} layers, {len(cache.tokens)} tokens, {size} bytes"
+    common.say(line, quiet=quiet, to_stderr=output == common.STDIO)
+
+
+def _read(path: Path) -> str:
+    try:
+        data = sys.stdin.buffer.read() if path == common.STDIO else path.read_bytes()
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise KvpackError(f"{path}: not UTF-8 text (byte {error.start})") from None

@@ -1,0 +1,3 @@
+"""``kvpack demo``."""
+def demo() -> None:
+    """x"""

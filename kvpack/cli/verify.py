@@ -1,0 +1,3 @@
+"""``kvpack verify``."""
+def verify() -> None:
+    """x"""
