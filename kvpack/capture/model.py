@@ -61,7 +61,8 @@ def load_model(source: str | None, dtype: str = "auto", device: str = "auto") ->
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"--dtype is auto, {', '.join(DTYPES)}, not {dtype!r}")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        os.environ.setdefault(variable, "1")
     try:
         import torch
         import transformers
