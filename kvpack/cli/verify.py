@@ -31,7 +31,7 @@ def verify(
     """
     from kvpack.api import matches_original
     from kvpack.archive import Archive, Capture, open_cache
-    from kvpack.fidelity import compare
+    from kvpack.fidelity import check, compare
     from kvpack.tensorfile import TensorFile
 
     reference = Capture(TensorFile.open(original))
@@ -46,7 +46,7 @@ def verify(
         common.print_json({"original": str(original), "file": str(file), **report.to_json()})
     elif not quiet:
         _print(report)
-    failures = report.failures(max_nmse=max_nmse, max_attn_err=max_attn_err, bit_exact=bit_exact)
+    failures = check(report, max_nmse, max_attn_err, bit_exact)
     if failures:
         raise QualityError(f"{file}: {'; '.join(failures)}")
 
@@ -55,27 +55,28 @@ def _print(report: Report) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title_justify="left")
-    for column in ("layer", "K NMSE", "K max", "K cos", "V NMSE", "V max", "V cos", "KL", "attn err", "top-16"):
-        table.add_column(column, justify="right")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("layer", "K nmse", "K max", "K cos", "V nmse", "V max", "V cos", "KL", "attn err", "top16"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in report.layers:
-        table.add_row(str(row.layer), *_cells(row.keys), *_cells(row.values), *_attention_cells(row.attention))
-    table.add_section()
+        table.add_row(str(row.index), *_cells(row.keys), *_cells(row.values), *_attention_cells(row.attention))
     table.add_row("all", *_cells(report.keys), *_cells(report.values), *_attention_cells(report.attention))
     console = Console(highlight=False)
     console.print(table)
     console.print(f"bit-exact: {'yes' if report.bit_exact else 'no'}")
-    for name in report.differing:
-        console.print(f"differs or is missing: {name}", markup=False)
+    extras = report.extras
+    for what, names in (("differs", extras.differ), ("missing", extras.missing), ("added", extras.added)):
+        for name in names:
+            console.print(f"{what}: {name}", markup=False)
     for note in report.notes:
         console.print(f"note: {note}", markup=False)
 
 
 def _cells(part: Reconstruction) -> list[str]:
-    return [f"{part.nmse:.2e}", f"{part.max_abs_error:.2e}", f"{part.cosine:.4f}"]
+    return [f"{part.nmse:.1e}", f"{part.max_abs_error:.1e}", f"{part.cosine:.4f}"]
 
 
 def _attention_cells(part: Attention | None) -> list[str]:
     if part is None:
         return ["-", "-", "-"]
-    return [f"{part.kl:.2e}", f"{part.output_error:.2e}", f"{part.topk_overlap:.3f}"]
+    return [f"{part.kl:.1e}", f"{part.output_error:.1e}", f"{part.topk_overlap:.3f}"]

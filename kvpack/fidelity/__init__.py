@@ -1,7 +1,23 @@
-"""Measures what compression lost, without the model: reconstruction error and attention fidelity."""
+"""How near a reconstructed cache is to the original: tensor error and attention fidelity, without the model.
 
-from kvpack.fidelity.attention import Attention
-from kvpack.fidelity.reconstruction import Reconstruction
-from kvpack.fidelity.report import LayerReport, Report, compare
+``docs/fidelity.md`` explains every figure.
+"""
 
-__all__ = ["Attention", "LayerReport", "Reconstruction", "Report", "compare"]
+from kvpack.fidelity.attention import Attention, measure_attention
+from kvpack.fidelity.reconstruction import Reconstruction, measure_reconstruction
+from kvpack.fidelity.report import compare
+from kvpack.fidelity.source import CacheSource
+from kvpack.fidelity.summary import Extras, LayerReport, Report, check
+
+__all__ = [
+    "Attention",
+    "CacheSource",
+    "Extras",
+    "LayerReport",
+    "Reconstruction",
+    "Report",
+    "check",
+    "compare",
+    "measure_attention",
+    "measure_reconstruction",
+]

@@ -1,98 +1,113 @@
-"""How far a reconstructed tensor is from the original, element by element."""
+"""Tensor error: how far reconstructed keys or values lie from the original, element by element."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpack.floats import to_float32
+from kvpack.floats import Bits, to_float32
 
-Bits = NDArray[np.unsignedinteger[Any]]
+BLOCK = 1 << 19
+"""Elements converted to float64 at a time."""
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Errors of a reconstruction y of x, kept as sums so that tensors can be merged.
+    """Error of one tensor, or of several merged; kept as float64 sums so that merging is exact in meaning.
 
-    ``error`` and ``energy`` are the sums of (x - y)^2 and of x^2 over finite elements; ``cosines`` the sum over
-    vectors [h, t] of the cosine between x and y. Non-finite elements that are bit-equal on both sides count as
-    no error; others make every error infinite.
+    ``elements`` compared; ``energy`` = sum x^2 and ``error_energy`` = sum (x - y)^2 (inf where a non-finite
+    element differs); ``max_abs_error`` in the tensor's own unit; ``cosine_sum`` = sum over vectors of D times
+    the cosine; ``bit_exact`` whether every bit pattern is the same. No elements: no error, cosine 1.
     """
 
-    error: float
-    energy: float
-    max_abs_error: float
-    cosines: float
-    vectors: int
-    bit_exact: bool
+    elements: int = 0
+    energy: float = 0.0
+    error_energy: float = 0.0
+    max_abs_error: float = 0.0
+    cosine_sum: float = 0.0
+    bit_exact: bool = True
 
     @property
     def nmse(self) -> float:
-        """Normalised mean squared error: error over energy, 0 where both are 0."""
-        if self.error == 0:
-            return 0.0
-        return self.error / self.energy if self.energy else math.inf
+        """``sum (x - y)^2 / sum x^2``: 0 for no error, inf for error where the original is all zero."""
+        return ratio(self.error_energy, self.energy)
 
     @property
     def cosine(self) -> float:
-        """Mean cosine similarity of vectors; 1 where there are none."""
-        return self.cosines / self.vectors if self.vectors else 1.0
+        """Mean cosine of the vectors ``[h, t]``, weighted by their number of elements."""
+        return self.cosine_sum / self.elements if self.elements else 1.0
 
-    def to_json(self) -> dict[str, Any]:
-        """Figures; an infinite one is null."""
-        return {
-            "nmse": finite(self.nmse),
-            "max_abs_error": finite(self.max_abs_error),
-            "cosine": finite(self.cosine),
-            "bit_exact": self.bit_exact,
-        }
+    @classmethod
+    def merge(cls, parts: Iterable[Reconstruction]) -> Reconstruction:
+        """Figures over all parts together: of token ranges, heads or layers."""
+        parts = list(parts)
+        return cls(
+            sum(part.elements for part in parts),
+            sum(part.energy for part in parts),
+            sum(part.error_energy for part in parts),
+            max((part.max_abs_error for part in parts), default=0.0),
+            sum(part.cosine_sum for part in parts),
+            all(part.bit_exact for part in parts),
+        )
 
 
-def finite(value: float) -> float | None:
-    """JSON has no infinity and no NaN: null stands for both."""
-    return value if math.isfinite(value) else None
+def ratio(error: float, reference: float) -> float:
+    """``error / reference``; 0 for no error at all, inf where there is error and no reference."""
+    if error == 0.0:
+        return 0.0
+    return error / reference if reference else inf
 
 
-def compare_tensors(original: Bits, other: Bits, dtype: str) -> Reconstruction:
-    """Compare bit patterns ``[H, T, D]`` of floats of ``dtype`` (BF16, F16, F32)."""
-    same = original == other
-    x, y = to_float32(original, dtype).astype(np.float64), to_float32(other, dtype).astype(np.float64)
-    vectors = x.shape[0] * x.shape[1]
-    sound = np.isfinite(x) & np.isfinite(y)
-    if not (sound | same).all():
-        return Reconstruction(math.inf, 0.0, math.inf, 0.0, vectors, bit_exact=False)
-    x, y = np.where(sound, x, 0.0), np.where(sound, y, 0.0)
-    difference = np.abs(x - y)
+def measure_reconstruction(original: Bits, other: Bits, dtype: str) -> Reconstruction:
+    """Compare bit patterns ``[H, T, D]`` of ``dtype`` (``BF16``, ``F16``, ``F32``), of equal shapes.
+
+    Non-finite elements with equal bits are no error and are left out of the sums; any that differ make
+    ``nmse`` and ``max_abs_error`` infinite and their vector's cosine 0. Vectors that are zero on both sides
+    have cosine 1, on one side 0.
+    """
+    heads, tokens, dims = original.shape
+    step = max(1, BLOCK // max(dims, 1))
+    return Reconstruction.merge(
+        _block(original[head, first : first + step], other[head, first : first + step], dtype)
+        for head in range(heads)
+        for first in range(0, tokens, step)
+    )
+
+
+def _block(x_bits: Bits, y_bits: Bits, dtype: str) -> Reconstruction:
+    """Figures of vectors ``[N, D]``."""
+    with np.errstate(invalid="ignore"):
+        x = to_float32(x_bits, dtype).astype(np.float64)
+    finite = np.isfinite(x)
+    if np.array_equal(x_bits, y_bits):
+        x[~finite] = 0.0
+        return Reconstruction(x.size, float(np.vdot(x, x)), cosine_sum=float(x.size))
+    with np.errstate(invalid="ignore"):
+        y = to_float32(y_bits, dtype).astype(np.float64)
+    finite &= np.isfinite(y)
+    lost = ~finite & (x_bits != y_bits)
+    x[~np.isfinite(x)] = 0.0
+    y[~finite] = 0.0
+    difference = np.where(finite, x - y, 0.0)
+    cosines = np.where(lost.any(axis=1), 0.0, _cosines(x, y))
     return Reconstruction(
-        error=float(np.square(difference).sum()),
-        energy=float(np.square(x).sum()),
-        max_abs_error=float(difference.max(initial=0.0)),
-        cosines=float(_cosines(x, y).sum()),
-        vectors=vectors,
-        bit_exact=bool(same.all()),
+        x.size,
+        float(np.vdot(x, x)),
+        inf if lost.any() else float(np.vdot(difference, difference)),
+        inf if lost.any() else float(np.abs(difference).max(initial=0.0)),
+        float(cosines.sum()) * x.shape[1],
+        bit_exact=False,
     )
 
 
 def _cosines(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Cosine of each vector along the last axis; two zero vectors agree, one zero vector does not."""
-    dot = (x * y).sum(-1)
-    norms = np.sqrt(np.square(x).sum(-1)) * np.sqrt(np.square(y).sum(-1))
-    equal = (x == y).all(-1)
-    return np.where(equal, 1.0, dot / np.where(norms > 0, norms, 1.0))
-
-
-def merge(parts: Sequence[Reconstruction]) -> Reconstruction:
-    """The figures of several tensors together."""
-    return Reconstruction(
-        error=sum(p.error for p in parts),
-        energy=sum(p.energy for p in parts),
-        max_abs_error=max((p.max_abs_error for p in parts), default=0.0),
-        cosines=sum(p.cosines for p in parts),
-        vectors=sum(p.vectors for p in parts),
-        bit_exact=all(p.bit_exact for p in parts),
-    )
+    """Cosine of each row of ``[N, D]`` with its counterpart, ``[N]``, within [-1, 1]."""
+    xx, yy, xy = (np.einsum("nd,nd->n", a, b) for a, b in ((x, x), (y, y), (x, y)))
+    norms = np.sqrt(xx * yy)
+    cosines = np.divide(xy, norms, out=np.where(xx == yy, 1.0, 0.0), where=norms > 0)
+    bounded: NDArray[np.float64] = np.clip(cosines, -1.0, 1.0)
+    return bounded
