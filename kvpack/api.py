@@ -251,7 +251,7 @@ def _cut_header(archive: Archive, chosen: Mapping[str, slice | None]) -> SourceH
     return build_header(entries, archive.metadata)
 
 
-def test(archive: Archive, *, threads: int | None = None, progress: Progress | None = None) -> None:
+def check(archive: Archive, *, threads: int | None = None, progress: Progress | None = None) -> None:
     """Decode everything and keep nothing: checksums, coding, and the digests of what is lossless.
 
     Raises:

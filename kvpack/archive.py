@@ -143,4 +143,4 @@ def open_cache(path: Path) -> Capture | Archive:
 
 def as_bytes(bits: Bits) -> memoryview[Any]:
     """A contiguous array's bytes."""
-    return memoryview(np.ascontiguousarray(bits).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(bits).reshape(-1).view(np.uint8).data

@@ -21,6 +21,8 @@ TOKENS = 2048
 TOPICS = ("typesmapping", "objects", "class", "exceptions", "naming", "types")
 """Chapters of Python's language reference, English prose that every CPython carries (``pydoc_data``)."""
 
+CODEC_COUNT = len(CODECS)
+
 Progress = Callable[[int, int], None] | None
 
 

@@ -122,13 +122,13 @@ def _inspect_container(path: Path, container: Container, check: bool) -> Inspect
         streams=dict(streams.most_common()),
         header=container.header_size,
         index=container.index_size,
-        carried_losslessly=[p.plan.name for p in container.parts if _was_carried(container, p)],
+        carried_losslessly=[p.plan.name for p in container.parts if _was_carried(p)],
         dropped=container.header.dropped,
         checksums={"header": "ok", "index": "ok", "streams": "ok" if check else "not checked (use --check)"},
     )
 
 
-def _was_carried(container: Container, part: PartEntry) -> bool:
+def _was_carried(part: PartEntry) -> bool:
     return part.plan.layer is not None and part.codec != 0
 
 

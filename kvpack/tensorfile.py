@@ -2,7 +2,7 @@
 
 The ``safetensors`` package's numpy and torch front ends convert dtypes (or refuse bf16 and fp8); a compressor
 needs the bytes as they lie, by memory map, and the header verbatim so that a file can be restored byte for
-byte. The library still validates every header (:func:`TensorFile.open`); only offsets are read here.
+byte.
 
 Format: https://github.com/huggingface/safetensors#format.
 """
@@ -105,7 +105,9 @@ def _parse_entry(name: str, entry: Any, source: str) -> TensorSpec:
     where = f"{source}: tensor {name!r}"
     if not isinstance(entry, dict):
         raise FormatError(f"{where}: not a JSON object")
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     if dtype not in ITEM_BITS:
         raise FormatError(f"{where}: dtype {dtype!r} is not one kvpack reads ({', '.join(ITEM_BITS)})")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:

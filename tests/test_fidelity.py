@@ -81,9 +81,7 @@ def noisy(arrays, amount=0.05, seed=9):
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_every_16_bit_pattern_survives_the_round_trip(dtype):
     values = to_float32(ALL_16_BITS, dtype)
-    assert torch.equal(
-        torch.from_numpy(values).nan_to_num(7.5), as_torch(ALL_16_BITS, dtype).float().nan_to_num(7.5)
-    )
+    assert torch.equal(torch.from_numpy(values).nan_to_num(7.5), as_torch(ALL_16_BITS, dtype).float().nan_to_num(7.5))
     back = from_float32(values, dtype)
     exponent, mantissa = FLOAT_BITS[dtype]
     infinity = np.uint16((2**exponent - 1) << (mantissa + 1))
@@ -204,10 +202,7 @@ def torch_attention(queries, positions, original, other, scale):
     q, positions = torch.from_numpy(queries).double(), torch.from_numpy(positions).long()
     rows = []
     for keys, values in (original, other):
-        k, v = (
-            torch.from_numpy(a).double().repeat_interleave(len(queries) // len(a), dim=0)
-            for a in (keys, values)
-        )
+        k, v = (torch.from_numpy(a).double().repeat_interleave(len(queries) // len(a), dim=0) for a in (keys, values))
         mask = torch.arange(k.shape[1])[None, :] <= positions[:, None]
         output = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         p = (q @ k.mT * scale).masked_fill(~mask, -inf).softmax(dim=-1)
@@ -377,12 +372,8 @@ def test_without_queries():
     arrays = {n: a for n, a in cache().items() if n.startswith("layers.")}
     report = compare(Source(arrays), Source(noisy(arrays)))
     assert report.attention is None
-    assert report.notes == (
-        "no probe queries in ORIGINAL: attention fidelity not measured (capture with --queries)",
-    )
-    assert check(report, max_attn_err=1e9) == [
-        "attention error cannot be checked: it was not measured (see the notes)"
-    ]
+    assert report.notes == ("no probe queries in ORIGINAL: attention fidelity not measured (capture with --queries)",)
+    assert check(report, max_attn_err=1e9) == ["attention error cannot be checked: it was not measured (see the notes)"]
     assert check(report, max_nmse=1) == []
 
 
@@ -401,12 +392,8 @@ def test_notes_say_what_is_missing():
     assert check(report, max_attn_err=1) == ["attention error cannot be checked: not measured in layers 1-3"]
     del original.tensors["query_positions"]
     assert any("no query_positions" in note for note in compare(original, Source(arrays)).notes)
-    assert compare(Source({}), Source({})).notes == (
-        "no keys or values in ORIGINAL: only bits were compared",
-    )
-    assert check(compare(Source({}), Source({})), max_nmse=1) == [
-        "NMSE cannot be checked: there are no keys or values"
-    ]
+    assert compare(Source({}), Source({})).notes == ("no keys or values in ORIGINAL: only bits were compared",)
+    assert check(compare(Source({}), Source({})), max_nmse=1) == ["NMSE cannot be checked: there are no keys or values"]
 
 
 @pytest.mark.parametrize(
@@ -434,9 +421,7 @@ def test_rows_not_finite_in_the_original_are_noted():
     arrays = cache(layers=1)
     arrays["layers.0.keys"][0, 0, 0] = nan
     report = compare(Source(arrays), Source(arrays))
-    assert report.notes == (
-        "some attention rows are not finite in ORIGINAL itself and are left out (layer 0)",
-    )
+    assert report.notes == ("some attention rows are not finite in ORIGINAL itself and are left out (layer 0)",)
     assert (report.attention.rows, report.attention.skipped, report.attention.kl) == (15, 15, 0)
     assert report.bit_exact
 
@@ -458,9 +443,7 @@ def test_extras_are_compared_by_bits():
     assert report.extras.differ == ("tokens", "layers.0.state")
     assert (report.extras.missing, report.extras.added) == (("queries.1",), ("new",))
     assert report.keys.bit_exact
-    assert check(report, bit_exact=True) == [
-        "not bit-exact: tokens, layers.0.state, queries.1 (missing), new (added)"
-    ]
+    assert check(report, bit_exact=True) == ["not bit-exact: tokens, layers.0.state, queries.1 (missing), new (added)"]
 
 
 def test_checks_fail_in_words():
@@ -471,9 +454,7 @@ def test_checks_fail_in_words():
         f"NMSE of {'keys' if report.keys.nmse > report.values.nmse else 'values'}",
         "attention output error",
     ]
-    assert failures[2] == (
-        "not bit-exact: layers.0.keys, layers.0.values, layers.1.keys, layers.1.values and 2 more"
-    )
+    assert failures[2] == ("not bit-exact: layers.0.keys, layers.0.values, layers.1.keys, layers.1.values and 2 more")
     assert check(report, max_nmse=1, max_attn_err=1) == []
     assert len(check(report, max_nmse=nan, max_attn_err=nan)) == 2
 
@@ -481,9 +462,7 @@ def test_checks_fail_in_words():
 def test_mismatched_layers():
     arrays = cache()
     cut = {**arrays, "layers.1.values": arrays["layers.1.values"][:, :30]}
-    with pytest.raises(
-        MismatchError, match=r"layers\.1\.values: F32 \[2, 40, 8\] in .*, F32 \[2, 30, 8\] in"
-    ):
+    with pytest.raises(MismatchError, match=r"layers\.1\.values: F32 \[2, 40, 8\] in .*, F32 \[2, 30, 8\] in"):
         compare(Source(arrays), Source(cut))
     with pytest.raises(MismatchError, match=r"layers\.0\.keys: F32 \[2, 40, 8\] in .*, BF16 \[2, 40, 8\] in"):
         compare(Source(arrays), Source(arrays, "BF16"))

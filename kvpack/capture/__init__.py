@@ -15,8 +15,8 @@ except ImportError as error:
     raise KvpackError(f"capture needs {error.name}: pip install 'kvpack[capture]'") from None
 del _accelerate, _gguf, _transformers
 
-from kvpack.capture.model import Model, load_model
-from kvpack.capture.run import CaptureOptions, CapturedCache, run
-from kvpack.capture.write import write_capture
+from kvpack.capture.model import Model, load_model  # noqa: E402
+from kvpack.capture.run import CapturedCache, CaptureOptions, run  # noqa: E402
+from kvpack.capture.write import write_capture  # noqa: E402
 
 __all__ = ["CaptureOptions", "CapturedCache", "Model", "load_model", "run", "write_capture"]

@@ -109,9 +109,7 @@ def _tokenize(model: Model, text: str, options: CaptureOptions) -> torch.Tensor:
 
 
 def _forward(model: Model, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    logits: torch.Tensor = model.network(
-        input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
-    ).logits
+    logits: torch.Tensor = model.network(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return logits
 
 
@@ -139,9 +137,7 @@ def _check_recorded(cache: Any, probe: Probe) -> None:
         raise KvpackError("the model has no KV cache")
 
 
-def _metadata(
-    model: Model, cache: Any, probe: Probe, chunks: list[int], options: CaptureOptions
-) -> dict[str, str]:
+def _metadata(model: Model, cache: Any, probe: Probe, chunks: list[int], options: CaptureOptions) -> dict[str, str]:
     config = model.config
     scales = [probe.scales[i] for i in range(len(cache.layers))]
     key = cache.layers[0].keys

@@ -34,7 +34,7 @@ def write_capture(cache: CapturedCache, output: BinaryIO) -> int:
     header = build_header(entries, cache.metadata)
     output.write(len(header.raw).to_bytes(8, "little") + header.raw)
     for _, tensor in tensors:
-        output.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        output.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return header.file_size
 
 

@@ -14,7 +14,10 @@ from kvpack.errors import KvpackError
 Model = Annotated[
     str | None,
     typer.Option(
-        "-m", "--model", help="Hub id, directory or .gguf file (default: the embedded SmolLM2-135M).", show_default=False
+        "-m",
+        "--model",
+        help="Hub id, directory or .gguf file (default: the embedded SmolLM2-135M).",
+        show_default=False,
     ),
 ]
 
@@ -26,7 +29,9 @@ def capture(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Use at most so many tokens of the text.", show_default=False)
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own; bf16 for GGUF), bf16, fp16 or fp32.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (the checkpoint's own; bf16 for GGUF), bf16, fp16 or fp32.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     queries: Annotated[int, typer.Option(min=0, help="Probe queries to save, for verify's attention fidelity.")] = 32,
     chunk: Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -89,7 +89,7 @@ def _compress_one(
     force: bool,
     threads: int | None,
     quiet: bool,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     from kvpack import api
     from kvpack.codecs import codec_named
 
@@ -121,12 +121,11 @@ def _compress_one(
     }
 
 
-def _line(row: dict[str, object]) -> str:
+def _line(row: dict[str, Any]) -> str:
     return "{input} -> {output}: {codec}, {original_size} -> {size} bytes, ratio {ratio:.3f}".format(**row)
 
 
-def _carried(names: object, verbose: bool) -> str:
-    assert isinstance(names, list)
+def _carried(names: list[str], verbose: bool) -> str:
     shown = ", ".join(names if verbose or len(names) <= 3 else [*names[:3], "..."])
     return f"kvpack: {len(names)} parts the codec cannot represent (NaN, Inf or out of range) are lossless: {shown}"
 
@@ -137,7 +136,7 @@ def _remove_verified(path: Path, target: Path) -> None:
 
     try:
         archive = Archive.open(target)
-        api.test(archive)
+        api.check(archive)
     except FormatError as error:
         raise KvpackError(f"{path}: kept, because what was written does not verify ({error})") from None
     path.unlink()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kvpack.cli import common
-from kvpack.errors import FormatError, KvpackError, UsageError
+from kvpack.errors import KvpackError, UsageError
 
 
 def decompress(
@@ -47,7 +47,7 @@ def decompress(
             kind = "bit-exact" if row["lossless"] else "lossy"
             common.say(f"{path} {what} ({kind})", quiet=quiet, to_stderr=target == common.STDIO)
             left = row["left_out"]
-            if left and not quiet and isinstance(left, list):
+            if left and not quiet:
                 names = ", ".join(left if verbose or len(left) <= 3 else [*left[:3], "..."])
                 common.say(f"kvpack: left out of the selection: {len(left)} tensors ({names})", to_stderr=True)
     if as_json:
@@ -77,7 +77,7 @@ def _decompress_one(
     force: bool,
     threads: int | None,
     quiet: bool,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     from kvpack import api
     from kvpack.archive import Archive
 
@@ -87,12 +87,12 @@ def _decompress_one(
         try:
             archive = Archive.open(source)
             if target is None:
-                api.test(archive, threads=threads, progress=progress)
+                api.check(archive, threads=threads, progress=progress)
             else:
                 with common.writable(target, force) as sink:
                     selection = api.Selection(*chosen)
                     left_out = api.decompress(archive, sink, selection, threads=threads, progress=progress)
-        except (FormatError, KvpackError) as error:
+        except KvpackError as error:
             text = str(error).replace(str(source), str(path))
             raise type(error)(text if text.startswith(str(path)) else f"{path}: {text}") from None
     return {

@@ -47,7 +47,7 @@ def demo(
         for row in work.run_codecs(capture, folder):
             rows.append(row)
             if progress:
-                progress(len(rows), len(work.CODECS))
+                progress(len(rows), work.CODEC_COUNT)
     if as_json:
         common.print_json({"schema_version": 1, "capture": str(capture), "codecs": [asdict(row) for row in rows]})
         return

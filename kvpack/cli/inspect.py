@@ -98,5 +98,7 @@ def _streams_table(report: Inspection) -> Table:
 def _layers_table(report: Inspection) -> Table:
     table = _table("layers", "layer", "tokens", "keys, bytes", "values, bytes", "bits/element")
     for row in report.layers:
-        table.add_row(str(row.layer), str(row.tokens), f"{row.keys:,}", f"{row.values:,}", f"{row.bits_per_element:.3f}")
+        table.add_row(
+            str(row.layer), str(row.tokens), f"{row.keys:,}", f"{row.values:,}", f"{row.bits_per_element:.3f}"
+        )
     return table

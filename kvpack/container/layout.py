@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ MAX_HEADER = 1 << 27
 MAX_INDEX = 1 << 30
 
 LAYER_TENSOR = ("keys", "values")
+_LAYER_NUMBER = re.compile("0|[1-9][0-9]{0,8}")
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 
 
@@ -84,8 +86,7 @@ def layer_of(spec: TensorSpec) -> int | None:
         return None
     if len(spec.shape) != 3 or spec.dtype not in FLOAT_DTYPES:
         return None
-    canonical = words[1].isascii() and words[1].isdigit() and str(int(words[1])) == words[1]
-    return int(words[1]) if canonical else None
+    return int(words[1]) if _LAYER_NUMBER.fullmatch(words[1]) else None
 
 
 def plan_parts(source: SourceHeader, chunk_tokens: int) -> list[PartPlan]:

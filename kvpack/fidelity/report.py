@@ -79,9 +79,7 @@ def _compare_layer(
     return LayerReport(index, figures["keys"], figures["values"], attention)
 
 
-def _compare_extras(
-    original: CacheSource, other: CacheSource, layers: Collection[str], steps: _Steps
-) -> Extras:
+def _compare_extras(original: CacheSource, other: CacheSource, layers: Collection[str], steps: _Steps) -> Extras:
     same, differ, missing = 0, [], []
     for name, spec in original.tensors.items():
         if name in layers:

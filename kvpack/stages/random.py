@@ -26,7 +26,7 @@ def _gaussian(dims: int, seed: int) -> NDArray[np.float64]:
     """``[dims, dims]`` of N(0, 1) by Box-Muller: pairs of uniforms, the cosine branch."""
     uniform = ((_splitmix64(seed, 2 * dims * dims) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     radius, angle = uniform[0::2], uniform[1::2]
-    return (np.sqrt(-2 * np.log(radius)) * np.cos(2 * np.pi * angle)).reshape(dims, dims)
+    return np.asarray(np.sqrt(-2 * np.log(radius)) * np.cos(2 * np.pi * angle)).reshape(dims, dims)
 
 
 @lru_cache(maxsize=16)

@@ -55,7 +55,7 @@ class Rans(EntropyCoder):
 
 
 def _encode(codes: Codes, spec: PlaneSpec) -> bytes | None:
-    heads, tokens, dims = spec.shape
+    heads, _, dims = spec.shape
     codes = np.ascontiguousarray(codes, spec.code_dtype)
     counts = np.zeros((heads, dims, 1 << spec.width), np.int32)
     totals = np.zeros(1 << spec.width, np.int64)

@@ -69,7 +69,7 @@ def _fill_tables(frequencies: Array, slots: Array, symbols: Array) -> None:
 
 
 @njit
-def _lane_span(lane: int, lanes: int, channels: int, per_lane: int) -> tuple[int, int]:
+def _lane_span(lane: int, channels: int, per_lane: int) -> tuple[int, int]:
     """How many lanes to run from ``lane`` on (4, or 1 near the end), and the channels of each."""
     if (lane + 4) * per_lane <= channels:
         return 4, per_lane
@@ -130,7 +130,7 @@ def encode(codes: Array, per_lane: int, tables: Array, entries: Array,
     lane = 0
     used = 0
     while lane < lengths.size:
-        span, count = _lane_span(lane, lengths.size, channels, per_lane)
+        span, count = _lane_span(lane, channels, per_lane)
         for i in range(4):
             first[i] = (lane + min(i, span - 1)) * per_lane
         _encode_four(flat, tokens, dims, first, count, tables, entries, scratch, ends, last)
@@ -201,7 +201,7 @@ def decode(codes: Array, per_lane: int, tables: Array, slots: Array, symbols: Ar
     state = np.zeros(4, np.uint32)
     lane = 0
     while lane < states.size:
-        span, count = _lane_span(lane, states.size, channels, per_lane)
+        span, count = _lane_span(lane, channels, per_lane)
         for i in range(4):
             j = lane + min(i, span - 1)
             first[i], at[i], state[i] = j * per_lane, starts[j], states[j]

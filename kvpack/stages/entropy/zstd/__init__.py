@@ -29,7 +29,7 @@ class Zstd(EntropyCoder):
     def encode(self, codes: Codes, spec: PlaneSpec) -> bytes:
         """Compress the codes as integers of the plane's smallest unsigned dtype."""
         data = np.ascontiguousarray(codes, spec.code_dtype)
-        return zstandard.ZstdCompressor(level=self.level).compress(data.reshape(-1).view(np.uint8))
+        return zstandard.ZstdCompressor(level=self.level).compress(data.tobytes())
 
     def decode(self, data: memoryview, spec: PlaneSpec) -> Codes:
         """Decompress exactly the plane's size, no more.

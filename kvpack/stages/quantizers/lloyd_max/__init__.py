@@ -63,7 +63,7 @@ class LloydMax(Quantizer):
         nonzero = data.any(axis=-1, keepdims=True)
         if not np.isfinite(norm).all() or (nonzero & (norm == 0)).any():
             raise UnrepresentableError("vector norms beyond fp16")
-        unit = data / np.where(norm > 0, norm, np.float16(1)).astype(np.float32)
+        unit = np.asarray(data / np.where(norm > 0, norm, np.float16(1)).astype(np.float32), np.float32)
         codes = reference.quantize(unit, self._mse_bits)
         planes = [codes, *split(norm.view(np.uint16), "F16")]
         if self.prod:

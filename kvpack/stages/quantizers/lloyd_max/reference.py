@@ -24,7 +24,7 @@ def centroids(bits: int, dims: int) -> Floats:
     """The codebook for coordinates of unit vectors of ``dims`` dimensions, ascending, ``[2**bits]``."""
     positive = np.array(_POSITIVE[bits] or (0.0,))
     levels = np.concatenate([-positive[::-1], positive]) if bits else positive
-    return (levels / np.sqrt(max(dims, 1))).astype(np.float32)
+    return np.asarray(levels / np.sqrt(max(dims, 1)), np.float32)
 
 
 def quantize(unit: Floats, bits: int) -> Codes:
