@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 from kvpack.errors import CorruptError, FormatError, TruncatedError, UnsupportedError
@@ -58,15 +59,12 @@ class PartPlan:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """``(H, T, D)``: a layer's own, or the tensor's dimensions folded to three."""
+        """``(H, T, D)``: a layer's own; of another tensor T is the longest axis (the first of several)."""
         shape = self.tensor.shape
         if self.layer is not None:
             return shape[0], self.tokens, shape[2]
-        padded = (1, 1, 1, *shape) if len(shape) != 1 else (1, *shape, 1)
-        heads = 1
-        for size in padded[:-2]:
-            heads *= size
-        return heads, padded[-2], padded[-1]
+        longest = max(range(len(shape)), key=shape.__getitem__, default=0)
+        return prod(shape[:longest]), prod(shape[longest : longest + 1]), prod(shape[longest + 1 :])
 
 
 @dataclass(frozen=True)

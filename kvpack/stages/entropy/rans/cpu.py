@@ -1,7 +1,7 @@
 """rANS lanes compiled for the CPU; the same words and states as ``reference.py``.
 
 Four lanes run side by side in one loop: each lane is a chain of dependent steps, and four chains fill the
-processor. Division by a frequency is a multiplication by its rounded-up reciprocal, exact for states below
+processor. Indices are unsigned, because numba checks signed ones for being negative. Division by a frequency is a multiplication by its rounded-up reciprocal, exact for states below
 2**31 (Alverson 1991; Giesen, https://github.com/rygorous/ryg_rans).
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import int64, uint32, uint64
+from numba import uint32, uint64
 from numpy.typing import NDArray
 
 from kvpack.stages.jit import njit
@@ -82,7 +82,7 @@ def _put(state: Any, entry: Any, words: Array, at: Any) -> Any:
     frequency = (entry >> uint64(44)) & uint64(0x1FFF)
     words[at] = state & uint64(0xFFFF)
     full = state >= (frequency << uint64(19))
-    at -= int64(full)
+    at -= uint64(full)
     state = state >> uint64(16) if full else state
     quotient = (state * (entry & uint64(0xFFFFFFFF))) >> (uint64(31) + (entry >> uint64(57)))
     start = (entry >> uint64(32)) & uint64(0xFFF)
@@ -94,7 +94,7 @@ def _encode_four(flat: Array, tokens: int, dims: int, first: Array, count: int, 
                  entries: Array, words: Array, ends: Array, states: Array) -> None:  # fmt: skip
     """Four lanes of ``count`` channels each, last symbol first, words from the end of ``words[lane]``."""
     x0 = x1 = x2 = x3 = uint64(1 << 15)
-    p0 = p1 = p2 = p3 = int64(words.shape[1] - 1)
+    p0 = p1 = p2 = p3 = uint64(words.shape[1] - 1)
     w0, w1, w2, w3 = words[0], words[1], words[2], words[3]
     for j in range(count - 1, -1, -1):
         c0, c1, c2, c3 = first[0] + j, first[1] + j, first[2] + j, first[3] + j
@@ -104,10 +104,10 @@ def _encode_four(flat: Array, tokens: int, dims: int, first: Array, count: int, 
         o2 = (c2 // dims) * tokens * dims + c2 % dims
         o3 = (c3 // dims) * tokens * dims + c3 % dims
         for t in range((tokens - 1) * dims, -1, -dims):
-            x0, p0 = _put(x0, e0[flat[o0 + t]], w0, p0)
-            x1, p1 = _put(x1, e1[flat[o1 + t]], w1, p1)
-            x2, p2 = _put(x2, e2[flat[o2 + t]], w2, p2)
-            x3, p3 = _put(x3, e3[flat[o3 + t]], w3, p3)
+            x0, p0 = _put(x0, e0[flat[uint64(o0 + t)]], w0, p0)
+            x1, p1 = _put(x1, e1[flat[uint64(o1 + t)]], w1, p1)
+            x2, p2 = _put(x2, e2[flat[uint64(o2 + t)]], w2, p2)
+            x3, p3 = _put(x3, e3[flat[uint64(o3 + t)]], w3, p3)
     ends[0], ends[1], ends[2], ends[3] = p0, p1, p2, p3
     states[0], states[1], states[2], states[3] = x0, x1, x2, x3
 
@@ -153,7 +153,7 @@ def _get(state: Any, slots: Array, symbols: Array, words: Array, at: Any) -> Any
     state = (entry >> uint32(16)) * (state >> uint32(12)) + slot - (entry & uint32(0xFFFF))
     empty = state < uint32(1 << 15)
     filled = (state << uint32(16)) | uint32(words[at])
-    return symbol, uint32(filled if empty else state), at + int64(empty)
+    return symbol, uint32(filled if empty else state), at + uint64(empty)
 
 
 @njit
@@ -162,7 +162,7 @@ def _decode_four(flat: Array, tokens: int, dims: int, first: Array, count: int, 
                  states: Array) -> None:  # fmt: skip
     """Four lanes of ``count`` channels each; ``at`` and ``states`` are advanced to the lanes' ends."""
     x0, x1, x2, x3 = states[0], states[1], states[2], states[3]
-    p0, p1, p2, p3 = at[0], at[1], at[2], at[3]
+    p0, p1, p2, p3 = uint64(at[0]), uint64(at[1]), uint64(at[2]), uint64(at[3])
     for j in range(count):
         c0, c1, c2, c3 = first[0] + j, first[1] + j, first[2] + j, first[3] + j
         s0, s1, s2, s3 = slots[tables[c0]], slots[tables[c1]], slots[tables[c2]], slots[tables[c3]]
@@ -176,10 +176,10 @@ def _decode_four(flat: Array, tokens: int, dims: int, first: Array, count: int, 
             v1, x1, p1 = _get(x1, s1, f1, words, p1)
             v2, x2, p2 = _get(x2, s2, f2, words, p2)
             v3, x3, p3 = _get(x3, s3, f3, words, p3)
-            flat[o0 + t] = codebook[v0]
-            flat[o1 + t] = codebook[v1]
-            flat[o2 + t] = codebook[v2]
-            flat[o3 + t] = codebook[v3]
+            flat[uint64(o0 + t)] = codebook[v0]
+            flat[uint64(o1 + t)] = codebook[v1]
+            flat[uint64(o2 + t)] = codebook[v2]
+            flat[uint64(o3 + t)] = codebook[v3]
     at[0], at[1], at[2], at[3] = p0, p1, p2, p3
     states[0], states[1], states[2], states[3] = x0, x1, x2, x3
 

@@ -36,7 +36,7 @@ def join(codes: list[Codes], dtype: str) -> Codes:
     """The inverse of :func:`split`."""
     unsigned = UINT[dtype]
     high, low = codes
-    bits: Codes = high.astype(unsigned)
+    bits: Codes = high.astype(unsigned, copy=not high.flags.writeable)  # decoded planes are ours to reuse
     bits <<= unsigned(FLOAT_BITS[dtype][1])
     bits |= low
     return bits
