@@ -102,15 +102,13 @@ def _decode(data: memoryview, spec: PlaneSpec) -> Codes:
     if fields.rest() or lengths.sum() != used or (assigned >= count).any() or (np.diff(symbols) <= 0).any():
         raise CorruptError("rans stream: lengths, tables or symbols out of range")
     try:
-        slots, entries = cpu.decode_tables(tables.frequencies(levels))
+        slots, entries = cpu.decode_tables(tables.frequencies(levels), symbols)
     except ValueError as error:
         raise CorruptError(f"rans stream: {error}") from None
     starts = np.concatenate([[0], np.cumsum(lengths)])
     padded = np.concatenate([words, np.zeros(per_lane * spec.shape[1] + 1, np.uint16)])
-    lookup = np.zeros(MAX_SYMBOLS, spec.code_dtype)
-    lookup[:alphabet] = symbols
     codes = np.empty(spec.shape, spec.code_dtype)
-    if not cpu.decode(codes, per_lane, assigned, slots, entries, lookup, padded, starts, states.astype(np.uint32)):
+    if not cpu.decode(codes, per_lane, assigned, slots, entries, padded, starts, states.astype(np.uint32)):
         raise CorruptError("rans stream: a lane does not end where it must")
     return codes
 
