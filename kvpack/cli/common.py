@@ -33,8 +33,10 @@ Threads = Annotated[
 ]
 
 
-def check_inputs(inputs: list[Path], output: Path | None, keep: bool, remove: bool) -> None:
+def check_inputs(inputs: list[Path], output: Path | None, *, keep: bool, remove: bool, as_json: bool) -> None:
     """Refuse options that contradict each other."""
+    if as_json and (output == STDIO or (output is None and STDIO in inputs)):
+        raise UsageError("--json and the file itself cannot both go to standard output")
     if keep and remove:
         raise UsageError("--keep and --rm contradict each other")
     if output is not None and len(inputs) > 1:

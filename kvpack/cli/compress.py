@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from kvpack.cli import common
-from kvpack.errors import FormatError, KvpackError, UsageError
+from kvpack.errors import FormatError, KvpackError
 
 
 def _codec_names() -> list[str]:
@@ -56,7 +56,7 @@ def compress(
     Tensors other than keys and values are carried losslessly, and so is what a lossy codec cannot represent.
     """
     del list_codecs
-    common.check_inputs(inputs, output, keep, remove)
+    common.check_inputs(inputs, output, keep=keep, remove=remove, as_json=as_json)
     from kvpack.api import PROBES
     from kvpack.codecs import codec_named
 
@@ -75,8 +75,6 @@ def compress(
             if row["carried_losslessly"] and not quiet:
                 common.say(_carried(row["carried_losslessly"], verbose), to_stderr=True)
     if as_json:
-        if output == common.STDIO or (output is None and common.STDIO in inputs):
-            raise UsageError("--json and a compressed file cannot both go to standard output")
         common.print_json({"schema_version": 1, "files": rows})
 
 

@@ -30,7 +30,7 @@ def decompress(
     as_json: common.Json = False,
 ) -> None:
     """Decompress .kvp files; a losslessly compressed file comes back byte for byte, proven by its digests."""
-    common.check_inputs(inputs, output, keep, remove)
+    common.check_inputs(inputs, output, keep=keep, remove=remove, as_json=as_json and not test)
     partial = layers is not None or tokens is not None
     if remove and (partial or test):
         raise UsageError("--rm goes with decompressing a whole file")
@@ -51,8 +51,6 @@ def decompress(
                 names = ", ".join(left if verbose or len(left) <= 3 else [*left[:3], "..."])
                 common.say(f"kvpack: left out of the selection: {len(left)} tensors ({names})", to_stderr=True)
     if as_json:
-        if output == common.STDIO or (output is None and common.STDIO in inputs and not test):
-            raise UsageError("--json and a capture cannot both go to standard output")
         common.print_json({"schema_version": 1, "files": rows})
 
 

@@ -27,6 +27,8 @@ FOOTER = struct.Struct("<QIIQII8s")
 MAX_HEADER = 1 << 27
 """Cap in bytes on the header, before and after inflation."""
 MAX_INDEX = 1 << 30
+MAX_EXPANSION = 1 << 20
+"""Cap on the original's size over the file's: no file of a few bytes makes a reader allocate terabytes."""
 
 LAYER_TENSOR = ("keys", "values")
 _LAYER_NUMBER = re.compile("0|[1-9][0-9]{0,8}")

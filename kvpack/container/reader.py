@@ -9,6 +9,7 @@ from pathlib import Path
 from kvpack.container.header import Header
 from kvpack.container.layout import (
     FOOTER,
+    MAX_EXPANSION,
     MAX_HEADER,
     MAX_INDEX,
     PROLOGUE,
@@ -54,6 +55,8 @@ class Container:
         self.header = Header.from_bytes(inflate(raw_header, MAX_HEADER, "header"))
         self.source: SourceHeader = self.header.source_header()
         self.size, self.header_size, self.index_size = size, start, size - offset
+        if self.source.file_size > size * MAX_EXPANSION:
+            raise FormatError(f"claims to hold {self.source.file_size} bytes, more than {MAX_EXPANSION} times its size")
         plans = plan_parts(self.source, self.header.chunk_tokens)
         index = inflate(raw_index, MAX_INDEX, "index")
         self.parts: list[PartEntry] = unpack_index(index, plans, start, offset)

@@ -1,8 +1,9 @@
 """rANS lanes compiled for the CPU; the same words and states as ``reference.py``.
 
 Four lanes run side by side in one loop: each lane is a chain of dependent steps, and four chains fill the
-processor. Indices are unsigned, because numba checks signed ones for being negative. Division by a frequency is a multiplication by its rounded-up reciprocal, exact for states below
-2**31 (Alverson 1991; Giesen, https://github.com/rygorous/ryg_rans).
+processor. Indices are unsigned, because numba checks signed ones for being negative. Division by a frequency is
+a multiplication by its rounded-up reciprocal, exact for states below 2**31 (Alverson 1991; Giesen,
+https://github.com/rygorous/ryg_rans).
 """
 
 from __future__ import annotations

@@ -1,0 +1,74 @@
+"""What several tests share: real captures, and the command line run in this process."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from kvpack.cli.main import main
+from kvpack.tensorfile import TensorFile, build_header
+
+settings.register_profile("kvpack", deadline=None)  # the first call of a kernel compiles it
+settings.load_profile("kvpack")
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+SMALL = FIXTURES / "smollm2-160.safetensors"
+"""SmolLM2-135M, layers 0 and 29, 160 tokens of prose, 8 probe queries."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command printed, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+    raw: bytes
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run ``kvpack`` with arguments, and bytes on standard input."""
+
+    def run(*arguments: object, stdin: bytes = b"") -> Result:
+        streams = [io.TextIOWrapper(io.BytesIO(data), "utf-8", newline="") for data in (stdin, b"", b"")]
+        monkeypatch.setattr(sys, "argv", ["kvpack", *map(str, arguments)])
+        for name, stream in zip(("stdin", "stdout", "stderr"), streams, strict=True):
+            monkeypatch.setattr(sys, name, stream)
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        for stream in streams[1:]:
+            stream.flush()
+        raw, err = (stream.buffer.getvalue() for stream in streams[1:])  # type: ignore[attr-defined]
+        code = stopped.value.code
+        return Result(
+            code if isinstance(code, int) else int(code is not None), raw.decode(errors="replace"), err.decode(), raw
+        )
+
+    return run
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A copy of the small real capture."""
+    path = tmp_path / "small.safetensors"
+    path.write_bytes(SMALL.read_bytes())
+    return path
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, tuple[str, np.ndarray]], metadata: dict[str, str] | None = None
+) -> Path:
+    """A safetensors file of bit patterns: name to (dtype, array)."""
+    header = build_header([(n, d, a.shape) for n, (d, a) in tensors.items()], metadata or {})
+    data = b"".join(np.ascontiguousarray(a).tobytes() for _, a in tensors.values())
+    path.write_bytes(len(header.raw).to_bytes(8, "little") + header.raw + data)
+    TensorFile.open(path)
+    return path
