@@ -58,7 +58,7 @@ def test_several_inputs(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_rm_only_after_verification(cli: Cli, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*arguments: object, **options: object) -> None:
+    def broken(*_: object) -> None:
         from kvpack.errors import CorruptError
 
         raise CorruptError("corrupt")
@@ -243,7 +243,7 @@ def test_codecs_are_listed_and_completed(cli: Cli) -> None:
 
 
 def test_interrupted_writes_leave_nothing(cli: Cli, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: object, **options: object) -> None:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "small.kvp")
 
     monkeypatch.setattr("kvpack.container.writer.ContainerWriter.finish", full)

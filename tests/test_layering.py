@@ -58,7 +58,7 @@ def test_imports_go_down(path: Path) -> None:
         target = rest.split(".")[0]
         if top in ONLY_IN_CLI:
             assert own == "cli", f"{name} belongs in cli"
-        if top != "kvpack" or not target or target == own or target == "__version__":
+        if top != "kvpack" or not target or target in {own, "__version__"}:
             continue
         assert height[target] < height[own] or (own, target) in ABOVE, f"{own} imports {target}"
 

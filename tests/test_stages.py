@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -151,10 +153,8 @@ def test_rans_survives_every_changed_byte() -> None:
         for change in (1, 0x80, 0xFF):
             broken = bytearray(stream)
             broken[at] ^= change
-            try:
+            with contextlib.suppress(CorruptError):
                 assert Rans().decode(memoryview(bytes(broken)), spec).shape == codes.shape
-            except CorruptError:
-                pass
 
 
 def test_zstd_refuses_what_is_not_its_plane() -> None:
