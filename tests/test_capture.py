@@ -56,7 +56,7 @@ def floats(cache: Capture, name: str) -> np.ndarray:
 
 def test_capture_is_what_the_model_cached(cli: Cli, folder: Path, text: Path, tmp_path: Path) -> None:
     target = tmp_path / "c.safetensors"
-    done = cli("capture", "-m", folder, "--text", text, "-o", target, "--queries", 5)
+    done = cli("capture", "-m", folder, "--text", text, "-o", target, "--queries", 5, "--device", "cpu")
     assert (done.code, done.err) == (0, "")
     cache = open_cache(target)
     ids = cache.read("tokens").view(np.int32)
