@@ -1,0 +1,125 @@
+"""The format by a second decoder and by files of the past; the specification names every stage."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference_decoder
+from conftest import FIXTURES, SMALL, write_tensors
+
+from kvpack import api
+from kvpack.archive import Archive
+from kvpack.codecs import CODECS
+from kvpack.container import Container
+from kvpack.container.layout import VERSION
+from kvpack.floats import UINT
+from kvpack.stages.registry import STAGES
+
+GOLDENS = FIXTURES / "goldens" / ".".join(map(str, VERSION))
+SPECIFICATION = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
+FLOAT_PRODUCTS = [name for name in CODECS if name.startswith("turboquant")]
+
+
+def decompress(data: bytes) -> bytes:
+    sink = io.BytesIO()
+    api.decompress(Archive(Container(memoryview(data))), sink)
+    return sink.getvalue()
+
+
+def compress(path: Path, name: str, **options: int) -> bytes:
+    sink = io.BytesIO()
+    api.compress(path, sink, CODECS[name], **options)
+    return sink.getvalue()
+
+
+def assert_same(name: str, ours: bytes, theirs: bytes) -> None:
+    """The same bytes; where matrix products of floats stand behind, one unit in the last place of bf16."""
+    if name not in FLOAT_PRODUCTS:
+        assert ours == theirs
+        return
+    start = 8 + int.from_bytes(ours[:8], "little")
+    assert ours[:start] == theirs[:start]
+    x, y = (np.frombuffer(data[start:], np.uint16).astype(np.int64) for data in (ours, theirs))
+    x, y = (np.where(bits < 0x8000, bits, 0x8000 - bits) for bits in (x, y))  # in the order of the numbers
+    assert np.abs(x - y).max() <= 1
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_goldens_decode_alike_by_both_decoders(name: str) -> None:
+    data = (GOLDENS / f"{name}.kvp").read_bytes()
+    ours = decompress(data)
+    assert_same(name, ours, reference_decoder.decode(data))
+    if CODECS[name].lossless:
+        digest = (GOLDENS / f"{name}.sha256").read_text().strip()
+        assert hashlib.sha256(ours).hexdigest() == digest
+        assert ours == SMALL.read_bytes()
+
+
+@pytest.mark.parametrize("name", [name for name in CODECS if name not in FLOAT_PRODUCTS])
+def test_goldens_are_what_is_written_today(name: str) -> None:
+    """The streams of rANS and bit packing are the same bytes everywhere; zlib's and zstd's may change."""
+    golden, today = Container.open(GOLDENS / f"{name}.kvp"), Container(memoryview(compress(SMALL, name)))
+    assert golden.header == today.header
+    for old, new in zip(golden.parts, today.parts, strict=True):
+        assert (old.plan, old.codec, old.digest) == (new.plan, new.codec, new.digest)
+        if golden.header.codecs[old.codec]["name"] != "zstd":
+            assert golden.read(old) == today.read(new)
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("dtype", UINT)
+def test_awkward_captures_decode_alike(tmp_path: Path, name: str, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    unsigned = UINT[dtype]
+    tensors: dict[str, tuple[str, np.ndarray]] = {}
+    for i, shape in enumerate([(1, 1, 1), (2, 300, 7), (3, 0, 4), (2, 63, 8)]):
+        for kind in ("keys", "values"):
+            bits = rng.integers(0, 1 << (8 * unsigned(0).itemsize), shape).astype(unsigned)  # NaN and Inf among them
+            tensors[f"layers.{i}.{kind}"] = (dtype, bits)
+    tensors |= {
+        "tokens": ("I32", rng.integers(0, 9999, 300).astype(np.int32)),
+        "scalar": ("F32", np.array(0.5, np.float32)),
+        "odd": ("U8", rng.integers(0, 256, (3, 5, 2, 7)).astype(np.uint8)),
+    }
+    path = write_tensors(tmp_path / "x", tensors, {"a": "ü"})
+    data = compress(path, name, chunk_tokens=128)
+    assert reference_decoder.decode(data) == decompress(data) == path.read_bytes()
+
+
+def test_the_reference_decoder_notices_damage() -> None:
+    data = bytearray((GOLDENS / "lossless.kvp").read_bytes())
+    data[len(data) // 2] ^= 1
+    with pytest.raises(ValueError, match="checksum"):
+        reference_decoder.decode(bytes(data))
+
+
+def test_the_reference_decoder_stands_alone() -> None:
+    tree = ast.parse(Path(reference_decoder.__file__).read_text())
+    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert not any(name.startswith("kvpack") for name in names)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_is_specified(stage: str) -> None:
+    assert f"\n### `{stage}`" in SPECIFICATION
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_is_in_a_golden(stage: str) -> None:
+    used = set()
+    for name in CODECS:
+        for codec in Container.open(GOLDENS / f"{name}.kvp").header.codecs:
+            used.update(s["name"] for chain in (codec["keys"], codec["values"]) for s in chain)
+    assert stage in used or stage == "bitpack"  # rans packs by bitpack's rule; no codec ends in it alone
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_every_codec_is_specified(name: str) -> None:
+    family = name if name in ("lossless", "zstd") else name.rsplit("-", 1)[0]
+    assert f"`{family}" in SPECIFICATION.split("## Codecs")[1]
