@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from kvpack.codecs import Chain, Codec
 from kvpack.errors import CorruptError
 from kvpack.floats import from_float32, to_float32
-from kvpack.stages.base import Part, UnrepresentableError
+from kvpack.stages.base import Part, PlaneSpec, UnrepresentableError
 
 Bits = NDArray[np.unsignedinteger[Any]]
 """Bit patterns of a part, ``[H, T, D]``, unsigned integers of the tensor's item size."""
@@ -61,6 +61,13 @@ def decode(chain: Chain, streams: list[tuple[str, memoryview]], part: Part) -> B
     planes = chain.quantizer.planes(part)
     if [name for name, _ in streams] != [p.name for p in planes if p.size and p.width]:
         raise CorruptError("corrupt: the part does not have the streams of its codec")
+    try:
+        return _decode(chain, streams, part, planes)
+    except UnrepresentableError as error:
+        raise CorruptError(f"corrupt: {error}") from None
+
+
+def _decode(chain: Chain, streams: list[tuple[str, memoryview]], part: Part, planes: list[PlaneSpec]) -> Bits:
     remaining = iter(streams)
     codes = [
         chain.entropy.decode(next(remaining)[1], plane)

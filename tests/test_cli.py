@@ -132,6 +132,33 @@ def test_damaged_files_leave_nothing(cli: Cli, small: Path, tmp_path: Path, dama
     assert not [p for p in tmp_path.iterdir() if p.suffix == ".tmp"]
 
 
+def test_no_damage_ends_in_anything_but_one_line(cli: Cli, small: Path, tmp_path: Path) -> None:
+    """2,000 changed bytes and 500 lengths through the command line: exit code 4, one line, no output file."""
+    part, path, target = tmp_path / "part.safetensors", tmp_path / "part.kvp", tmp_path / "out"
+    assert cli("compress", small).code == 0
+    assert cli("decompress", f"{small}.kvp", "--layers", "29", "--tokens", "0:40", "-o", part).code == 0
+    assert cli("compress", part, "-o", path).code == 0
+    data = path.read_bytes()
+    rng = np.random.default_rng(2)
+    files = [data[:length] for length in rng.integers(0, len(data), 500)]
+    for place in rng.integers(0, len(data), 2000):
+        files.append(data[:place] + bytes([data[place] ^ int(rng.integers(1, 256))]) + data[place + 1 :])
+    before = len(list(tmp_path.iterdir()))
+    for content in files:
+        path.write_bytes(content)
+        result = cli("decompress", path, "-o", target)
+        assert (result.code, result.out, result.err.count("\n")) == (4, "", 1)
+        assert result.err.startswith(f"kvpack: {path}: ")
+    assert len(list(tmp_path.iterdir())) == before
+    path.write_bytes(data)
+    assert cli("decompress", path, "-o", target).code == 0
+
+
+def test_an_output_never_replaces_its_own_input(cli: Cli, small: Path) -> None:
+    result = cli("compress", small, "-o", small, "-f", "--rm")
+    assert (result.code, small.read_bytes()) == (2, SMALL.read_bytes())
+
+
 def test_a_newer_format_has_its_own_exit_code(cli: Cli, small: Path) -> None:
     from test_container import with_prologue
 

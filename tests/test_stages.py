@@ -214,6 +214,11 @@ def test_affine_equal_values_and_the_unrepresentable() -> None:
             quantizer.encode(values, part)
 
 
+def test_random_matrices_are_capped() -> None:
+    with pytest.raises(UnrepresentableError, match="4096"):
+        rotation_matrix(4097, 1)
+
+
 def test_rotation_is_orthogonal_and_seeded() -> None:
     for dims in (1, 7, 64, 128):
         matrix = rotation_matrix(dims, 1)

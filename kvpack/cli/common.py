@@ -45,6 +45,12 @@ def check_inputs(inputs: list[Path], output: Path | None, *, keep: bool, remove:
         raise UsageError("--rm needs files, not standard input or output")
 
 
+def check_distinct(path: Path, target: Path) -> None:
+    """Refuse to write a file over the one it is made from."""
+    if STDIO not in (path, target) and path.exists() and target.exists() and path.samefile(target):
+        raise UsageError(f"{target}: is the input itself; name another output")
+
+
 @contextmanager
 def readable(path: Path) -> Iterator[Path]:
     """``path`` itself, or standard input spooled to a temporary file."""

@@ -65,6 +65,7 @@ def compress(
     rows = []
     for path in inputs:
         target = output or (common.STDIO if path == common.STDIO else path.with_name(path.name + ".kvp"))
+        common.check_distinct(path, target)
         row = _compress_one(path, target, codec, chunk_tokens, patterns, force, threads, quiet)
         rows.append(row)
         if remove:

@@ -38,6 +38,8 @@ def decompress(
     rows = []
     for path in inputs:
         target = _target(path, output, partial, test)
+        if target is not None:
+            common.check_distinct(path, target)
         rows.append(_decompress_one(path, target, chosen, force, threads, quiet))
         row = rows[-1]
         if remove:

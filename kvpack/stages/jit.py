@@ -12,4 +12,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def njit(function: F) -> F:
     """Compile on the first call (then from numba's cache on disk); runs without the GIL."""
-    return cast(F, numba.njit(function, cache=True, nogil=True))
+    try:
+        return cast(F, numba.njit(function, cache=True, nogil=True))
+    except RuntimeError:  # nowhere to write a cache: compile every time
+        return cast(F, numba.njit(function, nogil=True))

@@ -10,7 +10,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpack.stages.base import Floats
+from kvpack.stages.base import Floats, UnrepresentableError
+
+MAX_DIMS = 4096
+"""Cap on a matrix's dimensions: head dimensions are 64 to 576, and a file must not ask for terabytes."""
 
 
 def _splitmix64(seed: int, count: int) -> NDArray[np.uint64]:
@@ -24,6 +27,8 @@ def _splitmix64(seed: int, count: int) -> NDArray[np.uint64]:
 
 def _gaussian(dims: int, seed: int) -> NDArray[np.float64]:
     """``[dims, dims]`` of N(0, 1) by Box-Muller: pairs of uniforms, the cosine branch."""
+    if dims > MAX_DIMS:
+        raise UnrepresentableError(f"random matrices have at most {MAX_DIMS} dimensions, not {dims}")
     uniform = ((_splitmix64(seed, 2 * dims * dims) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     radius, angle = uniform[0::2], uniform[1::2]
     return np.asarray(np.sqrt(-2 * np.log(radius)) * np.cos(2 * np.pi * angle)).reshape(dims, dims)
