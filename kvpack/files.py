@@ -12,6 +12,21 @@ from typing import BinaryIO, cast
 from kvpack.errors import KvpackError
 
 
+def check_output(path: Path, *, force: bool = False) -> None:
+    """Say now, before any work, that ``path`` cannot be written.
+
+    Raises:
+        KvpackError: its directory is missing, it is not a regular file, or it exists and ``force`` is not set.
+
+    """
+    if not path.parent.is_dir():
+        raise KvpackError(f"{path}: there is no directory {path.parent}")
+    if path.exists() and not path.is_file():
+        raise KvpackError(f"{path}: is not a regular file")
+    if path.exists() and not force:
+        raise KvpackError(f"{path}: exists already; use -f to overwrite it")
+
+
 @contextmanager
 def atomic_output(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
     """A binary file that becomes ``path`` when the block ends well, and vanishes when it does not.
@@ -19,13 +34,10 @@ def atomic_output(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
     Written as a temporary sibling, flushed to disk, then renamed.
 
     Raises:
-        KvpackError: ``path`` exists and ``force`` is not set, or is not a regular file.
+        KvpackError: as :func:`check_output`.
 
     """
-    if path.is_dir() or (path.exists() and not path.is_file()):
-        raise KvpackError(f"{path}: is not a regular file")
-    if path.exists() and not force:
-        raise KvpackError(f"{path}: exists already; use -f to overwrite it")
+    check_output(path, force=force)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:

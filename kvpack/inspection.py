@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpack.container import Container, PartEntry, layer_of
-from kvpack.container.layout import MAGIC, VERSION
+from kvpack.container.layout import MAGIC
 from kvpack.tensorfile import Header, TensorFile
 
 SCHEMA_VERSION = 1
@@ -116,7 +116,7 @@ def _inspect_container(path: Path, container: Container, check: bool) -> Inspect
         other_tensors=other,
         codec=container.header.codecs[0],
         lossless=container.header.lossless,
-        format=".".join(map(str, VERSION)),
+        format=".".join(map(str, container.version)),
         writer=container.header.writer,
         chunk_tokens=container.header.chunk_tokens,
         streams=dict(streams.most_common()),

@@ -83,6 +83,8 @@ def test_rm_only_after_verification(cli: Cli, small: Path, monkeypatch: pytest.M
         (["compress", "-f", "IN", "--chunk-tokens", "100"], 2),
         (["compress", "nowhere"], 1),
         (["compress", "."], 1),
+        (["compress", "IN", "-o", "nowhere/out"], 1),
+        (["capture", "--text", "TEXT", "-o", "nowhere/out"], 1),
         (["compress", "-o", "-", "--json", "IN"], 2),
         (["decompress", "-o", "-", "--json", "IN.kvp"], 2),
         (["nonsense"], 2),

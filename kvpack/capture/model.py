@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
 
@@ -65,6 +66,7 @@ def load_model(source: str | None, dtype: str = "auto", device: str = "auto") ->
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"--dtype is auto, {', '.join(DTYPES)}, not {dtype!r}")
     transformers.utils.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     register(ATTENTION)
     path = embedded_model() if source is None else Path(source)
@@ -113,6 +115,4 @@ def _hash_weights(path: Path, where: str, gguf: str | None) -> str:
 
 
 def _hub_folder(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name, local_files_only=True))
+    return Path(huggingface_hub.snapshot_download(name, local_files_only=True))

@@ -10,6 +10,7 @@ import typer
 
 from kvpack.cli import common
 from kvpack.errors import KvpackError
+from kvpack.files import check_output
 
 Model = Annotated[
     str | None,
@@ -43,8 +44,8 @@ def capture(
 ) -> None:
     """Run a model over a text and save its KV cache as safetensors."""
     content = _read(text)
-    if output != common.STDIO and output.exists() and not force:
-        raise KvpackError(f"{output}: exists already; use -f to overwrite it")
+    if output != common.STDIO:
+        check_output(output, force=force)
     from kvpack.capture import CaptureOptions, load_model, run, write_capture
 
     loaded = load_model(model, dtype, device)

@@ -121,8 +121,8 @@ def pack_prologue(header: bytes) -> bytes:
     return body + zlib.crc32(body).to_bytes(4, "little")
 
 
-def unpack_prologue(raw: bytes) -> tuple[int, int]:
-    """Length and CRC-32 of the deflated header.
+def unpack_prologue(raw: bytes) -> tuple[tuple[int, int], int, int]:
+    """The file's version, and length and CRC-32 of its deflated header.
 
     Raises:
         FormatError: not a ``.kvp`` file.
@@ -141,7 +141,7 @@ def unpack_prologue(raw: bytes) -> tuple[int, int]:
         raise UnsupportedError(f"format {major}.{minor} is not {VERSION[0]}.x, which this kvpack reads: upgrade")
     if critical & ~KNOWN_CRITICAL:
         raise UnsupportedError(f"uses features this kvpack does not know (bits {critical:#x}): upgrade kvpack")
-    return length, crc
+    return (major, minor), length, crc
 
 
 def inflate(raw: bytes, limit: int, what: str) -> bytes:

@@ -43,7 +43,7 @@ class Container:
         self._view = view
         size = len(view)
         prologue = bytes(view[: PROLOGUE.size])
-        length, crc = unpack_prologue(prologue)
+        self.version, length, crc = unpack_prologue(prologue)
         start = PROLOGUE.size + length
         if start + FOOTER.size > size:
             raise TruncatedError("truncated: the file ends within its header")
