@@ -40,6 +40,7 @@ def run(text: str, folder: Path) -> str:
 
 
 def test_the_readmes_commands_run(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((ROOT / "fixtures" / "llama-3-70b-config.json").read_bytes())
     (tmp_path / "doc.txt").write_text(demo_text()[:1600])
     out = run(block("sh", "kvpack capture"), tmp_path)
     assert "doc.safetensors.kvp ok (bit-exact)" in out

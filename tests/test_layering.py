@@ -14,7 +14,7 @@ LAYERS: list[set[str]] = [
     {"stages", "checksum"},
     {"codecs", "container"},
     {"pipeline"},
-    {"archive", "inspection", "fidelity", "capture"},
+    {"archive", "inspection", "fidelity", "capture", "claims"},
     {"api"},
     {"demo"},
     {"cli"},

@@ -43,7 +43,7 @@ def capture(
     quiet: common.Quiet = False,
 ) -> None:
     """Run a model over a text and save its KV cache as safetensors."""
-    content = _read(text)
+    content = read_text(text)
     if output != common.STDIO:
         check_output(output, force=force)
     from kvpack.capture import CaptureOptions, load_model, run, write_capture
@@ -58,7 +58,8 @@ def capture(
     common.say(line, quiet=quiet, to_stderr=output == common.STDIO)
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A UTF-8 file, or standard input."""
     try:
         data = sys.stdin.buffer.read() if path == common.STDIO else path.read_bytes()
         return data.decode()

@@ -10,6 +10,7 @@ import typer
 
 import kvpack
 from kvpack.cli.capture import capture
+from kvpack.cli.claims import claims
 from kvpack.cli.compress import compress
 from kvpack.cli.decompress import decompress
 from kvpack.cli.demo import demo
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (capture, compress, decompress, verify, inspect, demo):
+for command in (capture, compress, decompress, verify, inspect, demo, claims):
     app.command()(command)
 
 

@@ -1,0 +1,45 @@
+"""The entropy of a text under a model: the sequence bound of a KV cache, in bits a token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from transformers import DynamicCache
+
+from kvpack.capture.model import Model
+from kvpack.errors import UsageError
+
+CHUNK = 256
+
+
+def token_bits(
+    model: Model, text: str, max_tokens: int | None = None, progress: Callable[[int, int], None] | None = None
+) -> tuple[float, int]:
+    """Mean of -log2 p(token | all before it) over a text, and how many tokens were predicted.
+
+    The first token is not predicted. Logits are taken in float32, ``CHUNK`` positions at a time.
+
+    Raises:
+        UsageError: fewer than two tokens, or more than the model has positions.
+
+    """
+    ids: torch.Tensor = model.tokenizer(text, return_tensors="pt").input_ids[:, :max_tokens].to(model.network.device)
+    count = ids.shape[1]
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if count < 2:
+        raise UsageError("the text has fewer than two tokens: nothing to predict")
+    if limit is not None and count > limit:
+        raise UsageError(f"{count} tokens, but the model has {limit} positions: use --max-tokens")
+    cache = DynamicCache(config=model.network.config)
+    nats = 0.0
+    with torch.inference_mode():
+        for at in range(0, count - 1, CHUNK):
+            stop = min(at + CHUNK, count - 1)
+            logits = model.network(input_ids=ids[:, at:stop], past_key_values=cache, use_cache=True).logits[0].float()
+            chosen = logits.log_softmax(-1).gather(1, ids[0, at + 1 : stop + 1, None])
+            nats -= float(chosen.double().sum())
+            if progress:
+                progress(stop, count - 1)
+    return nats / math.log(2) / (count - 1), count - 1
