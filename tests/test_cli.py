@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -255,6 +257,33 @@ def test_inspect_text(cli: Cli, small: Path) -> None:
     text = cli("inspect", f"{small}.kvp").out
     for expected in ("lossless (lossless)", "float_split() > rans()", "where the bytes went", "BF16[3, 160, 64]"):
         assert expected in text
+
+
+def test_colour_and_progress_only_on_a_terminal(cli: Cli, small: Path) -> None:
+    packed = cli("compress", small)
+    report = cli("inspect", f"{small}.kvp")
+    assert (packed.err, report.err) == ("", "")
+    assert "\x1b" not in report.out
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_terminals_get_progress_and_no_color_is_respected(small: Path, plain: bool) -> None:
+    """In a real pseudo-terminal."""
+    import pty
+
+    environment = {**os.environ, "TERM": "xterm-256color"} | ({"NO_COLOR": "1"} if plain else {})
+    master, slave = pty.openpty()
+    with subprocess.Popen([_script(), "compress", str(small)], stdout=slave, stderr=slave, env=environment) as process:
+        os.close(slave)
+        seen = b""
+        with contextlib.suppress(OSError):
+            while data := os.read(master, 4096):
+                seen += data
+    os.close(master)
+    assert process.returncode == 0
+    assert b"compressing small.safetensors" in seen
+    assert b"ratio" in seen
+    assert (re.search(rb"\x1b\[[0-9;]*3[0-9]", seen) is None) == plain
 
 
 def test_compress_json(cli: Cli, small: Path) -> None:

@@ -267,6 +267,83 @@ def test_lloyd_max_zero_vectors_and_the_unrepresentable() -> None:
             quantizer.encode(zeros + np.float32(bad), part)
 
 
+shapes = st.tuples(st.integers(1, 3), st.integers(0, 70), st.integers(1, 9))
+
+
+@given(st.sampled_from([FloatSplit(), BytePlanes()]), st.sampled_from(list(UINT)), shapes, st.integers(0, 2**32 - 1))
+def test_exact_quantizers_are_exact_on_anything(
+    quantizer: FloatSplit, dtype: str, shape: tuple[int, int, int], seed: int
+) -> None:
+    unsigned = UINT[dtype]
+    bits = np.random.default_rng(seed).integers(0, 1 << (8 * unsigned(0).itemsize), shape).astype(unsigned)
+    part = Part(dtype, shape, 0, shape[1])
+    for coder in CODERS:
+        streams = [
+            (plane, coder.encode(code, plane))
+            for plane, code in zip(quantizer.planes(part), quantizer.encode(bits, part), strict=True)
+        ]
+        codes = [coder.decode(memoryview(data), plane) for plane, data in streams]
+        back = quantizer.decode(codes, part)
+        assert back.dtype == bits.dtype
+        assert (back == bits).all()
+
+
+@given(
+    shapes, st.integers(1, 8), st.sampled_from(["token", "channel"]), st.integers(1, 40), st.integers(0, 80), st.data()
+)
+def test_affine_stays_within_its_groups(
+    shape: tuple[int, int, int], bits: int, axis: str, group: int, residual: int, data: st.DataObject
+) -> None:
+    """No value leaves the range of its group by more than fp16 rounding of scale and zero; shapes are as declared."""
+    scale = data.draw(st.sampled_from([1e-3, 1.0, 300.0]))
+    values = (np.random.default_rng(data.draw(st.integers(0, 99))).standard_normal(shape) * scale).astype(np.float32)
+    quantizer = Affine(bits=bits, axis=axis, group=group, residual=residual)
+    part = Part("F32", shape, 0, shape[1])
+    codes = quantizer.encode(values, part)
+    assert [c.shape for c in codes] == [p.shape for p in quantizer.planes(part)]
+    assert all(int(c.max(initial=0)) < 1 << p.width for c, p in zip(codes, quantizer.planes(part), strict=True))
+    back = quantizer.decode(codes, part)
+    slack = 4e-3 * max(float(np.abs(values).max(initial=0)), 1e-4)
+    assert back.shape == shape
+    if values.size:
+        assert back.min() >= values.min() - slack
+        assert back.max() <= values.max() + slack
+
+
+@given(shapes, st.integers(1, 4), st.booleans(), st.sampled_from([1e-2, 1.0, 1e3]), st.integers(0, 99))
+def test_lloyd_max_keeps_directions(
+    shape: tuple[int, int, int], bits: int, prod: bool, scale: float, seed: int
+) -> None:
+    """Every plane is as declared; the plain variant never points a vector backwards."""
+    values = (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
+    quantizer = LloydMax(bits=bits, prod=prod, seed=7)
+    part = Part("F32", shape, 0, shape[1])
+    codes = quantizer.encode(values, part)
+    assert [c.shape for c in codes] == [p.shape for p in quantizer.planes(part)]
+    assert all(
+        int(c.max(initial=0)) < 1 << p.width or not p.width for c, p in zip(codes, quantizer.planes(part), strict=True)
+    )
+    back = quantizer.decode(codes, part)
+    assert np.isfinite(back).all()
+    if not prod:
+        assert ((back * values).sum(-1) >= 0).all()
+
+
+@given(shapes, st.integers(0, 2**63 - 1))
+def test_rotations_keep_lengths(shape: tuple[int, int, int], seed: int) -> None:
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    rotated = Rotation(seed=seed).forward(values)
+    assert np.allclose((rotated**2).sum(-1), (values**2).sum(-1), rtol=1e-4)
+    assert np.allclose(Rotation(seed=seed).inverse(rotated), values, atol=1e-4)
+
+
+@given(st.integers(1, 22), st.integers(1, 16), shapes)
+def test_zstd_is_exact_at_every_level(level: int, width: int, shape: tuple[int, int, int]) -> None:
+    codes = skewed(shape, width)
+    spec = PlaneSpec("x", shape, width)
+    assert (Zstd(level=level).decode(memoryview(Zstd(level=level).encode(codes, spec)), spec) == codes).all()
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_stages_round_trip_as_json(name: str) -> None:
     examples = {

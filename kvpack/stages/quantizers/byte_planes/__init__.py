@@ -26,7 +26,7 @@ class BytePlanes(Quantizer):
 
     def encode(self, data: NDArray[Any], part: Part) -> list[Codes]:
         """Bit patterns ``[H, T, D]`` to bytes."""
-        octets = np.ascontiguousarray(data).view(np.uint8).reshape(*part.shape, -1)
+        octets = np.ascontiguousarray(data).view(np.uint8).reshape(*part.shape, ITEM_BITS[part.dtype] // 8)
         return [np.ascontiguousarray(octets[..., i]) for i in range(octets.shape[-1])]
 
     def decode(self, codes: list[Codes], part: Part) -> NDArray[np.unsignedinteger[Any]]:
