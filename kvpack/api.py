@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import kvpack
 from kvpack.archive import Archive, Capture, as_bytes, part_of
@@ -265,10 +265,9 @@ def check(archive: Archive, *, threads: int | None = None, progress: Progress | 
             progress(done, total)
 
 
-def matches_original(archive: Archive, capture: Capture) -> Iterable[str]:
+def differing_parts(archive: Archive, capture: Capture) -> Iterator[str]:
     """Names of parts whose digests say that ``capture`` is not what ``archive`` was made from."""
-    plans: Iterator[Any] = iter(archive.parts)
-    for part in plans:
+    for part in archive.parts:
         spec = capture.tensors.get(part.plan.tensor.name)
         same = spec is not None and (spec.dtype, spec.shape) == (part.plan.tensor.dtype, part.plan.tensor.shape)
         if not same or checksum(capture.read_part(part.plan)) != part.digest:

@@ -84,7 +84,7 @@ def parse_header(raw: bytes, source: str = "safetensors header") -> Header:
 
     """
     try:
-        entries = json.loads(raw)
+        entries = json.loads(raw.decode())
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise FormatError(f"{source}: not valid JSON ({error})") from None
     if not isinstance(entries, dict):

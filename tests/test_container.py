@@ -204,6 +204,23 @@ def test_a_name_of_many_digits_is_no_layer(tmp_path: Path) -> None:
     assert read_all(sink.getvalue()) == path.read_bytes()
 
 
+def test_a_file_without_tensors_round_trips(tmp_path: Path) -> None:
+    path = write_tensors(tmp_path / "x", {}, {"a": "b"})
+    sink = io.BytesIO()
+    api.compress(path, sink, CODECS["lossless"])
+    assert read_all(sink.getvalue()) == path.read_bytes()
+    with pytest.raises(FormatError, match="to compress lossily"):
+        api.compress(path, io.BytesIO(), CODECS["kivi-2"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-32-le", "latin-1"])
+def test_headers_that_are_not_utf8_are_refused(tmp_path: Path, encoding: str) -> None:
+    raw = '{"__metadata__":{"a":"é"}}'.encode(encoding)
+    (tmp_path / "x").write_bytes(struct.pack("<Q", len(raw)) + raw)
+    with pytest.raises(FormatError):
+        open_cache(tmp_path / "x")
+
+
 @given(st.binary(max_size=300))
 def test_bad_captures_are_refused(data: bytes) -> None:
     import tempfile

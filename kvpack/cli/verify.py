@@ -29,7 +29,7 @@ def verify(
 
     Needs no model. Exit code 3 where a threshold is not met, 5 where FILE was not made from ORIGINAL.
     """
-    from kvpack.api import matches_original
+    from kvpack.api import differing_parts
     from kvpack.archive import Archive, Capture, open_cache
     from kvpack.fidelity import check, compare
     from kvpack.tensorfile import TensorFile
@@ -37,7 +37,7 @@ def verify(
     reference = Capture(TensorFile.open(original))
     other = open_cache(file)
     if isinstance(other, Archive):
-        strangers = list(matches_original(other, reference))
+        strangers = list(differing_parts(other, reference))
         if strangers:
             raise MismatchError(f"{file}: was not made from {original} ({strangers[0]} differs)")
     with common.progress_bar("verifying", quiet) as progress:
