@@ -74,15 +74,32 @@ def frequencies(codes: Ints) -> Ints:
         ValueError: codes that are reserved, or that leave nothing for the rest.
 
     """
-    rest = codes == REST
-    if not (rest.sum(1) == 1).all() or (codes[~rest] >= len(LEVELS)).any():
-        raise ValueError("frequency table: reserved codes")
-    values: Ints = LEVELS[np.where(rest, 0, codes)]
-    left = TOTAL - values.sum(1)
-    if (left < 1).any():
-        raise ValueError("frequency table: sum is too large")
-    values[rest] = left
+    values = np.zeros(codes.shape, np.int64)
+    if not _frequencies(codes, values, LEVELS):
+        raise ValueError("frequency table: reserved codes, or nothing left for the rest")
     return values
+
+
+@njit
+def _frequencies(codes: Ints, values: Ints, levels: Ints) -> bool:
+    """Fill ``values``; False where a table's codes are not sound."""
+    tables, alphabet = codes.shape
+    for k in range(tables):
+        rest = -1
+        used = 0
+        for s in range(alphabet):
+            code = codes[k, s]
+            if code == REST and rest < 0:
+                rest = s
+            elif code < levels.size:
+                values[k, s] = levels[code]
+                used += levels[code]
+            else:
+                return False
+        if rest < 0 or used >= TOTAL:
+            return False
+        values[k, rest] = TOTAL - used
+    return True
 
 
 def cluster(histogram: Ints) -> tuple[Ints, Ints]:
@@ -109,6 +126,7 @@ def _cluster(histogram: Ints, assigned: Ints, sums: Ints, rounds: int,
     channels, alphabet = histogram.shape
     tables = len(sums)
     codes = np.zeros((tables, alphabet), np.int64)
+    values = np.zeros((tables, alphabet), np.int64)
     cost = np.zeros((alphabet, tables), np.int64)
     bits = np.zeros(tables, np.int64)
     for step in range(rounds + 1):
@@ -119,12 +137,11 @@ def _cluster(histogram: Ints, assigned: Ints, sums: Ints, rounds: int,
         if step == rounds:
             return
         _quantize(sums, codes, nearest, levels)
+        values[:] = 0
+        _frequencies(codes, values, levels)
         for k in range(tables):
-            used = 0
             for s in range(alphabet):
-                used += levels[codes[k, s]] if codes[k, s] != REST else 0
-            for s in range(alphabet):
-                cost[s, k] = costs[levels[codes[k, s]] if codes[k, s] != REST else TOTAL - used]
+                cost[s, k] = costs[values[k, s]]
         for c in range(channels):
             bits[:] = 0
             for s in range(alphabet):
