@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -343,8 +342,6 @@ def test_compress_and_verify_never_import_torch(small: Path) -> None:
 
 
 def test_a_real_process_ends_in_one_line(small: Path) -> None:
-    started = time.monotonic()
     done = subprocess.run([_script(), "decompress", str(small), "-o", "-"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (4, "")
     assert done.stderr == f"kvpack: {small}: not a .kvp file\n"
-    assert time.monotonic() - started < 60
