@@ -70,10 +70,11 @@ class Archive:
     @classmethod
     def open(cls, path: Path) -> Archive:
         """Open ``path``; errors carry the path."""
+        container = Container.open(path)
         try:
-            return cls(Container.open(path))
+            return cls(container)
         except (FormatError, UnsupportedError) as error:
-            raise error if str(error).startswith(str(path)) else type(error)(f"{path}: {error}") from None
+            raise type(error)(f"{path}: {error}") from None
 
     @property
     def parts(self) -> list[PartEntry]:

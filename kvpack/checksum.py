@@ -5,8 +5,8 @@ For bytes padded with zeros to 64-bit little-endian words w_0 … w_{n-1}, the c
 increment (Steele, Lea, Flood 2014). ``mix`` is a bijection, so that a change within one word is always seen,
 and any other change but with probability 2**-64. It guards against accidents, not against forgery.
 
-A CRC or SHA-256 would do as well, but neither fits a GPU, and on the CPU SHA-256 alone took a quarter of the time
-of decoding.
+A CRC or SHA-256 would do as well, but neither is a sum that threads can share, and SHA-256 would be a large part of
+decoding on a CPU.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
 ]
 """Rooms of ``kvpack/``, lowest first; a room may import rooms of lower layers, and its own."""
 
-ABOVE = {("checksum", "stages"), ("pipeline", "codecs")}
+ABOVE = {("checksum", "stages")}
 ONLY_IN_CLI = {"typer", "rich"}
 FILES = sorted((ROOT / "kvpack").rglob("*.py"))
 

@@ -37,9 +37,9 @@ def verify(
     reference = Capture(TensorFile.open(original))
     other = open_cache(file)
     if isinstance(other, Archive):
-        strangers = list(differing_parts(other, reference))
-        if strangers:
-            raise MismatchError(f"{file}: was not made from {original} ({strangers[0]} differs)")
+        stranger = next(differing_parts(other, reference), None)
+        if stranger is not None:
+            raise MismatchError(f"{file}: was not made from {original} ({stranger} differs)")
     with common.progress_bar("verifying", quiet) as progress:
         report = compare(reference, other, progress)
     if as_json:

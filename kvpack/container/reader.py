@@ -21,7 +21,7 @@ from kvpack.container.layout import (
     unpack_index,
     unpack_prologue,
 )
-from kvpack.errors import CorruptError, FormatError, TruncatedError
+from kvpack.errors import CorruptError, FormatError, TruncatedError, UnsupportedError
 from kvpack.tensorfile import Header as SourceHeader
 
 
@@ -71,7 +71,7 @@ class Container:
             view = memoryview(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         try:
             return cls(view)
-        except FormatError as error:
+        except (FormatError, UnsupportedError) as error:
             raise type(error)(f"{path}: {error}") from None
 
     def _checked(self, offset: int, length: int, crc: int, what: str) -> bytes:

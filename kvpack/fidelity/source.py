@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,11 +9,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpack.container import layer_of
 from kvpack.errors import MismatchError
 from kvpack.floats import FLOAT_BITS, Bits, to_float32
 from kvpack.tensorfile import TensorSpec
-
-_LAYER_NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,8})\.(keys|values)")
 
 
 class CacheSource(Protocol):
@@ -60,9 +58,9 @@ def layer_tensors(source: CacheSource) -> dict[int, dict[str, str]]:
     Layers ascend; keys come before values.
     """
     found = [
-        (int(match[1]), match[2], name)
+        (layer, name.rsplit(".", 1)[1], name)
         for name, spec in source.tensors.items()
-        if (match := _LAYER_NAME.fullmatch(name)) and is_float_tensor(spec)
+        if (layer := layer_of(spec)) is not None
     ]
     layers: dict[int, dict[str, str]] = {}
     for index, what, name in sorted(found):
