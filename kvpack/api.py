@@ -29,7 +29,7 @@ CHUNK_TOKENS = 2048
 CHUNK_MULTIPLE = 128
 """Chunks begin at multiples of this many tokens, so that groups of tokens never straddle two."""
 
-PROBES = ("queries.*", "query_positions", "attention_mass")
+PROBES = ("queries.*", "query_positions", "attention_mass", "continuation")
 """Tensors of a capture that only measure fidelity."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 import kvpack
 from kvpack.capture.model import Model
+from kvpack.capture.needles import Needle, plant
 from kvpack.capture.probe import Probe, listening
 from kvpack.errors import KvpackError, UnsupportedError, UsageError
 
@@ -22,12 +23,18 @@ MASS_WINDOW = 256
 
 @dataclass(frozen=True)
 class CaptureOptions:
-    """``queries`` probes, prefill in chunks of ``chunk`` tokens (None: one), ``generate`` decode steps."""
+    """``queries`` probes, prefill in chunks of ``chunk`` tokens (None: one), ``generate`` decode steps.
+
+    ``continuation``: how many tokens of the text beyond ``max_tokens`` are noted for judging predictions;
+    ``needles``: how many facts are planted in the text.
+    """
 
     max_tokens: int | None = None
     queries: int = 32
     chunk: int | None = None
     generate: int = 0
+    continuation: int = 256
+    needles: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ class CapturedCache:
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     tokens: torch.Tensor
+    continuation: torch.Tensor
     attention_mass: torch.Tensor
     queries: list[torch.Tensor]
     query_positions: torch.Tensor
@@ -53,7 +61,20 @@ def run(
         UnsupportedError: layers that hold something else than plain keys and values.
 
     """
-    ids = _tokenize(model, text, options)
+    ids, continuation, needles = _tokenize(model, text, options)
+    return run_tokens(model, ids, options, progress, continuation, needles)
+
+
+def run_tokens(
+    model: Model,
+    prompt_ids: list[int],
+    options: CaptureOptions,
+    progress: Callable[[int, int], None] | None = None,
+    continuation: Sequence[int] = (),
+    needles: Sequence[Needle] = (),
+) -> CapturedCache:
+    """:func:`run` for token ids."""
+    ids = torch.tensor([prompt_ids], device=model.network.device)
     prompt = ids.shape[1]
     total = prompt + options.generate
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -82,10 +103,11 @@ def run(
         keys=[cache.layers[i].keys[0].cpu().contiguous() for i in layers],
         values=[cache.layers[i].values[0].cpu().contiguous() for i in layers],
         tokens=ids[0].to(torch.int32).cpu(),
+        continuation=torch.tensor(continuation, dtype=torch.int32),
         attention_mass=torch.stack([probe.mass[i] for i in layers]).to(torch.float16),
         queries=[torch.cat(probe.queries[i], dim=1).contiguous() for i in layers],
         query_positions=torch.tensor(probe.positions, dtype=torch.int32),
-        metadata=_metadata(model, cache, probe, chunks, options),
+        metadata=_metadata(model, cache, probe, chunks, options, needles),
     )
 
 
@@ -96,16 +118,20 @@ def probe_positions(total: int, count: int) -> list[int]:
     return [total - 1 - (total - 1 - first) * i // max(count - 1, 1) for i in reversed(range(count))]
 
 
-def _tokenize(model: Model, text: str, options: CaptureOptions) -> torch.Tensor:
-    for name, least in (("queries", 0), ("generate", 0)):
-        if getattr(options, name) < least:
+def _tokenize(model: Model, text: str, options: CaptureOptions) -> tuple[list[int], list[int], list[Needle]]:
+    """The prompt's tokens, those that continue it, and the facts planted in the prompt."""
+    for name in ("queries", "generate", "continuation", "needles"):
+        if getattr(options, name) < 0:
             raise UsageError(f"--{name} cannot be negative")
     if (options.chunk is not None and options.chunk < 1) or (options.max_tokens is not None and options.max_tokens < 1):
         raise UsageError("--chunk and --max-tokens are at least 1")
-    ids: torch.Tensor = model.tokenizer(text, return_tensors="pt").input_ids[:, : options.max_tokens]
-    if ids.shape[1] == 0:
+    ids: list[int] = model.tokenizer(text).input_ids
+    if not ids:
         raise UsageError("the text has no tokens")
-    return ids.to(model.network.device)
+    prompt, needles = plant(model, ids, options.needles, options.max_tokens)
+    used = len(prompt) - sum(len(needle.tokens) for needle in needles)
+    following = ids[used : used + options.continuation] if not options.generate else []
+    return prompt, following, needles
 
 
 def _forward(model: Model, ids: torch.Tensor, cache: Any) -> torch.Tensor:
@@ -137,11 +163,18 @@ def _check_recorded(cache: Any, probe: Probe) -> None:
         raise KvpackError("the model has no KV cache")
 
 
-def _metadata(model: Model, cache: Any, probe: Probe, chunks: list[int], options: CaptureOptions) -> dict[str, str]:
+def _metadata(
+    model: Model,
+    cache: Any,
+    probe: Probe,
+    chunks: list[int],
+    options: CaptureOptions,
+    needles: Sequence[Needle],
+) -> dict[str, str]:
     config = model.config
     scales = [probe.scales[i] for i in range(len(cache.layers))]
     key = cache.layers[0].keys
-    document = {
+    document: dict[str, Any] = {
         "kvpack_capture_version": CAPTURE_VERSION,
         "model": {
             "name": model.name,
@@ -168,4 +201,6 @@ def _metadata(model: Model, cache: Any, probe: Probe, chunks: list[int], options
             "transformers": transformers.__version__,
         },
     }
+    if needles:
+        document["needles"] = [needle.to_json() for needle in needles]
     return {name: json.dumps(value, sort_keys=True) for name, value in document.items()}

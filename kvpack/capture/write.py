@@ -43,6 +43,8 @@ def _tensors(cache: CapturedCache) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"layers.{i}.keys", keys
         yield f"layers.{i}.values", values
     yield "tokens", cache.tokens
+    if len(cache.continuation):
+        yield "continuation", cache.continuation
     yield "attention_mass", cache.attention_mass
     if len(cache.query_positions):
         for i, queries in enumerate(cache.queries):

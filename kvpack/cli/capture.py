@@ -30,15 +30,19 @@ def capture(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Use at most so many tokens of the text.", show_default=False)
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="auto (the checkpoint's own; bf16 for GGUF), bf16, fp16 or fp32.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: common.Dtype = "auto",
+    device: common.Device = "auto",
     queries: Annotated[int, typer.Option(min=0, help="Probe queries to save, for verify's attention fidelity.")] = 32,
     chunk: Annotated[
         int | None, typer.Option(min=1, help="Prefill in chunks of so many tokens (default: one).", show_default=False)
     ] = None,
     generate: Annotated[int, typer.Option(min=0, help="Decode so many tokens greedily after the prefill.")] = 0,
+    continuation: Annotated[
+        int, typer.Option(min=0, help="Tokens of the text beyond --max-tokens to note, for verify --model.")
+    ] = 256,
+    needles: Annotated[
+        int, typer.Option(min=0, help="Facts to plant in the text, that verify --model will ask for.")
+    ] = 0,
     force: common.Force = False,
     quiet: common.Quiet = False,
 ) -> None:
@@ -49,12 +53,13 @@ def capture(
     from kvpack.capture import CaptureOptions, load_model, run, write_capture
 
     loaded = load_model(model, dtype, device)
-    options = CaptureOptions(max_tokens, queries, chunk, generate)
+    options = CaptureOptions(max_tokens, queries, chunk, generate, continuation, needles)
     with common.progress_bar(f"running {loaded.name}", quiet) as progress:
         cache = run(loaded, content, options, progress)
     with common.writable(output, force) as sink:
         size = write_capture(cache, sink)
-    line = f"{output}: {len(cache.keys)} layers, {len(cache.tokens)} tokens, {size} bytes"
+    noted = f", {len(cache.continuation)} to follow" if len(cache.continuation) else ""
+    line = f"{output}: {len(cache.keys)} layers, {len(cache.tokens)} tokens{noted}, {size} bytes"
     common.say(line, quiet=quiet, to_stderr=output == common.STDIO)
 
 

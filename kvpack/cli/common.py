@@ -33,6 +33,10 @@ Threads = Annotated[
 ]
 
 
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own; bf16 for GGUF), bf16, fp16 or fp32.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+
+
 def check_inputs(inputs: list[Path], output: Path | None, *, keep: bool, remove: bool, as_json: bool) -> None:
     """Refuse options that contradict each other."""
     if as_json and (output == STDIO or (output is None and STDIO in inputs)):

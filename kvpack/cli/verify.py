@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvpack.cli import common
-from kvpack.errors import MismatchError, QualityError
+from kvpack.errors import MismatchError, QualityError, UsageError
 
 if TYPE_CHECKING:
     from kvpack.fidelity import Attention, Reconstruction, Report
+    from kvpack.fidelity.model import ModelReport
 
 
 def verify(
@@ -22,18 +24,41 @@ def verify(
         float | None, typer.Option(help="Fail above this relative error of attention outputs.", show_default=False)
     ] = None,
     bit_exact: Annotated[bool, typer.Option("--bit-exact", help="Fail unless every bit is the same.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "-m",
+            "--model",
+            help="Also run the model from both caches: hub id, directory, .gguf file, or 'embedded'.",
+            show_default=False,
+        ),
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Fail above this mean next-token KL, nats (--model).", show_default=False)
+    ] = None,
+    min_top1: Annotated[
+        float | None, typer.Option(help="Fail below this top-1 agreement (--model).", show_default=False)
+    ] = None,
+    max_ppl_increase: Annotated[
+        float | None, typer.Option(help="Fail above this relative increase in perplexity.", show_default=False)
+    ] = None,
+    dtype: common.Dtype = "auto",
+    device: common.Device = "auto",
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
-    """Measure what was lost: reconstruction error, and attention fidelity at the capture's probe queries.
+    """Measure what was lost: reconstruction error, attention fidelity at the capture's probe queries, and with
+    --model what the model itself predicts: next-token KL, perplexity, greedy generation, needles.
 
-    Needs no model. Exit code 3 where a threshold is not met, 5 where FILE was not made from ORIGINAL.
+    Exit code 3 where a threshold is not met, 5 where FILE was not made from ORIGINAL.
     """
     from kvpack.api import differing_parts
     from kvpack.archive import Archive, Capture, open_cache
     from kvpack.fidelity import check, compare
     from kvpack.tensorfile import TensorFile
 
+    if model is None and any(limit is not None for limit in (max_kl, min_top1, max_ppl_increase)):
+        raise UsageError("--max-kl, --min-top1 and --max-ppl-increase need --model")
     reference = Capture(TensorFile.open(original))
     other = open_cache(file)
     if isinstance(other, Archive):
@@ -42,11 +67,23 @@ def verify(
             raise MismatchError(f"{file}: was not made from {original} ({stranger} differs)")
     with common.progress_bar("verifying", quiet) as progress:
         report = compare(reference, other, progress)
+    failures = check(report, max_nmse, max_attn_err, bit_exact)
+    judged = None
+    if model is not None:
+        from kvpack.capture import load_model
+        from kvpack.fidelity.model import Judge, check_model
+
+        loaded = load_model(None if model == "embedded" else model, dtype, device)
+        with common.progress_bar(f"running {loaded.name}", quiet) as progress:
+            judged = Judge(loaded, reference, progress).measure(other)
+        failures += check_model(judged, max_kl, min_top1, max_ppl_increase)
     if as_json:
-        common.print_json({"original": str(original), "file": str(file), **report.to_json()})
+        document = {"original": str(original), "file": str(file), **report.to_json()}
+        common.print_json({**document, "model": judged.to_json() if judged else None})
     elif not quiet:
         _print(report)
-    failures = check(report, max_nmse, max_attn_err, bit_exact)
+        if judged:
+            _print_model(judged)
     if failures:
         raise QualityError(f"{file}: {'; '.join(failures)}")
 
@@ -68,6 +105,29 @@ def _print(report: Report) -> None:
     for what, names in (("differs", extras.differ), ("missing", extras.missing), ("added", extras.added)):
         for name in names:
             console.print(f"{what}: {name}", markup=False)
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False)
+
+
+def _print_model(report: ModelReport) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("continuation", "tokens", "KL mean", "KL p90", "KL p99", "top-1", "ppl", "ppl change"):
+        table.add_column(column, justify="left" if column == "continuation" else "right", no_wrap=True)
+    for name, part in (("plain", report.plain), ("repeat", report.repeat)):
+        if part is None:
+            continue
+        kl = [f"{value:.2e}" for value in (part.kl_mean, part.kl_p90, part.kl_p99)]
+        perplexity = [f"{exp(part.nll):.3f}", f"{100 * part.ppl_change:+.2f} %"]
+        table.add_row(name, str(part.positions), *kl, f"{part.top1:.3f}", *perplexity)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"greedy generation identical: {report.greedy_identical} of {report.greedy_length} tokens")
+    if report.needles:
+        found, original = (sum(values) for values in zip(*((n.found, n.original) for n in report.needles), strict=True))
+        console.print(f"needles found: {found} of {len(report.needles)} (original cache: {original})")
     for note in report.notes:
         console.print(f"note: {note}", markup=False)
 

@@ -1,0 +1,310 @@
+"""Model fidelity: what the model itself predicts from a compressed cache, beside what it predicts from the original.
+
+Every test crops the cache by its last token and feeds that token again, so that its prediction counts too; the
+other cached tokens are read as they are. Logits are compared position by position in float64.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import DynamicCache
+
+from kvpack.capture.model import Model
+from kvpack.capture.needles import encode
+from kvpack.errors import FormatError, MismatchError
+from kvpack.fidelity.source import CacheSource, layer_tensors
+
+JUDGED = 256
+"""Positions of the repeated passage, and of the plain continuation at most."""
+
+GENERATED = 128
+TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_SIGNED = {"BF16": np.int16, "F16": np.int16, "F32": np.int32}
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Next-token predictions over a continuation, compressed against original cache.
+
+    ``kl`` (nats a token): KL(p || p^) of the original's distribution p; its mean and percentiles over positions.
+    ``top1``: share of positions whose most likely token is the same. ``nll``: mean negative log-likelihood of the
+    continuation's own tokens, nats.
+    """
+
+    positions: int
+    kl_mean: float
+    kl_p90: float
+    kl_p99: float
+    top1: float
+    nll_original: float
+    nll: float
+
+    @property
+    def ppl_change(self) -> float:
+        """Relative change of the perplexity: 0.01 is one percent worse."""
+        return float(np.expm1(self.nll - self.nll_original))
+
+    def to_json(self) -> dict[str, float]:
+        """Fields and ``ppl_change``."""
+        return {**asdict(self), "ppl_change": self.ppl_change}
+
+
+@dataclass(frozen=True)
+class NeedleResult:
+    """Whether the exact answer was the most likely one, from the original and from the compressed cache."""
+
+    depth: float
+    original: bool
+    found: bool
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """Results of all tests that the capture allows; None where it lacks what a test takes."""
+
+    plain: Continuation | None
+    repeat: Continuation | None
+    greedy_identical: int
+    greedy_length: int
+    needles: tuple[NeedleResult, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON types only."""
+        return {
+            "plain": self.plain.to_json() if self.plain else None,
+            "repeat": self.repeat.to_json() if self.repeat else None,
+            "greedy_identical": self.greedy_identical,
+            "greedy_length": self.greedy_length,
+            "needles": [asdict(needle) for needle in self.needles],
+            "needles_found": sum(needle.found for needle in self.needles),
+            "needles_found_original": sum(needle.original for needle in self.needles),
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class _Test:
+    """Tokens fed behind the cropped cache, and the original's log-probabilities ``[N, V]`` at each of them."""
+
+    fed: list[int]
+    labels: list[int]
+    reference: torch.Tensor
+
+
+class Judge:
+    """Holds the original's predictions, and measures other caches of the same tokens against them."""
+
+    def __init__(self, model: Model, original: CacheSource, progress: Progress | None = None) -> None:
+        """Run every test on the original cache.
+
+        Raises:
+            MismatchError: the capture names other weights, or its shapes are not the model's.
+            FormatError: the capture has no tokens.
+
+        """
+        _require_weights(model, original)
+        self._model = model
+        self._tokens = _ints(original, "tokens")
+        if len(self._tokens) < 2:
+            raise FormatError("the capture has no tokens: the model cannot be run on it")
+        self._layers = _load(model, original, len(self._tokens))
+        notes = []
+        steps = _Steps(3 + 1, progress)
+        self._plain = self._repeat = None
+        following = _ints(original, "continuation")[:JUDGED]
+        if following:
+            self._plain = self._test(following, self._layers)
+        else:
+            notes.append("no continuation in the capture: only the repeated passage was judged")
+        steps.advance()
+        start = len(self._tokens) // 3
+        self._repeat = self._test(self._tokens[start : start + JUDGED], self._layers)
+        steps.advance()
+        self._greedy = self._test(self._generate(), self._layers)
+        steps.advance()
+        self._needles = _needles(model, original)
+        self._needles_original = [self._recites(needle, self._layers) for needle in self._needles]
+        steps.advance()
+        if self._needles and not all(self._needles_original):
+            missed = self._needles_original.count(False)
+            notes.append(f"the model itself misses {missed} of {len(self._needles)} needles with the original cache")
+        self._notes = tuple(notes)
+
+    def measure(self, other: CacheSource) -> ModelReport:
+        """Run every test on ``other``.
+
+        Raises:
+            MismatchError: its layers or shapes are not the original's.
+
+        """
+        layers = _load(self._model, other, len(self._tokens))
+        found = [self._recites(needle, layers) for needle in self._needles]
+        greedy = self._logits(self._greedy.fed, layers).argmax(-1)
+        same = (greedy == self._greedy.reference.argmax(-1)).long()
+        return ModelReport(
+            plain=self._compare(self._plain, layers) if self._plain else None,
+            repeat=self._compare(self._repeat, layers) if self._repeat else None,
+            greedy_identical=int(same.cumprod(0).sum()),
+            greedy_length=len(same),
+            needles=tuple(
+                NeedleResult(needle.depth, original, ok)
+                for needle, original, ok in zip(self._needles, self._needles_original, found, strict=True)
+            ),
+            notes=self._notes,
+        )
+
+    def _test(self, labels: list[int], layers: _Layers) -> _Test:
+        fed = [self._tokens[-1], *labels[:-1]]
+        return _Test(fed, labels, self._logits(fed, layers).log_softmax(-1))
+
+    def _compare(self, test: _Test, layers: _Layers) -> Continuation:
+        other = self._logits(test.fed, layers).log_softmax(-1)
+        kl, nll_original, nll = (np.empty(len(test.labels)) for _ in range(3))
+        for i, label in enumerate(test.labels):
+            p, q = test.reference[i].double(), other[i].double()
+            kl[i] = max(float((p.exp() * (p - q)).sum()), 0.0)
+            nll_original[i], nll[i] = -float(p[label]), -float(q[label])
+        same = test.reference.argmax(-1) == other.argmax(-1)
+        return Continuation(
+            positions=len(kl),
+            kl_mean=float(kl.mean()),
+            kl_p90=float(np.percentile(kl, 90)),
+            kl_p99=float(np.percentile(kl, 99)),
+            top1=float(same.double().mean()),
+            nll_original=float(nll_original.mean()),
+            nll=float(nll.mean()),
+        )
+
+    def _logits(self, fed: list[int], layers: _Layers) -> torch.Tensor:
+        """Float32 logits ``[N, V]`` at tokens ``fed`` behind the cropped cache."""
+        network = self._model.network
+        with torch.inference_mode():
+            ids = torch.tensor([fed], device=network.device)
+            logits: torch.Tensor = network(input_ids=ids, past_key_values=_cache(network, layers)).logits
+        return logits[0].float()
+
+    def _generate(self) -> list[int]:
+        """What the model generates greedily from the original cache."""
+        network = self._model.network
+        cache, token, tokens = _cache(network, self._layers), self._tokens[-1], []
+        with torch.inference_mode():
+            for _ in range(GENERATED):
+                ids = torch.tensor([[token]], device=network.device)
+                token = int(network(input_ids=ids, past_key_values=cache).logits[0, -1].argmax())
+                tokens.append(token)
+        return tokens
+
+    def _recites(self, needle: _Question, layers: _Layers) -> bool:
+        """Whether greedy decoding behind the question gives the exact answer."""
+        fed = [self._tokens[-1], *needle.question, *needle.answer[:-1]]
+        chosen = self._logits(fed, layers).argmax(-1)[-len(needle.answer) :]
+        return chosen.tolist() == needle.answer
+
+
+_Layers = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class _Question:
+    depth: float
+    question: list[int]
+    answer: list[int]
+
+
+class _Steps:
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total, self._progress, self._done = total, progress, 0
+
+    def advance(self) -> None:
+        self._done += 1
+        if self._progress:
+            self._progress(self._done, self._total)
+
+
+def _require_weights(model: Model, source: CacheSource) -> None:
+    try:
+        named = json.loads(source.metadata.get("model", "{}"))
+    except json.JSONDecodeError:
+        named = {}
+    theirs = named.get("weights_sha256") if isinstance(named, dict) else None
+    if theirs and theirs != model.weights_sha256:
+        raise MismatchError(
+            f"the capture is of {named.get('name')} (weights {theirs[:12]}), "
+            f"the model is {model.name} (weights {model.weights_sha256[:12]})"
+        )
+
+
+def _ints(source: CacheSource, name: str) -> list[int]:
+    spec = source.tensors.get(name)
+    if spec is None or len(spec.shape) != 1 or spec.dtype not in ("I32", "U32"):
+        return []
+    bits: NDArray[Any] = source.read(name)
+    tokens: list[int] = bits.view(np.int32).tolist()
+    return tokens
+
+
+def _needles(model: Model, source: CacheSource) -> list[_Question]:
+    try:
+        entries = json.loads(source.metadata.get("needles", "[]"))
+        total = max(len(_ints(source, "tokens")), 1)
+        return [
+            _Question(int(e["position"]) / total, encode(model, "\n" + e["question"]), encode(model, e["answer"]))
+            for e in entries
+        ]
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+        raise FormatError("the capture's needles are not as docs/capture-format.md says") from None
+
+
+def _load(model: Model, source: CacheSource, tokens: int) -> _Layers:
+    """Keys and values ``[1, H, T - 1, D]`` of every layer, in the model's dtype, on its device."""
+    layers = layer_tensors(source)
+    count = model.config.num_hidden_layers
+    if list(layers) != list(range(count)) or any(len(names) != 2 for names in layers.values()):
+        raise MismatchError(f"the model has {count} layers, the cache keys and values of {len(layers)}")
+    return [
+        (_tensor(model, source, layers[i]["keys"], tokens), _tensor(model, source, layers[i]["values"], tokens))
+        for i in range(count)
+    ]
+
+
+def _tensor(model: Model, source: CacheSource, name: str, tokens: int) -> torch.Tensor:
+    spec = source.tensors[name]
+    if spec.shape[1] != tokens:
+        raise MismatchError(f"{name}: {spec.shape[1]} tokens, but the capture lists {tokens}")
+    bits = np.array(source.read(name)[:, :-1])
+    values = torch.from_numpy(bits.view(_SIGNED[spec.dtype])).view(TORCH[spec.dtype])
+    return values[None].to(model.network.device, model.network.dtype)
+
+
+def _cache(network: Any, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    cache = DynamicCache(config=network.config)
+    for i, (keys, values) in enumerate(layers):
+        cache.update(keys, values, i)
+    return cache
+
+
+def check_model(
+    report: ModelReport, max_kl: float | None, min_top1: float | None, max_ppl_increase: float | None
+) -> list[str]:
+    """What of the report does not meet the thresholds, which hold for each continuation by itself."""
+    failures = []
+    for name, part in (("plain", report.plain), ("repeat", report.repeat)):
+        if part is None:
+            continue
+        if max_kl is not None and not part.kl_mean <= max_kl:
+            failures.append(f"{name} KL {part.kl_mean:.4g} nats is above {max_kl:g}")
+        if min_top1 is not None and not part.top1 >= min_top1:
+            failures.append(f"{name} top-1 agreement {part.top1:.4g} is below {min_top1:g}")
+        if max_ppl_increase is not None and not part.ppl_change <= max_ppl_increase:
+            failures.append(f"{name} perplexity change {part.ppl_change:.4g} is above {max_ppl_increase:g}")
+    return failures
