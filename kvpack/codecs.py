@@ -6,11 +6,12 @@ without making old files unreadable.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from kvpack.errors import FormatError, UsageError
-from kvpack.stages.base import EntropyCoder, Quantizer, Transform
+from kvpack.stages.base import EntropyCoder, Quantizer, Stage, Transform
 from kvpack.stages.entropy.rans import Rans
 from kvpack.stages.entropy.zstd import Zstd
 from kvpack.stages.quantizers.affine import Affine
@@ -34,9 +35,19 @@ class Chain:
         if self.quantizer.exact and self.transforms:
             raise ValueError(f"{self.quantizer.name} codes bit patterns: no transform can stand before it")
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages in order."""
+        return (*self.transforms, self.quantizer, self.entropy)
+
+    def with_seed(self, seed: int) -> Chain:
+        """The same with ``1000 * seed`` added to every stage's seed."""
+        transforms = tuple(_reseeded(transform, seed) for transform in self.transforms)
+        return Chain(transforms, _reseeded(self.quantizer, seed), self.entropy)
+
     def to_json(self) -> list[dict[str, Any]]:
         """The stages' JSON forms in order."""
-        return [stage.to_json() for stage in (*self.transforms, self.quantizer, self.entropy)]
+        return [stage.to_json() for stage in self.stages]
 
     @classmethod
     def from_json(cls, document: Any) -> Chain:
@@ -74,6 +85,15 @@ class Codec:
         """Whether every bit comes back."""
         return self.keys.quantizer.exact and self.values.quantizer.exact
 
+    @property
+    def seeded(self) -> bool:
+        """Whether something in it is random."""
+        return any(hasattr(stage, "seed") for stage in self.keys.stages + self.values.stages)
+
+    def with_seed(self, seed: int) -> Codec:
+        """The same with other random matrices; 0 gives the codec's own."""
+        return replace(self, keys=self.keys.with_seed(seed), values=self.values.with_seed(seed)) if seed else self
+
     def to_json(self) -> dict[str, Any]:
         """The form that a file carries."""
         return {"name": self.name, "keys": self.keys.to_json(), "values": self.values.to_json()}
@@ -86,6 +106,14 @@ class Codec:
         if not isinstance(document["name"], str):
             raise FormatError("a codec's name is not a string")
         return cls(document["name"], Chain.from_json(document["keys"]), Chain.from_json(document["values"]))
+
+
+S = TypeVar("S", bound=Stage)
+
+
+def _reseeded(stage: S, seed: int) -> S:
+    changed: dict[str, Any] = {"seed": stage.seed + 1000 * seed} if hasattr(stage, "seed") else {}
+    return replace(stage, **changed)
 
 
 def _lossless() -> Codec:
@@ -134,3 +162,23 @@ def codec_named(name: str) -> Codec:
     if name not in CODECS:
         raise UsageError(f"no codec is named {name!r}; there are: {', '.join(CODECS)}")
     return CODECS[name]
+
+
+def codecs_matching(names: Sequence[str]) -> list[Codec]:
+    """Codecs by name or family (``kivi`` for all of KIVI's), or ``all``; in the order of :data:`CODECS`.
+
+    Raises:
+        UsageError: a name that is neither.
+
+    """
+    families = {name: family_of(name) for name in CODECS}
+    for name in names:
+        if name != "all" and name not in families.values():
+            codec_named(name)
+    return [codec for name, codec in CODECS.items() if {name, families[name], "all"} & set(names)]
+
+
+def family_of(name: str) -> str:
+    """A codec's name without its rate."""
+    head, _, tail = name.rpartition("-")
+    return head if head and tail.replace(".", "").isdigit() else name

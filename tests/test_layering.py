@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"archive", "inspection", "capture", "claims"},
     {"fidelity"},
     {"api"},
-    {"demo"},
+    {"demo", "bench"},
     {"cli"},
     {"__main__"},
 ]

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import kvpack
+from kvpack.cli.bench import bench
 from kvpack.cli.capture import capture
 from kvpack.cli.claims import claims
 from kvpack.cli.compress import compress
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (capture, compress, decompress, verify, inspect, demo, claims):
+for command in (capture, compress, decompress, verify, inspect, bench, demo, claims):
     app.command()(command)
 
 

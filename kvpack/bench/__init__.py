@@ -1,0 +1,1 @@
+"""Rate-distortion runs: every codec over held-out captures, judged by the model; tables, plots, comparisons."""

@@ -1,0 +1,108 @@
+"""The results as Markdown, and as a plot (matplotlib, the extra ``plot``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvpack.bench.results import Interval, Results, Summary, summarize
+from kvpack.errors import KvpackError
+
+COLUMNS = {
+    "bits": ("bits/elem", "{:.3f}"),
+    "ratio": ("ratio", "{:.2f}"),
+    "kl_plain": ("KL plain", "{:.4f}"),
+    "kl_repeat": ("KL repeat", "{:.4f}"),
+    "ppl_plain": ("ppl plain", "{:+.2%}"),
+    "ppl_repeat": ("ppl repeat", "{:+.2%}"),
+    "top1_plain": ("top-1", "{:.3f}"),
+    "greedy": ("greedy", "{:.0f}"),
+    "needles": ("needles", "{:.1f}"),
+    "attention_error": ("attn err", "{:.3f}"),
+    "compress_seconds": ("in, s", "{:.2f}"),
+    "decompress_seconds": ("out, s", "{:.2f}"),
+}
+WITH_INTERVAL = ("kl_plain", "kl_repeat", "ppl_plain", "ppl_repeat")
+
+
+SHORT = ("bits", "ratio", "kl_plain", "kl_repeat", "ppl_repeat", "top1_plain", "needles", "attention_error")
+"""Columns that fit a terminal."""
+
+
+def cells(summary: Summary, columns: Sequence[str] = tuple(COLUMNS), *, intervals: bool = True) -> list[str]:
+    """A table's row: the codec, then ``columns``; KL and perplexity with their 95 % intervals."""
+    figures = [(summary.figures.get(name), COLUMNS[name][1], name in WITH_INTERVAL) for name in columns]
+    return [summary.codec, *(_cell(figure, form, intervals and wanted) for figure, form, wanted in figures)]
+
+
+def _cell(figure: Interval | None, form: str, with_interval: bool) -> str:
+    if figure is None:
+        return "-"
+    text = form.format(figure.mean)
+    if with_interval and figure.half is not None and figure.half > 0:
+        text += " ± " + form.replace("+", "").format(figure.half)
+    return text
+
+
+def markdown(results: Results) -> str:
+    """A report: what was run, where, and one table."""
+    documents = list(dict.fromkeys(row.document for row in results.rows))
+    summaries = summarize(results.rows)
+    originals = [s.figures["needles_original"].mean for s in summaries if "needles_original" in s.figures]
+    lines = [
+        f"Model {results.setting['model']} ({results.setting['dtype']}), documents: {', '.join(documents)}.",
+        "Means over documents"
+        + (" ± 95 % confidence" if len(documents) > 1 else "")
+        + "; bits of the whole file, seconds of the second of two runs.",
+    ]
+    if originals:
+        lines.append(f"Needles found with the uncompressed cache: {originals[0]:.1f}.")
+    versions = ", ".join(f"{name} {version}" for name, version in results.setting["versions"].items())
+    where = results.machine
+    place = where["gpu"] or f"{where['cores']} cores of {where['processor']}"
+    lines.append(f"{place}, Python {where['python']}, {versions}, commit {where['commit']}.")
+    header = ["codec", *(title for title, _ in COLUMNS.values())]
+    table = [header, ["---"] * len(header), *map(cells, summaries)]
+    return "\n".join(lines) + "\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in table) + "\n"
+
+
+PANELS = (
+    ("kl_plain", "next-token KL, text goes on (nats)", "log"),
+    ("kl_repeat", "next-token KL, passage repeated (nats)", "log"),
+    ("attention_error", "relative error of attention outputs", "log"),
+    ("ppl_repeat", "perplexity change, passage repeated", "symlog"),
+)
+
+
+def plot(results: Results, path: Path) -> None:
+    """Draw each of :data:`PANELS` against bits an element, one line a codec family, to ``path``.
+
+    Raises:
+        KvpackError: matplotlib is not installed, or cannot write such a file.
+
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise KvpackError("--plot needs matplotlib: pip install 'kvpack[plot]'") from None
+    from kvpack.codecs import family_of
+
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    summaries = [s for s in summarize(results.rows) if s.figures["keys_nmse"].mean != 0]
+    families = list(dict.fromkeys(family_of(s.codec) for s in summaries))
+    for axes, (name, title, scale) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        for family in families:
+            mine = [s.figures for s in summaries if family_of(s.codec) == family and name in s.figures]
+            points = sorted((f["bits"].mean, f[name].mean, f[name].half or 0.0) for f in mine)
+            if points:
+                bits, values, halves = zip(*points, strict=True)
+                low = [min(half, 0.99 * abs(value)) for value, half in zip(values, halves, strict=True)]
+                axes.errorbar(bits, values, yerr=[low, halves], marker="o", markersize=4, capsize=2, label=family)
+        axes.set(xscale="log", xlabel="bits an element, whole file", ylabel=title)
+        axes.set_yscale(scale, **({"linthresh": 0.01} if scale == "symlog" else {}))
+        axes.grid(visible=True, which="both", alpha=0.25)
+    figure.axes[0].legend()
+    try:
+        figure.savefig(path)
+    except ValueError as error:
+        raise KvpackError(f"{path}: {error}") from None

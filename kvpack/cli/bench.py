@@ -1,0 +1,118 @@
+"""``kvpack bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvpack.cli import common
+from kvpack.errors import UsageError
+from kvpack.files import check_output
+
+if TYPE_CHECKING:
+    from kvpack.bench.results import Results
+
+
+def bench(
+    captures: Annotated[
+        list[Path] | None, typer.Argument(help="Captures to judge codecs on.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option("-m", "--model", help="The judge: hub id, directory, .gguf file, 'embedded', or 'none'."),
+    ] = "embedded",
+    codecs: Annotated[str, typer.Option(help="Codecs or families, with commas: kivi,turboquant-3; or 'all'.")] = "all",
+    quick: Annotated[bool, typer.Option("--quick", help="A handful of codecs, one seed.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds a codec with random matrices is run with.")] = 3,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Results, as JSON; a file found there is continued.")
+    ] = Path("kvpack-bench.json"),
+    report: Annotated[
+        Path | None, typer.Option(help="Also write a Markdown report.", show_default=False, metavar="FILE")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw the curves (.png, .svg, .pdf).", show_default=False, metavar="FILE")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            help="Say what moved between two results, and run nothing.", metavar="OLD NEW", show_default=False
+        ),
+    ] = None,
+    dtype: common.Dtype = "auto",
+    device: common.Device = "auto",
+    force: common.Force = False,
+    quiet: common.Quiet = False,
+    as_json: common.Json = False,
+) -> None:
+    """Run every codec over captures and measure rate and fidelity: tables and curves, with confidence intervals.
+
+    Make captures with `kvpack capture --max-tokens 1792 --needles 8`. An interrupted run goes on where it stopped.
+    """
+    if compare is not None:
+        _compare(*compare, as_json=as_json)
+        return
+    if not captures:
+        raise UsageError("name at least one capture, or --compare OLD NEW")
+    for path in (report, plot):
+        if path is not None:
+            check_output(path, force=True)
+    from kvpack.bench import report as pages
+    from kvpack.bench import run
+    from kvpack.bench.results import Results
+    from kvpack.capture import load_model
+    from kvpack.codecs import codecs_matching
+
+    names = ",".join(run.QUICK) if quick and codecs == "all" else codecs
+    chosen = codecs_matching(names.split(","))
+    tasks = run.plan(captures, chosen, 1 if quick else seeds)
+    judge = None if model == "none" else load_model(None if model == "embedded" else model, dtype, device)
+    results = Results(run.setting(judge), run.machine(judge))
+    if not force:
+        results.resume(output)
+    with common.progress_bar("benching", quiet) as progress:
+        for row in run.measure(tasks, judge, results, progress):
+            results.write(output)
+            if progress is None:
+                common.say(f"{row.document} {row.codec} seed {row.seed}: {row.bits_per_element:.3f} bits", quiet=quiet)
+    wanted = {task.key for task in tasks}
+    shown = Results(results.setting, results.machine, [row for row in results.rows if row.key in wanted])
+    if report is not None:
+        report.write_text(pages.markdown(shown))
+    if plot is not None:
+        pages.plot(shown, plot)
+    if as_json:
+        common.print_json(shown.to_json())
+    elif not quiet:
+        _print(shown)
+
+
+def _print(results: Results) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from kvpack.bench.report import COLUMNS, SHORT, cells
+    from kvpack.bench.results import summarize
+
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("codec", *(COLUMNS[name][0] for name in SHORT)):
+        table.add_column(column, justify="left" if column == "codec" else "right", no_wrap=True)
+    for summary in summarize(results.rows):
+        table.add_row(*cells(summary, SHORT, intervals=False))
+    Console(highlight=False).print(table)
+
+
+def _compare(old: Path, new: Path, *, as_json: bool) -> None:
+    from kvpack.bench.results import Results, compare
+
+    moved = compare(Results.read(old), Results.read(new))
+    if as_json:
+        rows = [{"codec": c, "metric": m, "old": before, "new": after} for c, m, before, after in moved]
+        common.print_json({"schema_version": 1, "moved": rows})
+        return
+    for codec, metric, before, after in moved:
+        common.say(f"{codec} {metric}: {before:.6g} -> {after:.6g}")
+    if not moved:
+        common.say("nothing moved by more than one percent")
