@@ -14,8 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import kvpack
 from kvpack import api
 from kvpack.archive import Archive, Capture
@@ -72,6 +70,8 @@ def setting(model: Model | None) -> dict[str, Any]:
 
 def machine(model: Model | None) -> dict[str, Any]:
     """Where it ran: processor, its cores, GPU if the model is on one, Python, kvpack's commit where known."""
+    import torch  # after kvpack.capture, which silences progress bars that torch would already set up
+
     on_gpu = model is not None and model.network.device.type == "cuda"
     return {
         "processor": _processor(),

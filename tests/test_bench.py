@@ -1,0 +1,139 @@
+"""``kvpack bench`` on a tiny model: rows, resuming, intervals, reports, plots, comparisons."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from models import CONFIGS, save_model
+
+from kvpack.bench.report import markdown
+from kvpack.bench.results import Results, Row, compare, interval, summarize
+from kvpack.codecs import CODECS, codecs_matching, family_of
+from kvpack.demo import demo_text
+from kvpack.errors import UsageError
+
+Cli = Callable[..., Any]
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+def row(document: str, codec: str, seed: int, kl: float) -> Row:
+    part = {"kl_mean": kl, "ppl_change": kl, "top1": 1 - kl}
+    model = {"plain": part, "repeat": None, "greedy_identical": 3, "needles_found": 1, "needles_found_original": 2}
+    return Row(document, f"sha-{document}", codec, seed, 10, 4.0, 4.0 + kl, kl, kl, kl, 1.0, 1.0, model)
+
+
+def results(*rows: Row) -> Results:
+    setting = {"model": "m", "dtype": "bfloat16", "versions": {"kvpack": "0"}}
+    machine = {"processor": "p", "cores": 2, "gpu": None, "python": "3", "commit": None}
+    return Results(setting, machine, list(rows))
+
+
+@pytest.fixture
+def bench(tmp_path: Path, cli: Cli) -> tuple[Path, list[Path]]:
+    """A tiny model's folder and two captures."""
+    folder = save_model(CONFIGS["llama-gqa"](), tmp_path / "model")
+    captures = []
+    for i in range(2):
+        text = tmp_path / f"{i}.txt"
+        text.write_text(demo_text()[1000 * i :][:300])
+        captures.append(tmp_path / f"{i}.safetensors")
+        made = cli("capture", "-m", folder, "--text", text, "-o", captures[-1], "--max-tokens", 180, "--needles", 1)
+        assert made.code == 0, made.err
+    return folder, captures
+
+
+def test_a_bench_end_to_end(cli: Cli, bench: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    folder, captures = bench
+    out, report, plot = tmp_path / "r.json", tmp_path / "r.md", tmp_path / "r.png"
+    common = ("-m", folder, "--codecs", "lossless,turboquant-2,kivi", "--seeds", 2, "-o", out)
+    done = cli("bench", *captures, *common, "--report", report, "--plot", plot)
+    assert done.code == 0, done.err
+    rows = json.loads(out.read_text())["rows"]
+    kivi = [name for name in CODECS if name.startswith("kivi")]
+    expected = {("lossless", 0), ("turboquant-2", 0), ("turboquant-2", 1), *((name, 0) for name in kivi)}
+    for path in captures:
+        assert {(r["codec"], r["seed"]) for r in rows if r["document"] == path.name} == expected
+    assert len(rows) == 2 * len(expected)
+    for r in rows:
+        exact = r["codec"] == "lossless"
+        for test in ("plain", "repeat"):
+            assert (r["model"][test]["kl_mean"] == 0) == exact
+        assert (r["keys_nmse"] == 0) == exact
+    seeds = [r["keys_nmse"] for r in rows if r["codec"] == "turboquant-2"]
+    assert len(set(seeds)) == len(seeds)
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    text = report.read_text()
+    for name in ("lossless", "turboquant-2", *kivi):
+        assert f"| {name} |" in text
+    assert "±" in text
+    measured = [(r["codec"], r["compress_seconds"]) for r in rows]
+    again = cli("bench", *captures, *common, "--json")
+    assert again.code == 0, again.err
+    assert [(r["codec"], r["compress_seconds"]) for r in json.loads(again.out)["rows"]] == measured
+    moved = cli("bench", "--compare", out, out)
+    assert (moved.code, moved.out) == (0, "nothing moved by more than one percent\n")
+
+
+def test_what_a_bench_refuses(cli: Cli, bench: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    folder, captures = bench
+    out = tmp_path / "r.json"
+    assert cli("bench").code == 2
+    assert cli("bench", captures[0], "-m", folder, "--codecs", "nonesuch", "-o", out).code == 2
+    assert cli("bench", captures[0], "-m", "none", "--codecs", "lossless", "-o", out).code == 0
+    assert json.loads(out.read_text())["rows"][0]["model"] is None
+    other = cli("bench", captures[0], "-m", folder, "--codecs", "lossless", "-o", out)
+    assert (other.code, other.err.count("\n")) == (2, 1)
+    assert "use -f" in other.err
+    assert cli("bench", captures[0], "-m", folder, "--codecs", "lossless", "-o", out, "-f").code == 0
+    out.write_text("{}")
+    assert cli("bench", captures[0], "-m", folder, "--codecs", "lossless", "-o", out).code == 4
+    plain = cli(
+        "bench", captures[0], "-m", "none", "--codecs", "kivi-4", "-o", out, "-f", "--plot", tmp_path / "x.nope"
+    )
+    assert (plain.code, plain.err.count("kvpack:")) == (1, 1)
+
+
+def test_summaries_average_seeds_first_then_documents() -> None:
+    rows = [row("a", "x-1", 0, 0.1), row("a", "x-1", 1, 0.3), row("b", "x-1", 0, 0.4)]
+    (summary,) = summarize(rows)
+    assert summary.documents == 2
+    assert summary.figures["kl_plain"].mean == pytest.approx(0.3)
+    assert summary.figures["kl_plain"].half == pytest.approx(12.706 * 0.1)  # sd 0.1 * sqrt 2, over sqrt 2
+    assert "kl_repeat" not in summary.figures
+    assert "| x-1 |" in markdown(results(*rows))
+
+
+def test_intervals_cover_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    draws = [interval(list(rng.standard_normal(4))) for _ in range(2000)]
+    covered = np.mean([abs(one.mean) <= (one.half or 0) for one in draws])
+    assert covered == pytest.approx(0.95, abs=0.02)
+    assert interval([1.0]).half is None
+
+
+def test_compare_names_what_moved() -> None:
+    old = results(row("a", "x-1", 0, 0.1), row("a", "y", 0, 0.1))
+    new = results(row("a", "x-1", 0, 0.2), row("a", "y", 0, 0.1), row("b", "y", 0, 0.9))
+    moved = compare(old, new)
+    assert {codec for codec, *_ in moved} == {"x-1"}
+    assert ("x-1", "kl_plain", pytest.approx(0.1), pytest.approx(0.2)) in moved
+    slower = results(*(replace(one, compress_seconds=9.0) for one in old.rows))
+    assert compare(old, slower) == []
+
+
+def test_codecs_by_family() -> None:
+    assert [codec.name for codec in codecs_matching(["kivi", "lossless"])] == ["lossless", "kivi-4", "kivi-3", "kivi-2"]
+    assert len(codecs_matching(["all"])) == len(CODECS)
+    assert family_of("turboquant-prod-3") == "turboquant-prod"
+    with pytest.raises(UsageError):
+        codecs_matching(["kiwi"])
+    assert CODECS["turboquant-3"].with_seed(0) == CODECS["turboquant-3"]
+    assert CODECS["turboquant-3"].with_seed(1) != CODECS["turboquant-3"]
+    assert not CODECS["kivi-4"].seeded
