@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 import kvpack
-from kvpack.archive import Archive, Capture, as_bytes, part_of
+from kvpack.archive import Archive, Capture, as_bytes
 from kvpack.checksum import checksum
 from kvpack.codecs import CODECS, Codec
 from kvpack.container import ContainerWriter, layer_of, plan_parts
 from kvpack.container.header import Header
 from kvpack.container.layout import FLOAT_DTYPES, PartPlan
 from kvpack.errors import FormatError, UsageError
+from kvpack.floats import Bits
 from kvpack.parallel import ordered_map
-from kvpack.pipeline import Bits, chain_of, encode, stream_names
+from kvpack.profile import Profile
 from kvpack.stages.base import UnrepresentableError
 from kvpack.tensorfile import Header as SourceHeader
 from kvpack.tensorfile import TensorFile, TensorSpec, build_header
+from kvpack.units import Unit, units
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
@@ -47,6 +49,7 @@ def compress(
     output: BinaryIO,
     codec: Codec,
     *,
+    profile: Profile | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
     drop: Sequence[str] = (),
     threads: int | None = None,
@@ -60,14 +63,23 @@ def compress(
 
     Raises:
         FormatError: ``source`` is not a sound safetensors file, or has no keys and values to be lossy about.
-        UsageError: ``chunk_tokens`` is not a positive multiple of 128.
+        UsageError: ``chunk_tokens`` is not a positive multiple of 128, or the codec needs a profile.
+        MismatchError: ``profile`` is for another model.
+        UnsupportedError: the codec codes all layers as one, and they differ in shape.
 
     """
     if chunk_tokens < 1 or chunk_tokens % CHUNK_MULTIPLE or chunk_tokens > 1 << 20:
         raise UsageError(f"chunk tokens must be a multiple of {CHUNK_MULTIPLE} up to {1 << 20}")
     capture = Capture(TensorFile.open(source))
     return compress_capture(
-        capture, output, codec, chunk_tokens=chunk_tokens, drop=drop, threads=threads, progress=progress
+        capture,
+        output,
+        codec,
+        profile=profile,
+        chunk_tokens=chunk_tokens,
+        drop=drop,
+        threads=threads,
+        progress=progress,
     )
 
 
@@ -76,6 +88,7 @@ def compress_capture(
     output: BinaryIO,
     codec: Codec,
     *,
+    profile: Profile | None,
     chunk_tokens: int,
     drop: Sequence[str],
     threads: int | None,
@@ -86,24 +99,32 @@ def compress_capture(
     plans = plan_parts(kept, chunk_tokens)
     if not codec.lossless and not any(layer_of(spec) is not None for spec in kept.tensors):
         raise FormatError(f"{capture.file.path}: no layers.N.keys or layers.N.values to compress lossily")
+    if codec.profiled:
+        if profile is None:
+            raise UsageError(f"{codec.name} needs a calibration profile: -D FILE, made by kvpack calibrate")
+        profile.require_model(capture.metadata)
     codecs = list({c.name: c for c in (codec, CODECS["lossless"], CODECS["zstd"])}.values())
+    encoder = _Encoder(capture, codecs, profile if codec.profiled else None)
+    groups = list(units(plans, codec.stacked))
     header = Header(
         writer=f"kvpack {kvpack.__version__}",
         codecs=[c.to_json() for c in codecs],
         chunk_tokens=chunk_tokens,
         lossless=codec.lossless,
-        streams=_all_stream_names(plans, codecs),
+        streams=sorted(set().union(*map(encoder.stream_names, groups))),
+        profile=profile.identity() if profile and codec.profiled else None,
         dropped=dropped,
         source=kept.raw.decode(),
     )
     writer = ContainerWriter(output, header)
     carried: list[str] = []
     done, total = 0, sum(spec.nbytes for spec in kept.tensors)
-    for plan, part in zip(plans, ordered_map(_Encoder(capture, codecs), plans, threads), strict=True):
-        writer.add(part.codec, part.digest, part.streams)
-        if part.fallback:
-            carried.append(plan.name)
-        done += part.nbytes
+    for group, encoded in zip(groups, ordered_map(encoder, groups, threads), strict=True):
+        for plan, part in zip(group, encoded, strict=True):
+            writer.add(part.codec, part.digest, part.streams)
+            if part.fallback:
+                carried.append(plan.name)
+            done += part.nbytes
         if progress:
             progress(done, total)
     return Compressed(capture.file.header.file_size, writer.finish(), carried)
@@ -125,19 +146,6 @@ def _codec_for(plan: PartPlan, codecs: Sequence[Codec]) -> int:
     return 0 if plan.layer is not None or codecs[0].lossless else names.index("lossless")
 
 
-def _all_stream_names(plans: Sequence[PartPlan], codecs: Sequence[Codec]) -> list[str]:
-    names: set[str] = set()
-    for plan in plans:
-        for i in {_codec_for(plan, codecs), _fallback(plan, codecs)}:
-            names.update(stream_names(chain_of(codecs[i], plan.tensor.name), part_of(plan)))
-    return sorted(names)
-
-
-def _fallback(plan: PartPlan, codecs: Sequence[Codec]) -> int:
-    chosen = _codec_for(plan, codecs)
-    return chosen if codecs[chosen].lossless else [codec.name for codec in codecs].index("lossless")
-
-
 @dataclass(frozen=True)
 class _EncodedPart:
     codec: int
@@ -149,25 +157,54 @@ class _EncodedPart:
 
 @dataclass(frozen=True)
 class _Encoder:
-    """Encodes one planned part, for the thread pool."""
+    """Encodes parts that are coded at once, for the thread pool."""
 
     capture: Capture
     codecs: list[Codec]
+    profile: Profile | None
 
-    def __call__(self, plan: PartPlan) -> _EncodedPart:
-        bits = self.capture.read_part(plan)
-        chosen = _codec_for(plan, self.codecs)
-        used = chosen
+    def _chosen(self, plans: tuple[PartPlan, ...]) -> int:
+        return _codec_for(plans[0], self.codecs)
+
+    def _fallback(self, plans: tuple[PartPlan, ...]) -> int:
+        """The codec for what the chosen one cannot represent."""
+        chosen = self._chosen(plans)
+        return chosen if self.codecs[chosen].lossless else [codec.name for codec in self.codecs].index("lossless")
+
+    def _units(self, plans: tuple[PartPlan, ...], codec: int) -> list[Unit]:
+        groups = units(plans, self.codecs[codec].stacked)
+        return [Unit(group, self.codecs[codec], self.profile) for group in groups]
+
+    def stream_names(self, plans: tuple[PartPlan, ...]) -> set[str]:
+        every = (*self._units(plans, self._chosen(plans)), *self._units(plans, self._fallback(plans)))
+        return set().union(*(unit.stream_names() for unit in every))
+
+    def __call__(self, plans: tuple[PartPlan, ...]) -> list[_EncodedPart]:
+        bits = [self.capture.read_part(plan) for plan in plans]
+        chosen = used = self._chosen(plans)
         try:
-            streams = self._encode(used, bits, plan)
+            streams = self._encode(used, bits, plans)
         except UnrepresentableError:
-            used = _fallback(plan, self.codecs)
-            streams = self._encode(used, bits, plan)
-        sums = [(name, data, checksum(data)) for name, data in streams]
-        return _EncodedPart(used, checksum(bits), sums, bits.nbytes, used != chosen)
+            used = self._fallback(plans)
+            streams = self._encode(used, bits, plans)
+        return [
+            _EncodedPart(
+                used,
+                checksum(one),
+                [(name, data, checksum(data)) for name, data in mine],
+                one.nbytes,
+                used != chosen,
+            )
+            for one, mine in zip(bits, streams, strict=True)
+        ]
 
-    def _encode(self, codec: int, bits: Bits, plan: PartPlan) -> list[tuple[str, bytes]]:
-        return encode(chain_of(self.codecs[codec], plan.tensor.name), bits, part_of(plan))
+    def _encode(self, codec: int, bits: list[Bits], plans: tuple[PartPlan, ...]) -> list[list[tuple[str, bytes]]]:
+        given = dict(zip(plans, bits, strict=True))
+        return [
+            streams
+            for unit in self._units(plans, codec)
+            for streams in unit.encode([given[plan] for plan in unit.plans])
+        ]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,11 @@ from kvpack.checksum import checksum
 from kvpack.codecs import Codec
 from kvpack.container import Container, PartEntry, layer_of
 from kvpack.container.layout import MAGIC, PartPlan
-from kvpack.errors import CorruptError, FormatError, UnsupportedError
-from kvpack.pipeline import Bits, chain_of, decode
-from kvpack.stages.base import Part
+from kvpack.errors import CorruptError, FormatError, MismatchError, UnsupportedError
+from kvpack.pipeline import Bits, chain_of
+from kvpack.profile import Profile
 from kvpack.tensorfile import TensorFile, TensorSpec
-
-
-def part_of(plan: PartPlan) -> Part:
-    """The stages' view of a planned part."""
-    total = plan.tensor.shape[1] if plan.layer is not None else plan.shape[1]
-    return Part(plan.tensor.dtype, plan.shape, plan.first, total)
+from kvpack.units import Unit
 
 
 class Capture:
@@ -50,30 +46,38 @@ class Capture:
 class Archive:
     """A ``.kvp`` file."""
 
-    def __init__(self, container: Container) -> None:
+    def __init__(self, container: Container, profile: Profile | None = None) -> None:
         """Over an open container; its codecs are rebuilt from the header.
 
         Raises:
             FormatError, UnsupportedError: codecs that this kvpack cannot rebuild.
+            MismatchError: ``profile`` is not the one the file was made with.
 
         """
-        self.container = container
+        self.container, self.profile = container, profile
         self.codecs = [Codec.from_json(document) for document in container.header.codecs]
         if container.header.lossless and not all(map(self.is_exact, container.parts)):
             raise FormatError("labelled lossless, but its codecs are not")
+        needed = container.header.profile
+        if needed and profile and profile.sha256 != needed["sha256"]:
+            raise MismatchError(
+                f"was made with the profile {_describe(needed)}, not with {_describe(profile.identity())}"
+            )
         self.tensors: Mapping[str, TensorSpec] = {spec.name: spec for spec in container.source.tensors}
         self.metadata: Mapping[str, str] = container.source.metadata
         self._parts: dict[str, list[PartEntry]] = {}
         for part in container.parts:
             self._parts.setdefault(part.plan.tensor.name, []).append(part)
+        self._chunk: tuple[int, dict[str, Bits]] = (-1, {})
+        self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: Path) -> Archive:
+    def open(cls, path: Path, profile: Profile | None = None) -> Archive:
         """Open ``path``; errors carry the path."""
         container = Container.open(path)
         try:
-            return cls(container)
-        except (FormatError, UnsupportedError) as error:
+            return cls(container, profile)
+        except (FormatError, UnsupportedError, MismatchError) as error:
             raise type(error)(f"{path}: {error}") from None
 
     @property
@@ -90,16 +94,40 @@ class Archive:
 
         Raises:
             CorruptError: a checksum, the coding or the digest does not hold.
+            MismatchError: the part needs a profile, and there is none.
 
         """
-        chain = chain_of(self.codecs[part.codec], part.plan.tensor.name)
-        try:
-            bits = decode(chain, self.container.read(part), part_of(part.plan))
-        except CorruptError as error:
-            raise CorruptError(f"{part.plan.name}: {error}") from None
-        if chain.quantizer.exact and checksum(np.ascontiguousarray(bits)) != part.digest:
+        codec = self.codecs[part.codec]
+        if codec.profiled and self.profile is None:
+            needed = self.container.header.profile
+            raise MismatchError(f"needs the profile {_describe(needed)}: give it with -D" if needed else "no profile")
+        if codec.stacked and part.plan.layer is not None:
+            return self._read_stacked(part)
+        (bits,) = self._decode((part,))
+        if self.is_exact(part) and checksum(np.ascontiguousarray(bits)) != part.digest:
             raise CorruptError(f"corrupt: {part.plan.name} does not match the digest of the original")
         return bits
+
+    def _decode(self, parts: tuple[PartEntry, ...]) -> list[Bits]:
+        unit = Unit(tuple(part.plan for part in parts), self.codecs[parts[0].codec], self.profile)
+        try:
+            return unit.decode([self.container.read(part) for part in parts])
+        except CorruptError as error:
+            raise CorruptError(f"{parts[0].plan.name}: {error}") from None
+
+    def _read_stacked(self, part: PartEntry) -> Bits:
+        """A part of a chunk whose layers are coded as one: the whole chunk is decoded, and the last one kept."""
+        with self._lock:
+            first, decoded = self._chunk
+            if first != part.plan.first:
+                start = part.plan.first
+                chunk = tuple(p for p in self.parts if p.plan.layer is not None and p.plan.first == start)
+                if any(other.codec != part.codec for other in chunk):
+                    raise CorruptError(f"corrupt: {part.plan.name} is coded with other layers that have other codecs")
+                names = [other.plan.tensor.name for other in chunk]
+                decoded = dict(zip(names, self._decode(chunk), strict=True))
+                self._chunk = (part.plan.first, decoded)
+            return decoded[part.plan.tensor.name]
 
     def read(self, name: str, tokens: slice | None = None) -> Bits:
         """Decode a tensor, or of keys and values the range ``tokens`` alone, touching no other chunk."""
@@ -128,17 +156,22 @@ class Archive:
                 yield part, first, last
 
 
-def open_cache(path: Path) -> Capture | Archive:
+def _describe(identity: Mapping[str, str]) -> str:
+    return f"{identity['name']} (SHA-256 {identity['sha256'][:12]}...)"
+
+
+def open_cache(path: Path, profile: Profile | None = None) -> Capture | Archive:
     """Open a capture or a ``.kvp`` file, told apart by their first bytes.
 
     Raises:
         FormatError: neither, or damaged.
+        MismatchError: the ``.kvp`` file needs another profile.
 
     """
     with path.open("rb") as file:
         start = file.read(len(MAGIC))
     if start[:4] == MAGIC[:4]:
-        return Archive.open(path)
+        return Archive.open(path, profile)
     return Capture(TensorFile.open(path))
 
 

@@ -8,49 +8,75 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from kvpack.errors import FormatError, UsageError
-from kvpack.stages.base import EntropyCoder, Quantizer, Stage, Transform
+from kvpack.stages.base import EntropyCoder, Predictor, Quantizer, Stage, Transform
+from kvpack.stages.entropy.deflate import Deflate
 from kvpack.stages.entropy.rans import Rans
 from kvpack.stages.entropy.zstd import Zstd
+from kvpack.stages.keep import Keep
+from kvpack.stages.predictors.cross_layer import CrossLayer
 from kvpack.stages.quantizers.affine import Affine
+from kvpack.stages.quantizers.anchor_delta import AnchorDelta
 from kvpack.stages.quantizers.byte_planes import BytePlanes
+from kvpack.stages.quantizers.component_groups import ComponentGroups
 from kvpack.stages.quantizers.float_split import FloatSplit
+from kvpack.stages.quantizers.higgs import Higgs
 from kvpack.stages.quantizers.lloyd_max import LloydMax
 from kvpack.stages.registry import stage_from_json
+from kvpack.stages.transforms.klt import Klt
+from kvpack.stages.transforms.merge_heads import MergeHeads
 from kvpack.stages.transforms.rotation import Rotation
+from kvpack.stages.transforms.unrope import Unrope
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Transforms in order, a quantizer, an entropy coder."""
+    """What is kept whole, transforms in order, a predictor, a quantizer, an entropy coder."""
 
+    keep: Keep | None
     transforms: tuple[Transform, ...]
+    predictor: Predictor | None
     quantizer: Quantizer
     entropy: EntropyCoder
 
-    def __post_init__(self) -> None:
-        """Check that the stages fit together."""
-        if self.quantizer.exact and self.transforms:
-            raise ValueError(f"{self.quantizer.name} codes bit patterns: no transform can stand before it")
+    @classmethod
+    def of(cls, *stages: Stage) -> Self:
+        """A chain of stages in their order: keep?, transforms, predictor?, quantizer, entropy coder.
+
+        Raises:
+            ValueError: stages that are missing, stand in another order, or do not fit together.
+
+        """
+        rest = list(stages)
+        keep = rest.pop(0) if rest and isinstance(rest[0], Keep) else None
+        transforms = []
+        while rest and isinstance(rest[0], Transform):
+            transforms.append(rest.pop(0))
+        predictor = rest.pop(0) if rest and isinstance(rest[0], Predictor) else None
+        if len(rest) != 2 or not isinstance(rest[0], Quantizer) or not isinstance(rest[1], EntropyCoder):
+            raise ValueError("a codec's stages stand in the wrong order")
+        if rest[0].exact and len(stages) > 2:
+            raise ValueError(f"{rest[0].name} codes bit patterns: nothing can stand before it")
+        return cls(keep, tuple(transforms), predictor, rest[0], rest[1])  # type: ignore[arg-type]
 
     @property
     def stages(self) -> tuple[Stage, ...]:
         """The stages in order."""
-        return (*self.transforms, self.quantizer, self.entropy)
+        every = (self.keep, *self.transforms, self.predictor, self.quantizer, self.entropy)
+        return tuple(stage for stage in every if stage is not None)
 
-    def with_seed(self, seed: int) -> Chain:
+    def with_seed(self, seed: int) -> Self:
         """The same with ``1000 * seed`` added to every stage's seed."""
-        transforms = tuple(_reseeded(transform, seed) for transform in self.transforms)
-        return Chain(transforms, _reseeded(self.quantizer, seed), self.entropy)
+        return self.of(*(_reseeded(stage, seed) for stage in self.stages))
 
     def to_json(self) -> list[dict[str, Any]]:
         """The stages' JSON forms in order."""
         return [stage.to_json() for stage in self.stages]
 
     @classmethod
-    def from_json(cls, document: Any) -> Chain:
+    def from_json(cls, document: Any) -> Self:
         """Rebuild from :meth:`to_json`.
 
         Raises:
@@ -60,25 +86,30 @@ class Chain:
         """
         if not isinstance(document, list) or not 2 <= len(document) <= 16:
             raise FormatError("a codec's chain is not a list of stages")
-        *transforms, quantizer, entropy = [stage_from_json(stage) for stage in document]
-        checked = tuple(t for t in transforms if isinstance(t, Transform))
-        if len(checked) != len(transforms) or not isinstance(quantizer, Quantizer):
-            raise FormatError("a codec's stages stand in the wrong order")
-        if not isinstance(entropy, EntropyCoder):
-            raise FormatError("a codec's last stage is not an entropy coder")
         try:
-            return cls(checked, quantizer, entropy)
+            return cls.of(*map(stage_from_json, document))
         except ValueError as error:
             raise FormatError(str(error)) from None
 
 
 @dataclass(frozen=True)
 class Codec:
-    """A named pipeline; ``lossless`` where both chains are exact."""
+    """A named pipeline. With ``stacked`` the keys (and the values) of all layers of a chunk are coded as one."""
 
     name: str
+    stacked: bool
     keys: Chain
     values: Chain
+
+    def __post_init__(self) -> None:
+        """Check that stages which need a stack get one."""
+        if not self.stacked and any(stage.stacked for stage in self.stages):
+            raise ValueError("a stage needs the stack of all layers")
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages of both chains."""
+        return self.keys.stages + self.values.stages
 
     @property
     def lossless(self) -> bool:
@@ -86,9 +117,14 @@ class Codec:
         return self.keys.quantizer.exact and self.values.quantizer.exact
 
     @property
+    def profiled(self) -> bool:
+        """Whether it needs a calibration profile."""
+        return any(stage.profiled for stage in self.stages)
+
+    @property
     def seeded(self) -> bool:
         """Whether something in it is random."""
-        return any(hasattr(stage, "seed") for stage in self.keys.stages + self.values.stages)
+        return any(hasattr(stage, "seed") for stage in self.stages)
 
     def with_seed(self, seed: int) -> Codec:
         """The same with other random matrices; 0 gives the codec's own."""
@@ -96,16 +132,25 @@ class Codec:
 
     def to_json(self) -> dict[str, Any]:
         """The form that a file carries."""
-        return {"name": self.name, "keys": self.keys.to_json(), "values": self.values.to_json()}
+        return {
+            "name": self.name,
+            "stacked": self.stacked,
+            "keys": self.keys.to_json(),
+            "values": self.values.to_json(),
+        }
 
     @classmethod
     def from_json(cls, document: Any) -> Codec:
         """Rebuild from :meth:`to_json`; raises as :meth:`Chain.from_json`."""
-        if not isinstance(document, dict) or set(document) != {"name", "keys", "values"}:
-            raise FormatError("a codec is not {name, keys, values}")
-        if not isinstance(document["name"], str):
-            raise FormatError("a codec's name is not a string")
-        return cls(document["name"], Chain.from_json(document["keys"]), Chain.from_json(document["values"]))
+        if not isinstance(document, dict) or set(document) != {"name", "stacked", "keys", "values"}:
+            raise FormatError("a codec is not {name, stacked, keys, values}")
+        if not isinstance(document["name"], str) or not isinstance(document["stacked"], bool):
+            raise FormatError("a codec's name or its stacking has the wrong type")
+        chains = Chain.from_json(document["keys"]), Chain.from_json(document["values"])
+        try:
+            return cls(document["name"], document["stacked"], *chains)
+        except ValueError as error:
+            raise FormatError(str(error)) from None
 
 
 S = TypeVar("S", bound=Stage)
@@ -117,27 +162,65 @@ def _reseeded(stage: S, seed: int) -> S:
 
 
 def _lossless() -> Codec:
-    chain = Chain((), FloatSplit(), Rans())
-    return Codec("lossless", chain, chain)
+    chain = Chain.of(FloatSplit(), Rans())
+    return Codec("lossless", False, chain, chain)
 
 
 def _zstd() -> Codec:
-    chain = Chain((), BytePlanes(), Zstd(level=3))
-    return Codec("zstd", chain, chain)
+    chain = Chain.of(BytePlanes(), Zstd(level=3))
+    return Codec("zstd", False, chain, chain)
 
 
 def _kivi(bits: int) -> Codec:
     """KIVI as published: keys per channel over 32 tokens, values per token over 32 dimensions, 128 whole."""
-    keys = Affine(bits=bits, axis="token", group=32, residual=128)
-    values = Affine(bits=bits, axis="channel", group=32, residual=128)
-    return Codec(f"kivi-{bits}", Chain((), keys, Rans()), Chain((), values, Rans()))
+    keep = Keep(first=0, last=128, group=32)
+    keys = Chain.of(keep, Affine(bits=bits, axis="token", group=32), Rans())
+    values = Chain.of(keep, Affine(bits=bits, axis="channel", group=32), Rans())
+    return Codec(f"kivi-{bits}", False, keys, values)
 
 
 def _turboquant(bits: int, prod: bool) -> Codec:
-    quantizer = LloydMax(bits=bits, prod=prod, seed=2)
-    chain = Chain((Rotation(seed=1),), quantizer, Rans())
-    return Codec(f"turboquant-{'prod-' if prod else ''}{bits}", chain, chain)
+    chain = Chain.of(Rotation(seed=1), LloydMax(bits=bits, prod=prod, seed=2), Rans())
+    return Codec(f"turboquant-{'prod-' if prod else ''}{bits}", False, chain, chain)
 
+
+def _cachegen(bits: int) -> Codec:
+    """CacheGen: 32 bins in the leading layers, 16 after them, at ``bits`` 4; half or twice as many at 3 and 5."""
+    leading, rest = 2 << bits, 1 << bits
+    chains = (
+        Chain.of(MergeHeads(), AnchorDelta(leading_bins=leading, bins=rest, leading=layers, group=10), Rans())
+        for layers in (10, 2)
+    )
+    return Codec(f"cachegen-{bits}", True, *chains)
+
+
+def _kvtc(rate: str, window: bool) -> Codec:
+    """KVTC, ``rate`` bits an element before DEFLATE; first 4 and, with the window, last 128 tokens whole."""
+    keep = Keep(first=4, last=128 if window else 0, group=1)
+    coefficients = {
+        tensor: (Klt(section=f"kvtc.{tensor}"), ComponentGroups(section=f"kvtc.{tensor}", plan=rate), Deflate(level=9))
+        for tensor in ("keys", "values")
+    }
+    name = f"kvtc-{rate}" if window else f"kvtc-all-{rate}"
+    return Codec(name, True, Chain.of(keep, Unrope(), *coefficients["keys"]), Chain.of(keep, *coefficients["values"]))
+
+
+def _aquakv(bits: int) -> Codec:
+    """AQUA-KV: first 4 and last 128 tokens whole, keys before RoPE, residuals by HIGGS."""
+    keep, quantizer = Keep(first=4, last=128, group=1), Higgs(bits=bits, seed=3)
+    keys, values = (CrossLayer(section=f"aquakv-{bits}.{tensor}") for tensor in ("keys", "values"))
+    return Codec(
+        f"aquakv-{bits}",
+        True,
+        Chain.of(keep, Unrope(), MergeHeads(), keys, quantizer, Rans()),
+        Chain.of(keep, MergeHeads(), values, quantizer, Rans()),
+    )
+
+
+KVTC_RATES = ("2", "1", "0.5", "0.25")
+"""Bits an element, before DEFLATE, that profiles have plans for."""
+
+AQUAKV_BITS = (4, 3, 2)
 
 CODECS: dict[str, Codec] = {
     codec.name: codec
@@ -147,6 +230,9 @@ CODECS: dict[str, Codec] = {
         *(_kivi(bits) for bits in (4, 3, 2)),
         *(_turboquant(bits, prod=False) for bits in (4, 3, 2, 1)),
         *(_turboquant(bits, prod=True) for bits in (4, 3, 2, 1)),
+        *(_cachegen(bits) for bits in (5, 4, 3)),
+        *(_aquakv(bits) for bits in AQUAKV_BITS),
+        *(_kvtc(rate, window) for window in (True, False) for rate in KVTC_RATES),
     )
 }
 """Every codec the command line offers, by name; the first is the default."""

@@ -1,21 +1,21 @@
-"""Runs a codec over a part: bits in, streams out, and back. Pure compute, no files."""
+"""Runs a chain over a part: bits in, streams out, and back. Pure compute, no files."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvpack.codecs import Chain, Codec
 from kvpack.errors import CorruptError
-from kvpack.floats import from_float32, to_float32
-from kvpack.stages.base import Part, PlaneSpec, UnrepresentableError
-
-Bits = NDArray[np.unsignedinteger[Any]]
-"""Bit patterns of a part, ``[H, T, D]``, unsigned integers of the tensor's item size."""
+from kvpack.floats import Bits, from_float32, to_float32
+from kvpack.stages.base import Codes, Floats, Part, PlaneSpec, UnrepresentableError
+from kvpack.stages.quantizers.float_split import join, split, split_planes
 
 __all__ = ["Bits", "chain_of", "decode", "encode", "stream_names"]
+
+Streams = list[tuple[str, bytes]]
 
 
 def chain_of(codec: Codec, tensor: str) -> Chain:
@@ -23,61 +23,145 @@ def chain_of(codec: Codec, tensor: str) -> Chain:
     return codec.keys if tensor.endswith(".keys") else codec.values
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """A chain's way through a part: which tokens are coded, the part before each transform, the planes."""
+
+    start: int
+    stop: int
+    parts: tuple[Part, ...]
+    whole: list[PlaneSpec]
+    planes: list[PlaneSpec]
+
+    @property
+    def stored(self) -> Iterator[PlaneSpec]:
+        """Planes that have a stream: those with codes, of at least one bit."""
+        return (plane for plane in (*self.whole, *self.planes) if plane.size and plane.width)
+
+
+def _plan(chain: Chain, part: Part) -> _Plan:
+    heads, tokens, dims = part.shape
+    start, stop = chain.keep.coded(part) if chain.keep else (0, tokens)
+    parts = [replace(part, shape=(heads, stop - start, dims), first=part.first + start)]
+    for transform in chain.transforms:
+        parts.append(transform.output(parts[-1]))
+    whole = split_planes(part.dtype, (heads, tokens - (stop - start), dims), "whole/") if chain.keep else []
+    return _Plan(start, stop, tuple(parts), whole, chain.quantizer.planes(parts[-1]))
+
+
 def stream_names(chain: Chain, part: Part) -> list[str]:
     """Names of the streams that :func:`encode` gives: the planes that have codes."""
-    return [plane.name for plane in chain.quantizer.planes(part) if plane.size and plane.width]
+    return [plane.name for plane in _plan(chain, part).stored]
 
 
-def encode(chain: Chain, bits: Bits, part: Part) -> list[tuple[str, bytes]]:
-    """Streams by name; planes without codes have none.
+def encode(chain: Chain, bits: Bits, part: Part, reference: Floats | None = None) -> tuple[Streams, Floats | None]:
+    """Streams by name (planes without codes have none), and the decoder's array where the chain predicts.
+
+    ``bits`` are ``[H, T, D]``, unsigned integers of the tensor's item size; ``reference`` is the array that the
+    keys' chain gave, where the values' chain predicts from it.
 
     Raises:
         UnrepresentableError: a lossy chain met values it cannot represent.
 
     """
-    data: NDArray[Any] = bits
-    if not chain.quantizer.exact:
-        data = to_float32(bits, part.dtype)
-        if not np.isfinite(data).all():
-            raise UnrepresentableError("NaN or Inf")
-        for transform in chain.transforms:
-            data = transform.forward(data)
-    planes = chain.quantizer.planes(part)
-    codes = chain.quantizer.encode(data, part)
-    return [
-        (plane.name, chain.entropy.encode(code, plane))
-        for plane, code in zip(planes, codes, strict=True)
-        if plane.size and plane.width
-    ]
+    plan = _plan(chain, part)
+    if chain.quantizer.exact:
+        return _write(chain, plan, chain.quantizer.encode(bits, part)), None
+    values = to_float32(bits[:, plan.start : plan.stop], part.dtype)
+    if not np.isfinite(values).all():
+        raise UnrepresentableError("NaN or Inf")
+    for transform, before in zip(chain.transforms, plan.parts, strict=False):
+        values = transform.forward(values, before)
+    decoded = None
+    if chain.predictor is None:
+        codes = chain.quantizer.encode(values, plan.parts[-1])
+    else:
+        codes, decoded = _encode_rows(chain, values, plan.parts[-1], reference)
+    if chain.keep:
+        whole = np.concatenate([bits[:, : plan.start], bits[:, plan.stop :]], axis=1)
+        codes = [*split(whole, part.dtype), *codes]
+    return _write(chain, plan, codes), decoded
 
 
-def decode(chain: Chain, streams: list[tuple[str, memoryview]], part: Part) -> Bits:
+def _write(chain: Chain, plan: _Plan, codes: Sequence[Codes]) -> Streams:
+    planes = (*plan.whole, *plan.planes)
+    pairs = zip(planes, codes, strict=True)
+    return [(plane.name, chain.entropy.encode(code, plane)) for plane, code in pairs if plane.size and plane.width]
+
+
+def _encode_rows(chain: Chain, values: Floats, part: Part, reference: Floats | None) -> tuple[list[Codes], Floats]:
+    assert chain.predictor is not None
+    decoded = np.zeros(part.shape, np.float32)
+    rows: list[list[Codes]] = []
+    for row in range(part.shape[0]):
+        expected = chain.predictor.predict(row, decoded, reference, part)
+        one = replace(part, shape=(1, *part.shape[1:]), row=row)
+        with np.errstate(over="ignore", invalid="ignore"):
+            rows.append(chain.quantizer.encode(values[row : row + 1] - expected, one))
+            decoded[row] = (expected + chain.quantizer.decode(rows[-1], one))[0]
+        if not np.isfinite(decoded[row]).all():
+            raise UnrepresentableError("a prediction beyond float32")
+    return [np.concatenate(planes) for planes in zip(*rows, strict=True)], decoded
+
+
+def decode(
+    chain: Chain, streams: Sequence[tuple[str, memoryview]], part: Part, reference: Floats | None = None
+) -> tuple[Bits, Floats | None]:
     """The part's bit patterns: the very ones for exact chains, approximations for the others.
+
+    The second result is as of :func:`encode`.
 
     Raises:
         CorruptError: streams that do not decode to this part.
 
     """
-    planes = chain.quantizer.planes(part)
-    if [name for name, _ in streams] != [p.name for p in planes if p.size and p.width]:
+    plan = _plan(chain, part)
+    if [name for name, _ in streams] != [plane.name for plane in plan.stored]:
         raise CorruptError("corrupt: the part does not have the streams of its codec")
     try:
-        return _decode(chain, streams, part, planes)
+        return _decode(chain, streams, part, plan, reference)
     except UnrepresentableError as error:
         raise CorruptError(f"corrupt: {error}") from None
 
 
-def _decode(chain: Chain, streams: list[tuple[str, memoryview]], part: Part, planes: list[PlaneSpec]) -> Bits:
+def _decode(
+    chain: Chain, streams: Sequence[tuple[str, memoryview]], part: Part, plan: _Plan, reference: Floats | None
+) -> tuple[Bits, Floats | None]:
     remaining = iter(streams)
     codes = [
         chain.entropy.decode(next(remaining)[1], plane)
         if plane.size and plane.width
         else np.zeros(plane.shape, plane.code_dtype)
-        for plane in planes
+        for plane in (*plan.whole, *plan.planes)
     ]
-    data = chain.quantizer.decode(codes, part)
+    whole, codes = codes[: len(plan.whole)], codes[len(plan.whole) :]
     if chain.quantizer.exact:
-        return data
-    for transform in reversed(chain.transforms):
-        data = transform.inverse(data)
-    return from_float32(data, part.dtype)
+        return chain.quantizer.decode(codes, part), None
+    decoded = None
+    if chain.predictor is None:
+        values = chain.quantizer.decode(codes, plan.parts[-1])
+    else:
+        values = decoded = _decode_rows(chain, codes, plan, reference)
+    for transform, before in reversed(list(zip(chain.transforms, plan.parts, strict=False))):
+        values = transform.inverse(values, before)
+    bits = from_float32(values, part.dtype)
+    if chain.keep:
+        kept = join(whole, part.dtype)
+        bits = np.concatenate([kept[:, : plan.start], bits, kept[:, plan.start :]], axis=1)
+    return bits, decoded
+
+
+def _decode_rows(chain: Chain, codes: list[Codes], plan: _Plan, reference: Floats | None) -> Floats:
+    assert chain.predictor is not None
+    part = plan.parts[-1]
+    decoded = np.zeros(part.shape, np.float32)
+    taken = [0] * len(codes)
+    for row in range(part.shape[0]):
+        one = replace(part, shape=(1, *part.shape[1:]), row=row)
+        counts = [plane.shape[0] for plane in chain.quantizer.planes(one)]
+        mine = [code[at : at + count] for code, at, count in zip(codes, taken, counts, strict=True)]
+        taken = [at + count for at, count in zip(taken, counts, strict=True)]
+        with np.errstate(over="ignore", invalid="ignore"):
+            expected = chain.predictor.predict(row, decoded, reference, part)
+            decoded[row] = (expected + chain.quantizer.decode(mine, one))[0]
+    return decoded

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from kvpack.bench.results import Interval, Results, Summary, summarize
+from kvpack.bench.results import TOKEN_ENTROPY, Interval, Results, Summary, summarize
 from kvpack.errors import KvpackError
 
 COLUMNS = {
@@ -62,9 +63,18 @@ def markdown(results: Results) -> str:
     place = where["gpu"] or f"{where['cores']} cores of {where['processor']}"
     lines.append(f"{place}, Python {where['python']}, {versions}, commit {where['commit']}.")
     header = ["codec", *(title for title, _ in COLUMNS.values())]
-    table = [header, ["---"] * len(header), *map(cells, summaries)]
-    return "\n".join(lines) + "\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in table) + "\n"
+    text = "\n".join(lines) + "\n"
+    for title, some in (("", [s for s in summaries if not s.bound]), (BOUNDS_TITLE, [s for s in summaries if s.bound])):
+        table = [header, ["---"] * len(header), *map(cells, some)]
+        text += f"{title}\n" + "\n".join(f"| {' | '.join(row)} |" for row in table) + "\n" if some else ""
+    return text
 
+
+BOUNDS_TITLE = """
+Bounds, simulated and not files: an entropy-coded uniform scalar quantiser a channel (`ecsq`, by step over deviation),
+the rate-distortion bound of Gaussian vectors of each head (`gaussian`, by distortion over variance), and the entropy of
+the tokens under the model, from which replay makes the cache again.
+"""
 
 PANELS = (
     ("kl_plain", "next-token KL, text goes on (nats)", "log"),
@@ -88,8 +98,11 @@ def plot(results: Results, path: Path) -> None:
     from kvpack.codecs import family_of
 
     figure = Figure(figsize=(11, 8), layout="constrained")
-    summaries = [s for s in summarize(results.rows) if s.figures["keys_nmse"].mean != 0]
+    every = summarize(results.rows)
+    summaries = [s for s in every if "keys_nmse" in s.figures and s.figures["keys_nmse"].mean != 0]
+    tokens = [s.figures["bits"].mean for s in every if s.codec == TOKEN_ENTROPY]
     families = list(dict.fromkeys(family_of(s.codec) for s in summaries))
+    bounds = {family_of(s.codec) for s in summaries if s.bound}
     for axes, (name, title, scale) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         for family in families:
             mine = [s.figures for s in summaries if family_of(s.codec) == family and name in s.figures]
@@ -97,7 +110,12 @@ def plot(results: Results, path: Path) -> None:
             if points:
                 bits, values, halves = zip(*points, strict=True)
                 low = [min(half, 0.99 * abs(value)) for value, half in zip(values, halves, strict=True)]
-                axes.errorbar(bits, values, yerr=[low, halves], marker="o", markersize=4, capsize=2, label=family)
+                style: dict[str, Any] = (
+                    {"linestyle": "--", "linewidth": 1} if family in bounds else {"marker": "o", "markersize": 4}
+                )
+                axes.errorbar(bits, values, yerr=[low, halves], capsize=2, label=family, **style)
+        for bits_of_tokens in tokens:
+            axes.axvline(bits_of_tokens, linestyle=":", color="black", label="token entropy (replay)")
         axes.set(xscale="log", xlabel="bits an element, whole file", ylabel=title)
         axes.set_yscale(scale, **({"linthresh": 0.01} if scale == "symlog" else {}))
         axes.grid(visible=True, which="both", alpha=0.25)

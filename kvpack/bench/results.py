@@ -13,7 +13,10 @@ from typing import Any
 from kvpack.errors import FormatError, UsageError
 from kvpack.files import atomic_output
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+TOKEN_ENTROPY = "token-entropy"
+"""Row of the sequence bound: bits of the tokens, from which the model itself makes the cache again."""
+
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Student's t for two-sided 95 % intervals, by degrees of freedom from 1; above 10 the normal's 1.960 is used."""
 
@@ -23,27 +26,33 @@ class Row:
     """One codec, one seed, one document. Errors as in ``kvpack verify``; seconds of the second of two runs.
 
     ``document`` is the capture's file name, ``document_sha256`` its contents; ``model`` is
-    ``ModelReport.to_json()``, or None where no model ran.
+    ``ModelReport.to_json()``, or None where no model ran. Of a bound (``kvpack.bench.bounds``), which no file
+    attains, ``size``, ``ratio`` and seconds are None; of the token entropy everything but the bits is.
     """
 
     document: str
     document_sha256: str
     codec: str
     seed: int
-    size: int
-    ratio: float
+    size: int | None
+    ratio: float | None
     bits_per_element: float
-    keys_nmse: float
-    values_nmse: float
+    keys_nmse: float | None
+    values_nmse: float | None
     attention_error: float | None
-    compress_seconds: float
-    decompress_seconds: float
+    compress_seconds: float | None
+    decompress_seconds: float | None
     model: dict[str, Any] | None
 
     @property
     def key(self) -> tuple[str, str, int]:
         """What makes a row unique in a file."""
         return self.document_sha256, self.codec, self.seed
+
+    @property
+    def bound(self) -> bool:
+        """Whether it is a bound and no codec."""
+        return self.size is None
 
 
 @dataclass
@@ -141,6 +150,7 @@ class Summary:
 
     codec: str
     documents: int
+    bound: bool
     figures: dict[str, Interval]
 
 
@@ -149,7 +159,10 @@ def summarize(rows: Iterable[Row]) -> list[Summary]:
     by_codec: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         by_codec.setdefault(row.codec, {}).setdefault(row.document_sha256, []).append(row)
-    return [Summary(codec, len(documents), _figures(list(documents.values()))) for codec, documents in by_codec.items()]
+    return [
+        Summary(codec, len(documents), next(iter(documents.values()))[0].bound, _figures(list(documents.values())))
+        for codec, documents in by_codec.items()
+    ]
 
 
 def _figures(documents: list[list[Row]]) -> dict[str, Interval]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import os
 import platform
@@ -14,16 +15,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import kvpack
 from kvpack import api
 from kvpack.archive import Archive, Capture
-from kvpack.bench.results import Results, Row
+from kvpack.bench.bounds import Bound, simulate
+from kvpack.bench.results import TOKEN_ENTROPY, Results, Row
 from kvpack.capture import Model
+from kvpack.capture.entropy import token_bits
 from kvpack.codecs import Codec
 from kvpack.errors import CorruptError
-from kvpack.fidelity import compare
+from kvpack.fidelity import CacheSource, compare
 from kvpack.fidelity.model import Judge
+from kvpack.fidelity.source import layer_tensors
 from kvpack.inspection import inspect
+from kvpack.profile import Profile
 from kvpack.tensorfile import TensorFile
 
 QUICK = ("lossless", "kivi-4", "kivi-2", "turboquant-4", "turboquant-3", "turboquant-2")
@@ -34,33 +41,40 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Task:
-    """One row to measure."""
+    """One row to measure: a codec, a bound, or the token entropy (None)."""
 
     path: Path
     sha256: str
-    codec: Codec
-    seed: int
+    subject: Codec | Bound | None
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """As in rows."""
+        return self.subject.name if self.subject else TOKEN_ENTROPY
 
     @property
     def key(self) -> tuple[str, str, int]:
         """As of :class:`Row`."""
-        return self.sha256, self.codec.name, self.seed
+        return self.sha256, self.name, self.seed
 
 
-def plan(captures: Sequence[Path], codecs: Sequence[Codec], seeds: int) -> list[Task]:
-    """Every row: document by document, codec by codec, several seeds where a codec is random."""
+def plan(captures: Sequence[Path], codecs: Sequence[Codec], seeds: int, bounds: Sequence[Bound | None]) -> list[Task]:
+    """Every row: document by document, codec by codec, several seeds where a codec is random; then bounds."""
     tasks = []
     for path in captures:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         for codec in codecs:
             tasks += [Task(path, digest, codec, seed) for seed in range(seeds if codec.seeded else 1)]
+        tasks += [Task(path, digest, bound) for bound in bounds]
     return tasks
 
 
-def setting(model: Model | None) -> dict[str, Any]:
-    """What rows of one file share: the model that judges, and the versions that decide figures."""
+def setting(model: Model | None, profile: Profile | None) -> dict[str, Any]:
+    """What rows of one file share: the model that judges, the profile, and the versions that decide figures."""
     return {
+        "profile": {**profile.identity(), "size": profile.size} if profile else None,
         "model": model.name if model else None,
         "weights_sha256": model.weights_sha256 if model else None,
         "dtype": str(model.network.dtype).removeprefix("torch.") if model else None,
@@ -101,7 +115,13 @@ def _commit() -> str | None:
         return None
 
 
-def measure(tasks: Sequence[Task], model: Model | None, results: Results, progress: Progress | None) -> Iterator[Row]:
+def measure(
+    tasks: Sequence[Task],
+    model: Model | None,
+    profile: Profile | None,
+    results: Results,
+    progress: Progress | None,
+) -> Iterator[Row]:
     """Measure tasks that ``results`` has no row for; rows are appended to it and given one by one.
 
     Raises:
@@ -109,48 +129,98 @@ def measure(tasks: Sequence[Task], model: Model | None, results: Results, progre
 
     """
     done = {row.key for row in results.rows}
-    judge: tuple[Path, Capture, Judge | None] | None = None
+    bench: _Bench | None = None
     with tempfile.TemporaryDirectory(prefix="kvpack-bench-") as folder:
         for i, task in enumerate(tasks):
             if task.key not in done:
-                if judge is None or judge[0] != task.path:
+                if bench is None or bench.path != task.path:
                     capture = Capture(TensorFile.open(task.path))
-                    judge = task.path, capture, Judge(model, capture) if model else None
-                results.rows.append(_measure(task, judge[1], judge[2], Path(folder)))
+                    judge = Judge(model, capture) if model else None
+                    bench = _Bench(task.path, capture, model, judge, profile, Path(folder))
+                results.rows.append(bench.row(task))
                 yield results.rows[-1]
             if progress:
                 progress(i + 1, len(tasks))
 
 
-def _measure(task: Task, capture: Capture, judge: Judge | None, folder: Path) -> Row:
-    packed, back = folder / "x.kvp", folder / "x.safetensors"
-    codec = task.codec.with_seed(task.seed)
-    seconds: list[tuple[float, float]] = []
-    for _ in range(2):
-        start = time.perf_counter()
-        with packed.open("wb") as sink:
-            api.compress(task.path, sink, codec)
-        middle = time.perf_counter()
-        with back.open("wb") as sink:
-            api.decompress(Archive.open(packed), sink)
-        seconds.append((middle - start, time.perf_counter() - middle))
-    decompressed = Capture(TensorFile.open(back))
-    report = compare(capture, decompressed)
-    if codec.lossless and not report.bit_exact:
-        raise CorruptError(f"{codec.name}: did not give {task.path} back bit for bit")
-    look = inspect(packed)
-    return Row(
-        document=task.path.name,
-        document_sha256=task.sha256,
-        codec=codec.name,
-        seed=task.seed,
-        size=look.size,
-        ratio=look.ratio,
-        bits_per_element=look.bits_per_element or 0.0,
-        keys_nmse=report.keys.nmse,
-        values_nmse=report.values.nmse,
-        attention_error=report.attention.output_error if report.attention else None,
-        compress_seconds=seconds[-1][0],
-        decompress_seconds=seconds[-1][1],
-        model=judge.measure(decompressed).to_json() if judge else None,
-    )
+@dataclass(frozen=True)
+class _Bench:
+    """One capture, the model's judgement of the original, and a folder for files."""
+
+    path: Path
+    capture: Capture
+    model: Model | None
+    judge: Judge | None
+    profile: Profile | None
+    folder: Path
+
+    def row(self, task: Task) -> Row:
+        if task.subject is None:
+            return self._token_entropy(task)
+        if isinstance(task.subject, Bound):
+            simulated = simulate(self.capture, task.subject)
+            return self._row(task, simulated, bits=simulated.bits_per_element)
+        return self._codec(task, task.subject)
+
+    def _codec(self, task: Task, codec: Codec) -> Row:
+        packed, back = self.folder / "x.kvp", self.folder / "x.safetensors"
+        seconds: list[tuple[float, float]] = []
+        for _ in range(2):
+            start = time.perf_counter()
+            with packed.open("wb") as sink:
+                api.compress(task.path, sink, codec.with_seed(task.seed), profile=self.profile)
+            middle = time.perf_counter()
+            with back.open("wb") as sink:
+                api.decompress(Archive.open(packed, self.profile), sink)
+            seconds.append((middle - start, time.perf_counter() - middle))
+        decompressed = Capture(TensorFile.open(back))
+        if codec.lossless and not filecmp.cmp(task.path, back, shallow=False):
+            raise CorruptError(f"{codec.name}: did not give {task.path} back byte for byte")
+        look = inspect(packed)
+        return self._row(
+            task,
+            decompressed,
+            bits=look.bits_per_element or 0.0,
+            size=look.size,
+            ratio=look.ratio,
+            compress_seconds=seconds[-1][0],
+            decompress_seconds=seconds[-1][1],
+        )
+
+    def _row(
+        self,
+        task: Task,
+        cache: CacheSource | None,
+        *,
+        bits: float,
+        size: int | None = None,
+        ratio: float | None = None,
+        compress_seconds: float | None = None,
+        decompress_seconds: float | None = None,
+    ) -> Row:
+        report = compare(self.capture, cache) if cache else None
+        judged = self.judge.measure(cache) if self.judge and cache else None
+        return Row(
+            document=task.path.name,
+            document_sha256=task.sha256,
+            codec=task.name,
+            seed=task.seed,
+            size=size,
+            ratio=ratio,
+            bits_per_element=bits,
+            keys_nmse=report.keys.nmse if report else None,
+            values_nmse=report.values.nmse if report else None,
+            attention_error=report.attention.output_error if report and report.attention else None,
+            compress_seconds=compress_seconds,
+            decompress_seconds=decompress_seconds,
+            model=judged.to_json() if judged else None,
+        )
+
+    def _token_entropy(self, task: Task) -> Row:
+        """The sequence bound of arXiv 2604.15356: what the tokens carry, spread over the cache's elements."""
+        assert self.model is not None
+        tokens = self.capture.read("tokens").view(np.int32).tolist()
+        bits, _ = token_bits(self.model, tokens)
+        layers = layer_tensors(self.capture).values()
+        elements = sum(self.capture.read(name).size for names in layers for name in names.values())
+        return self._row(task, None, bits=bits * len(tokens) / elements)

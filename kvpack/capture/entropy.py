@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import DynamicCache
@@ -15,9 +15,9 @@ CHUNK = 256
 
 
 def token_bits(
-    model: Model, text: str, max_tokens: int | None = None, progress: Callable[[int, int], None] | None = None
+    model: Model, tokens: Sequence[int], progress: Callable[[int, int], None] | None = None
 ) -> tuple[float, int]:
-    """Mean of -log2 p(token | all before it) over a text, and how many tokens were predicted.
+    """Mean of -log2 p(token | all before it) over a text's tokens, and how many were predicted.
 
     The first token is not predicted. Logits are taken in float32, ``CHUNK`` positions at a time.
 
@@ -25,7 +25,7 @@ def token_bits(
         UsageError: fewer than two tokens, or more than the model has positions.
 
     """
-    ids: torch.Tensor = model.tokenizer(text, return_tensors="pt").input_ids[:, :max_tokens].to(model.network.device)
+    ids = torch.tensor([tokens], device=model.network.device)
     count = ids.shape[1]
     limit = getattr(model.config, "max_position_embeddings", None)
     if count < 2:

@@ -24,7 +24,8 @@ def bench(
         typer.Option("-m", "--model", help="The judge: hub id, directory, .gguf file, 'embedded', or 'none'."),
     ] = "embedded",
     codecs: Annotated[str, typer.Option(help="Codecs or families, with commas: kivi,turboquant-3; or 'all'.")] = "all",
-    quick: Annotated[bool, typer.Option("--quick", help="A handful of codecs, one seed.")] = False,
+    profile: common.ProfileFile = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A handful of codecs, one seed, no bounds.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds a codec with random matrices is run with.")] = 3,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Results, as JSON; a file found there is continued.")
@@ -61,19 +62,27 @@ def bench(
             check_output(path, force=True)
     from kvpack.bench import report as pages
     from kvpack.bench import run
+    from kvpack.bench.bounds import BOUNDS
     from kvpack.bench.results import Results
     from kvpack.capture import load_model
     from kvpack.codecs import codecs_matching
 
     names = ",".join(run.QUICK) if quick and codecs == "all" else codecs
     chosen = codecs_matching(names.split(","))
-    tasks = run.plan(captures, chosen, 1 if quick else seeds)
+    opened = common.open_profile(profile)
+    if opened is None and any(codec.profiled for codec in chosen):
+        if "all" not in names.split(","):
+            raise UsageError("codecs that are calibrated need a profile: -D FILE, made by kvpack calibrate")
+        chosen = [codec for codec in chosen if not codec.profiled]
+        common.say("no profile given (-D): calibrated codecs are left out", quiet=quiet, to_stderr=True)
     judge = None if model == "none" else load_model(None if model == "embedded" else model, dtype, device)
-    results = Results(run.setting(judge), run.machine(judge))
+    bounds = () if quick else BOUNDS if judge is None else (*BOUNDS, None)
+    tasks = run.plan(captures, chosen, 1 if quick else seeds, bounds)
+    results = Results(run.setting(judge, opened), run.machine(judge))
     if not force:
         results.resume(output)
     with common.progress_bar("benching", quiet) as progress:
-        for row in run.measure(tasks, judge, results, progress):
+        for row in run.measure(tasks, judge, opened, results, progress):
             results.write(output)
             if progress is None:
                 common.say(f"{row.document} {row.codec} seed {row.seed}: {row.bits_per_element:.3f} bits", quiet=quiet)

@@ -43,7 +43,7 @@ def claims(
         content = read_text(text)
         loaded = load_model(model)
         with common.progress_bar(f"running {loaded.name}", quiet) as progress:
-            token_bits, count = measure(loaded, content, max_tokens, progress)
+            token_bits, count = measure(loaded, loaded.tokenizer(content).input_ids[:max_tokens], progress)
         source = f"measured under {loaded.name} on {count} tokens of {text.name}"
     found = {
         "query heads, as the paper counts": claim(

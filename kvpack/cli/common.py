@@ -9,12 +9,15 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
 from kvpack.errors import UsageError
 from kvpack.files import atomic_output
+
+if TYPE_CHECKING:
+    from kvpack.profile import Profile
 
 STDIO = Path("-")
 
@@ -35,6 +38,19 @@ Threads = Annotated[
 
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own; bf16 for GGUF), bf16, fp16 or fp32.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+ProfileFile = Annotated[
+    Path | None,
+    typer.Option("-D", "--profile", help="The .kvprofile that calibrated codecs need.", show_default=False),
+]
+
+
+def open_profile(path: Path | None) -> Profile | None:
+    """The profile that -D names, if it was given."""
+    if path is None:
+        return None
+    from kvpack.profile import Profile
+
+    return Profile.open(path)
 
 
 def check_inputs(inputs: list[Path], output: Path | None, *, keep: bool, remove: bool, as_json: bool) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvpack.cli import common
 from kvpack.errors import FormatError, KvpackError
+
+if TYPE_CHECKING:
+    from kvpack.profile import Profile
 
 
 def _codec_names() -> list[str]:
@@ -33,6 +36,7 @@ def compress(
     list_codecs: Annotated[
         bool, typer.Option("--list-codecs", callback=_list_codecs, is_eager=True, help="Name every codec.")
     ] = False,
+    profile: common.ProfileFile = None,
     chunk_tokens: Annotated[
         int, typer.Option(help="Tokens a chunk: what one range read decodes; a multiple of 128.")
     ] = 2048,
@@ -61,15 +65,16 @@ def compress(
     from kvpack.codecs import codec_named
 
     codec_named(codec)
+    opened = common.open_profile(profile)
     patterns = [*(drop or []), *(PROBES if drop_probes else ())]
     rows = []
     for path in inputs:
         target = output or (common.STDIO if path == common.STDIO else path.with_name(path.name + ".kvp"))
         common.check_distinct(path, target)
-        row = _compress_one(path, target, codec, chunk_tokens, patterns, force, threads, quiet)
+        row = _compress_one(path, target, codec, opened, chunk_tokens, patterns, force, threads, quiet)
         rows.append(row)
         if remove:
-            _remove_verified(path, target)
+            _remove_verified(path, target, opened)
         to_stderr = target == common.STDIO
         if not as_json:
             common.say(_line(row), quiet=quiet, to_stderr=to_stderr)
@@ -83,6 +88,7 @@ def _compress_one(
     path: Path,
     target: Path,
     codec: str,
+    profile: Profile | None,
     chunk_tokens: int,
     drop: list[str],
     force: bool,
@@ -102,6 +108,7 @@ def _compress_one(
                 source,
                 sink,
                 codec_named(codec),
+                profile=profile,
                 chunk_tokens=chunk_tokens,
                 drop=drop,
                 threads=threads,
@@ -129,12 +136,12 @@ def _carried(names: list[str], verbose: bool) -> str:
     return f"kvpack: {len(names)} parts the codec cannot represent (NaN, Inf or out of range) are lossless: {shown}"
 
 
-def _remove_verified(path: Path, target: Path) -> None:
+def _remove_verified(path: Path, target: Path, profile: Profile | None) -> None:
     from kvpack import api
     from kvpack.archive import Archive
 
     try:
-        archive = Archive.open(target)
+        archive = Archive.open(target, profile)
         api.check(archive)
     except FormatError as error:
         raise KvpackError(f"{path}: kept, because what was written does not verify ({error})") from None

@@ -10,6 +10,7 @@ import typer
 
 import kvpack
 from kvpack.cli.bench import bench
+from kvpack.cli.calibrate import calibrate
 from kvpack.cli.capture import capture
 from kvpack.cli.claims import claims
 from kvpack.cli.compress import compress
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (capture, compress, decompress, verify, inspect, bench, demo, claims):
+for command in (capture, compress, decompress, verify, inspect, calibrate, bench, demo, claims):
     app.command()(command)
 
 

@@ -44,6 +44,7 @@ def verify(
     ] = None,
     dtype: common.Dtype = "auto",
     device: common.Device = "auto",
+    profile: common.ProfileFile = None,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
@@ -60,7 +61,7 @@ def verify(
     if model is None and any(limit is not None for limit in (max_kl, min_top1, max_ppl_increase)):
         raise UsageError("--max-kl, --min-top1 and --max-ppl-increase need --model")
     reference = Capture(TensorFile.open(original))
-    other = open_cache(file)
+    other = open_cache(file, common.open_profile(profile))
     if isinstance(other, Archive):
         stranger = next(differing_parts(other, reference), None)
         if stranger is not None:

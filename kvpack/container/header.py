@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -30,6 +31,8 @@ class Header:
     """Whether every tensor comes back bit for bit."""
     streams: list[str]
     """Names of the kinds of stream, sorted; the index refers to them by position."""
+    profile: dict[str, str] | None
+    """Name and SHA-256 of the calibration profile it takes to decode, or null."""
     dropped: list[str]
     """Names of tensors of the source that the user had left out."""
     source: str
@@ -70,12 +73,23 @@ def _is_strings(value: Any, limit: int) -> bool:
     return isinstance(value, list) and len(value) <= limit and all(isinstance(v, str) for v in value)
 
 
+def _is_profile(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and set(value) == {"name", "sha256"}
+        and isinstance(value["name"], str)
+        and isinstance(value["sha256"], str)
+        and re.fullmatch("[0-9a-f]{64}", value["sha256"]) is not None
+    )
+
+
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "writer": lambda v: isinstance(v, str),
     "codecs": lambda v: isinstance(v, list) and 1 <= len(v) <= MAX_CODECS,
     "chunk_tokens": lambda v: type(v) is int and 1 <= v <= MAX_CHUNK_TOKENS,
     "lossless": lambda v: isinstance(v, bool),
     "streams": lambda v: _is_strings(v, MAX_STREAM_NAMES) and v == sorted(set(v)),
+    "profile": lambda v: v is None or _is_profile(v),
     "dropped": lambda v: _is_strings(v, 1 << 20),
     "source": lambda v: isinstance(v, str),
 }

@@ -1,19 +1,21 @@
 """What a stage is: a small frozen dataclass with a wire name, a version and a JSON form.
 
 A wire name and version are a promise: two stages share them only if each decodes the other's bytes.
-A **part** is what the pipeline codes at a time: one tensor over one range of tokens, ``[H, T, D]``.
-A quantizer turns a part into **planes** of integer codes; an entropy coder turns each plane into a stream.
+A **part** is what the pipeline codes at a time: one tensor over one range of tokens, or the keys (or the values)
+of all layers stacked along heads; ``[H, T, D]`` either way. Transforms may give it another shape. A quantizer
+turns it into **planes** of integer codes; an entropy coder turns each plane into a stream.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpack.errors import FormatError
+from kvpack.errors import FormatError, MismatchError
 
 Codes = NDArray[np.unsignedinteger[Any]]
 """Integer codes of a plane, ``[H, T, D]``, any unsigned dtype."""
@@ -26,18 +28,40 @@ class UnrepresentableError(ValueError):
     """A lossy quantizer met values it cannot represent; the pipeline carries that part losslessly instead."""
 
 
+Profile = Mapping[str, NDArray[Any]]
+"""A calibration profile as stages see it: arrays by name."""
+
+
 @dataclass(frozen=True)
 class Part:
-    """One tensor over one token range.
+    """One tensor, or one stack of all layers' tensors, over one token range.
 
     ``dtype`` is the safetensors spelling; ``shape`` is ``(H, T, D)``; ``first`` is the part's first token and
-    ``total`` the tensor's number of tokens.
+    ``total`` the tensor's number of tokens. In a stack ``heads`` is the number of heads a layer, so that layer i
+    is rows ``i * heads ..``; of one tensor it is H. ``row`` is the part's first row where a predictor codes row by
+    row. ``profile`` is the calibration profile, for stages that need one.
     """
 
     dtype: str
     shape: tuple[int, int, int]
     first: int
     total: int
+    heads: int = 0
+    row: int = 0
+    profile: Profile | None = field(default=None, compare=False, repr=False)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """An array of the profile.
+
+        Raises:
+            MismatchError: no profile, or it has no such array.
+
+        """
+        if self.profile is None:
+            raise MismatchError("needs a calibration profile: give it with -D")
+        if name not in self.profile:
+            raise MismatchError(f"the profile has no {name!r}: calibrate again with the codec's section")
+        return self.profile[name]
 
 
 @dataclass(frozen=True)
@@ -65,10 +89,15 @@ class PlaneSpec:
 
 @dataclass(frozen=True)
 class Stage:
-    """Base of all stages; subclasses set ``name`` and ``version`` and add their configuration as fields."""
+    """Base of all stages; subclasses set ``name`` and ``version`` and add their configuration as fields.
+
+    ``profiled`` stages need a calibration profile, ``stacked`` ones a stack of all layers.
+    """
 
     name: ClassVar[str]
     version: ClassVar[int]
+    profiled: ClassVar[bool] = False
+    stacked: ClassVar[bool] = False
 
     def to_json(self) -> dict[str, Any]:
         """``{"name", "version", "configuration"}``, JSON types only."""
@@ -85,9 +114,9 @@ class Stage:
         """
         if set(configuration) != {f.name for f in fields(cls)}:
             raise FormatError(f"stage {cls.name!r}: configuration has the fields {sorted(configuration)}")
-        for field in fields(cls):
-            if type(configuration[field.name]).__name__ != field.type:
-                raise FormatError(f"stage {cls.name!r}: field {field.name!r} is not of type {field.type}")
+        for f in fields(cls):
+            if type(configuration[f.name]).__name__ != f.type:
+                raise FormatError(f"stage {cls.name!r}: field {f.name!r} is not of type {f.type}")
         try:
             return cls(**configuration)
         except ValueError as error:
@@ -95,14 +124,33 @@ class Stage:
 
 
 class Transform(Stage):
-    """Float to float, the same shape: ``[H, T, D]`` float32."""
+    """Float to float: ``[H, T, D]`` float32 to an array of the same tokens, T, and maybe other H and D."""
 
-    def forward(self, values: Floats) -> Floats:
-        """Into the transformed domain."""
+    def output(self, part: Part) -> Part:
+        """The part that :meth:`forward` gives: the same, unless it changes the shape."""
+        return part
+
+    def forward(self, values: Floats, part: Part) -> Floats:
+        """Into the transformed domain; ``part`` describes ``values``."""
         raise NotImplementedError
 
-    def inverse(self, values: Floats) -> Floats:
-        """Back from it."""
+    def inverse(self, values: Floats, part: Part) -> Floats:
+        """Back from it; ``part`` describes what comes out."""
+        raise NotImplementedError
+
+
+class Predictor(Stage):
+    """Says what each row (first axis) is expected to be, from rows already decoded; only the rest is coded.
+
+    Behind a predictor, the quantizer codes one row at a time and its planes are joined along their first axis.
+    """
+
+    def predict(self, row: int, rows: Floats, reference: Floats | None, part: Part) -> Floats:
+        """The expected row ``[1, T, D]``.
+
+        ``rows`` ``[H, T, D]`` are decoded before ``row``; ``reference`` is the keys' decoded array, where the
+        values of a stack are predicted.
+        """
         raise NotImplementedError
 
 

@@ -7,13 +7,22 @@ from typing import Any
 from kvpack.errors import FormatError, UnsupportedError
 from kvpack.stages.base import Stage
 from kvpack.stages.entropy.bitpack import BitPack
+from kvpack.stages.entropy.deflate import Deflate
 from kvpack.stages.entropy.rans import Rans
 from kvpack.stages.entropy.zstd import Zstd
+from kvpack.stages.keep import Keep
+from kvpack.stages.predictors.cross_layer import CrossLayer
 from kvpack.stages.quantizers.affine import Affine
+from kvpack.stages.quantizers.anchor_delta import AnchorDelta
 from kvpack.stages.quantizers.byte_planes import BytePlanes
+from kvpack.stages.quantizers.component_groups import ComponentGroups
 from kvpack.stages.quantizers.float_split import FloatSplit
+from kvpack.stages.quantizers.higgs import Higgs
 from kvpack.stages.quantizers.lloyd_max import LloydMax
+from kvpack.stages.transforms.klt import Klt
+from kvpack.stages.transforms.merge_heads import MergeHeads
 from kvpack.stages.transforms.rotation import Rotation
+from kvpack.stages.transforms.unrope import Unrope
 
 
 def _index(*stages: type[Stage]) -> dict[str, type[Stage]]:
@@ -25,7 +34,11 @@ def _index(*stages: type[Stage]) -> dict[str, type[Stage]]:
     return index
 
 
-STAGES = _index(Rotation, FloatSplit, BytePlanes, Affine, LloydMax, BitPack, Rans, Zstd)
+STAGES = _index(
+    *(Keep, Rotation, Unrope, MergeHeads, Klt, CrossLayer),
+    *(FloatSplit, BytePlanes, Affine, LloydMax, AnchorDelta, ComponentGroups, Higgs),
+    *(BitPack, Rans, Zstd, Deflate),
+)
 """Every stage there is, by wire name."""
 
 

@@ -66,8 +66,8 @@ def _encode(codes: Codes, spec: PlaneSpec) -> bytes | None:
     assigned, sums = tables.cluster(counts.reshape(heads * dims, -1)[:, symbols])
     levels = tables.quantize(sums)
     frequencies = tables.frequencies(levels)
-    payload = (sums * -np.log2(np.maximum(frequencies, 1) / tables.TOTAL)).sum() / 8
-    per_lane = min(len(assigned), max(1, int(np.ceil(LANE_BYTES * len(assigned) / max(payload, 1)))))
+    payload = max(tables.coded_size(sums, frequencies), 1)
+    per_lane = min(len(assigned), max(1, -(-LANE_BYTES * len(assigned) // payload)))
     lanes = -(-len(assigned) // per_lane)
     words = np.empty(spec.size + 4, np.uint16)
     lengths, states = np.zeros(lanes, np.int64), np.zeros(lanes, np.uint32)

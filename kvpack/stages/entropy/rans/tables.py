@@ -102,6 +102,11 @@ def _frequencies(codes: Ints, values: Ints, levels: Ints) -> bool:
     return True
 
 
+def coded_size(counts: Ints, values: Ints) -> int:
+    """Bytes that symbols of these counts ``[K, A]`` take by tables of these frequencies ``[K, A]``, an estimate."""
+    return int((counts * _COST[values]).sum()) // (64 * 8)
+
+
 def cluster(histogram: Ints) -> tuple[Ints, Ints]:
     """Group channels by alike statistics.
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvpack.stages.base import Floats, Transform
+from kvpack.stages.base import Floats, Part, Transform
 from kvpack.stages.random import rotation_matrix
 
 
@@ -25,12 +25,12 @@ class Rotation(Transform):
         if not 0 <= self.seed < 1 << 63:
             raise ValueError("seed is 0 to 2**63 - 1")
 
-    def forward(self, values: Floats) -> Floats:
+    def forward(self, values: Floats, part: Part) -> Floats:
         """``x @ R.T``; ``[H, T, D]``."""
         with np.errstate(over="ignore", invalid="ignore"):
             return np.asarray(values @ rotation_matrix(values.shape[-1], self.seed).T)
 
-    def inverse(self, values: Floats) -> Floats:
+    def inverse(self, values: Floats, part: Part) -> Floats:
         """``y @ R``; ``[H, T, D]``."""
         with np.errstate(over="ignore", invalid="ignore"):
             return np.asarray(values @ rotation_matrix(values.shape[-1], self.seed))

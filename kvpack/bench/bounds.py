@@ -1,0 +1,120 @@
+"""What no codec of a kind can beat, as rows beside the codecs: simulated, so that the model can judge them too.
+
+Side information (means, variances, tables, the transform) costs nothing here; only attention sinks are counted whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvpack.fidelity import CacheSource
+from kvpack.fidelity.source import layer_tensors
+from kvpack.floats import Bits, from_float32, to_float32
+from kvpack.stages.base import Floats
+from kvpack.tensorfile import TensorSpec
+
+SINKS = 4
+"""First tokens, kept whole: their outliers would swamp every covariance (arXiv 2309.17453)."""
+
+ECSQ_STEPS = (0.25, 0.5, 1.0, 2.0)
+GAUSSIAN_LEVELS = (0.01, 0.03, 0.1, 0.3)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """``ecsq`` or ``gaussian`` at a setting: a step over the tensor's deviation, or a distortion over its variance."""
+
+    family: str
+    setting: float
+
+    @property
+    def name(self) -> str:
+        """As in rows."""
+        return f"{self.family}-{self.setting:g}"
+
+    def simulate(self, values: Floats, seed: int = 0) -> tuple[Floats, float]:
+        """What a decoder would have of one layer's ``[H, T, D]``, and the bits it takes."""
+        if self.family == "ecsq":
+            return ecsq(values, self.setting)
+        return gaussian(values, self.setting, seed)
+
+
+BOUNDS = (
+    *(Bound("ecsq", step) for step in ECSQ_STEPS),
+    *(Bound("gaussian", level) for level in GAUSSIAN_LEVELS),
+)
+
+
+def ecsq(values: Floats, step: float) -> tuple[Floats, float]:
+    """Entropy-coded uniform scalar quantiser a channel: the empirical entropy of each channel's own codes.
+
+    One step for all channels of the tensor (``step`` times its standard deviation about the channels' means): by
+    reverse water-filling the best choice for squared error.
+    """
+    tokens = values.shape[1]
+    mean = values.mean(1, keepdims=True)
+    centred = values - mean
+    width = step * float(np.sqrt(np.square(centred, dtype=np.float64).mean())) or 1.0
+    codes = np.rint(centred / width).astype(np.int64)
+    bits = 0.0
+    for channel in codes.transpose(0, 2, 1).reshape(-1, tokens):
+        counts = np.bincount(channel - channel.min())
+        share = counts[counts > 0] / tokens
+        bits -= tokens * float((share * np.log2(share)).sum())
+    return np.asarray(codes * width + mean, np.float32), bits
+
+
+def gaussian(values: Floats, level: float, seed: int) -> tuple[Floats, float]:
+    """The rate-distortion bound of Gaussian vectors with each head's covariance: the "per-vector Shannon limit".
+
+    Reverse water-filling (Cover & Thomas, Elements of Information Theory, 10.3.3) at the water level theta, ``level``
+    times the tensor's mean variance: sum of max(0, log2(lambda / theta) / 2) bits a vector. The decoder's vector is
+    drawn from the test channel that attains it.
+    """
+    heads, tokens, dims = values.shape
+    random = np.random.Generator(np.random.PCG64(seed))
+    mean = values.mean(1, keepdims=True, dtype=np.float64)
+    centred = values - mean
+    theta = level * float(np.square(centred).mean())
+    out = np.empty_like(centred)
+    bits = 0.0
+    for head in range(heads):
+        variances, basis = np.linalg.eigh(centred[head].T @ centred[head] / max(tokens, 1))
+        gain = np.maximum(0.0, 1 - theta / np.maximum(variances, 1e-300)) if theta else np.ones(dims)
+        noise = random.standard_normal((tokens, dims)) * np.sqrt(theta * gain)
+        out[head] = (centred[head] @ basis * gain + noise) @ basis.T
+        bits -= tokens * float(np.log2(np.maximum(1 - gain, 1e-300))[gain > 0].sum()) / 2 if theta else 0.0
+    return np.asarray(out + mean, np.float32), bits
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A capture with its keys and values replaced by what a bound's decoder would have."""
+
+    tensors: Mapping[str, TensorSpec]
+    metadata: Mapping[str, str]
+    replaced: Mapping[str, Bits]
+    original: CacheSource
+    bits_per_element: float
+
+    def read(self, name: str) -> Bits:
+        """The tensor's bit patterns."""
+        return self.replaced[name] if name in self.replaced else self.original.read(name)
+
+
+def simulate(capture: CacheSource, bound: Bound) -> Simulated:
+    """Apply ``bound`` to every layer's keys and values, :data:`SINKS` apart."""
+    replaced: dict[str, Bits] = {}
+    bits, elements = 0.0, 0
+    for names in layer_tensors(capture).values():
+        for name in names.values():
+            original, spec = capture.read(name), capture.tensors[name]
+            values, cost = bound.simulate(to_float32(original[:, SINKS:], spec.dtype), seed=len(replaced))
+            kept = original[:, :SINKS]
+            replaced[name] = np.concatenate([kept, from_float32(values, spec.dtype)], axis=1)
+            bits += cost + 8 * kept.nbytes
+            elements += original.size
+    return Simulated(capture.tensors, capture.metadata, replaced, capture, bits / elements)

@@ -1,0 +1,6 @@
+"""Learns from captures of a corpus what calibrated codecs need, once a model: the ``.kvprofile``."""
+
+from kvpack.calibration.corpus import CorpusOptions, Sample, collect
+from kvpack.calibration.run import calibrate, metadata
+
+__all__ = ["CorpusOptions", "Sample", "calibrate", "collect", "metadata"]

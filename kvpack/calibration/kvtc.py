@@ -1,0 +1,149 @@
+"""What KVTC calibrates (arXiv 2511.01815, section 3): a PCA of all layers' keys, one of values, and bit plans."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvpack.stages.base import Floats
+from kvpack.stages.jit import njit
+
+GROUP_SIZES = np.array([1, 16, 64, 256, 1024])
+BITS = np.array([2, 4, 8])
+SIDE_BITS = 32
+"""A shift and a scale a token and group."""
+
+SAMPLE_TOKENS = 128
+"""Tokens on which quantisation error is measured for the plans."""
+
+
+@dataclass(frozen=True)
+class Principal:
+    """Mean ``[P]`` and orthonormal basis ``[P, P]`` of the leading components first, float32."""
+
+    mean: Floats
+    basis: Floats
+
+
+def principal_components(sample: Floats, device: str = "cpu") -> Principal:
+    """Of ``[N, P]`` samples, by eigendecomposition of the covariance: O(N P^2 + P^3) time, O(P^2) memory."""
+    data = torch.from_numpy(sample)
+    mean = data.double().mean(0).float()
+    covariance = torch.zeros(data.shape[1], data.shape[1], device=device)
+    for rows in torch.split(data, 4096):
+        centred = (rows - mean).to(device)
+        covariance += centred.T @ centred
+    vectors = torch.linalg.eigh(covariance / len(data)).eigenvectors.flip(1)
+    return Principal(mean.numpy(), vectors.cpu().contiguous().numpy())
+
+
+def plans(coefficients: Floats, rates: dict[str, float]) -> dict[str, NDArray[np.int32]]:
+    """For each rate (bits an element) the best groups ``[G, 2]``: size and bits, in the order of components.
+
+    ``coefficients`` ``[N, P]`` are samples in the basis. Minimises the measured squared error within
+    ``rate * P`` bits a token, side information included, over runs of :data:`GROUP_SIZES` components stored in
+    :data:`BITS` or dropped. KVTC solves this by dynamic programming over components and budget; here a multiplier
+    stands for the budget, which gives the same plans on the convex hull of rate and error.
+    """
+    tokens, components = coefficients.shape
+    chosen = coefficients[:: max(1, tokens // SAMPLE_TOKENS)][:SAMPLE_TOKENS]
+    errors = np.empty((components, len(GROUP_SIZES), len(BITS)))
+    _measure(np.ascontiguousarray(chosen.T, np.float64), GROUP_SIZES, BITS, errors)
+    energy = np.concatenate([[0.0], np.cumsum(np.square(chosen, dtype=np.float64).mean(0))])
+    return {name: _within(rate * components, errors, energy) for name, rate in rates.items()}
+
+
+def _within(budget: float, errors: NDArray[Any], energy: NDArray[Any]) -> NDArray[np.int32]:
+    """The plan of the smallest multiplier that keeps to the budget, by bisection of its logarithm."""
+    low, high = -40.0, math.log(max(float(energy[-1]), 1e-30)) + 1
+    best = _trimmed(_plan(errors, energy, math.exp(high), GROUP_SIZES, BITS, SIDE_BITS))
+    for _ in range(60):
+        middle = (low + high) / 2
+        plan = _trimmed(_plan(errors, energy, math.exp(middle), GROUP_SIZES, BITS, SIDE_BITS))
+        if sum(int(size) * int(bits) + SIDE_BITS for size, bits in plan if bits) <= budget:
+            best, high = plan, middle
+        else:
+            low = middle
+    return best
+
+
+def _trimmed(plan: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Without the dropped groups at the end."""
+    stored = np.flatnonzero(plan[:, 1])
+    return plan[: stored[-1] + 1 if len(stored) else 0]
+
+
+@njit
+def _measure(data: NDArray[Any], sizes: NDArray[Any], bits: NDArray[Any], errors: NDArray[Any]) -> None:
+    """Mean squared error a token of each run of components ``data[i : i + size]`` at each number of bits."""
+    components, tokens = data.shape
+    for i in range(components):
+        for s in range(len(sizes)):
+            end = i + sizes[s]
+            if end > components:
+                errors[i, s, :] = np.inf
+                continue
+            errors[i, s, :] = 0.0
+            for t in range(tokens):
+                low = high = data[i, t]
+                for k in range(i + 1, end):
+                    low, high = min(low, data[k, t]), max(high, data[k, t])
+                for b in range(len(bits)):
+                    if high > low:
+                        errors[i, s, b] += _error(data, i, end, t, low, high, bits[b])
+            errors[i, s, :] /= tokens
+
+
+@njit
+def _error(data: NDArray[Any], start: int, end: int, t: int, low: float, high: float, bits: int) -> float:
+    """Squared error of one group: integers over its range, or E4M3 about its middle."""
+    total = 0.0
+    if bits < 8:
+        step = (high - low) / (2**bits - 1)
+        for k in range(start, end):
+            x = (data[k, t] - low) / step
+            total += (x - np.floor(x + 0.5)) ** 2
+        return float(total * step * step)
+    middle, scale = (low + high) / 2, (high - low) / 896
+    for k in range(start, end):
+        x = abs(data[k, t] - middle) / scale
+        exponent = math.frexp(x)[1]
+        step = math.ldexp(1.0, max(exponent - 4, -9))
+        total += (x - np.floor(x / step + 0.5) * step) ** 2
+    return float(total * scale * scale)
+
+
+@njit
+def _plan(
+    errors: NDArray[Any], energy: NDArray[Any], multiplier: float, sizes: NDArray[Any], bits: NDArray[Any], side: int
+) -> NDArray[np.int32]:
+    """Groups ``[G, 2]`` that minimise error + multiplier * bits over all components."""
+    components = len(errors)
+    cost = np.empty(components + 1)
+    choice = np.zeros((components, 2), np.int32)
+    cost[components] = 0.0
+    for i in range(components - 1, -1, -1):
+        cost[i], choice[i, 0], choice[i, 1] = energy[i + 1] - energy[i] + cost[i + 1], 1, 0
+        for s in range(len(sizes)):
+            end = i + sizes[s]
+            if end > components:
+                continue
+            for b in range(len(bits)):
+                total = errors[i, s, b] + multiplier * (sizes[s] * bits[b] + side) + cost[end]
+                if total < cost[i]:
+                    cost[i], choice[i, 0], choice[i, 1] = total, sizes[s], bits[b]
+    groups = np.empty((components, 2), np.int32)
+    at = count = 0
+    while at < components:
+        if count > 0 and choice[at, 1] == 0 and groups[count - 1, 1] == 0:
+            groups[count - 1, 0] += 1
+        else:
+            groups[count] = choice[at]
+            count += 1
+        at += choice[at, 0]
+    return groups[:count].copy()

@@ -1,0 +1,50 @@
+"""Finds a model's rotary position embedding (RoPE, arXiv 2104.09864), and checks that kvpack undoes it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvpack.capture import CaptureOptions, Model, run_tokens
+from kvpack.errors import UnsupportedError
+from kvpack.stages.base import Floats
+from kvpack.stages.transforms.unrope import rotate
+
+CHECKED_TOKENS = 64
+TOLERANCE = 0.02
+"""Relative to the largest key: bf16 keys are rounded to 2**-9, and rotated in bf16."""
+
+_CHANGING = ("dynamic", "longrope")
+"""Kinds of RoPE whose frequencies change with the length of the context."""
+
+
+def inverse_frequencies(model: Model) -> Floats:
+    """Radians a position for each rotated pair of a key's dimensions, ``[R / 2]``; empty without RoPE.
+
+    Raises:
+        UnsupportedError: frequencies that change with the context or between layers, or pairs laid out otherwise
+            than (i, i + R/2).
+
+    """
+    found = {
+        tuple(np.asarray(module.inv_freq.detach().float().cpu()).tolist()): str(getattr(module, "rope_type", "default"))
+        for module in model.network.modules()
+        if getattr(module, "inv_freq", None) is not None
+    }
+    if not found:
+        return np.zeros(0, np.float32)
+    if len(found) > 1 or set(found.values()) & set(_CHANGING):
+        raise UnsupportedError(
+            f"{model.name} rotates keys by more than one set of frequencies: cannot calibrate for it"
+        )
+    frequencies = np.array(next(iter(found)), np.float32)
+    _check(model, frequencies)
+    return frequencies
+
+
+def _check(model: Model, frequencies: Floats) -> None:
+    """One token at many positions: before RoPE the first layer's keys are all the same."""
+    cache = run_tokens(model, [model.config.vocab_size // 2] * CHECKED_TOKENS, CaptureOptions(queries=0))
+    keys = cache.keys[0].float().numpy()
+    flat = rotate(keys, frequencies, 0, -1) if 2 * len(frequencies) <= keys.shape[2] else keys
+    if np.abs(flat - flat[:, :1]).max() > TOLERANCE * np.abs(keys).max():
+        raise UnsupportedError(f"{model.name} rotates keys in a way that kvpack cannot undo: cannot calibrate for it")

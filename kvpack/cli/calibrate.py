@@ -1,0 +1,51 @@
+"""``kvpack calibrate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvpack.cli import common
+from kvpack.cli.capture import Model, read_text
+from kvpack.errors import KvpackError
+from kvpack.files import atomic_output, check_output
+
+
+def calibrate(
+    text: Annotated[
+        list[Path], typer.Option("--text", help="UTF-8 text to learn from; repeatable.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Profile to write.")],
+    model: Model = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to run in all, shared evenly by the texts.")] = 32768,
+    context: Annotated[int, typer.Option(min=1, help="Tokens a sequence.")] = 2048,
+    dtype: common.Dtype = "auto",
+    device: common.Device = "auto",
+    force: common.Force = False,
+    quiet: common.Quiet = False,
+) -> None:
+    """Learn from texts what calibrated codecs need to know of a model; give it to compress and decompress with -D.
+
+    Choose texts like those to compress, several kinds of them, and none that a codec will be judged on.
+    """
+    contents = [(str(path), read_text(path)) for path in text]
+    check_output(output, force=force)
+    from kvpack import calibration
+    from kvpack.capture import load_model
+    from kvpack.profile import write_profile
+
+    loaded = load_model(model, dtype, device)
+    options = calibration.CorpusOptions(tokens, context)
+    with common.progress_bar(f"running {loaded.name}", quiet) as progress:
+        sample = calibration.collect(loaded, contents, options, progress)
+    remark = lambda line: common.say(line, quiet=quiet, to_stderr=True)  # noqa: E731
+    try:
+        arrays = calibration.calibrate(sample, str(loaded.network.device), remark)
+    except (MemoryError, RuntimeError) as error:
+        raise KvpackError(f"not enough memory to calibrate: use fewer --tokens ({error})") from None
+    with atomic_output(output, force=force) as sink:
+        size = write_profile(arrays, calibration.metadata(loaded, sample, options), sink)
+    count = sum(document["sequences"] for document in sample.documents)
+    common.say(f"{output}: {count} sequences, {len(sample.keys)} tokens, {size} bytes", quiet=quiet)

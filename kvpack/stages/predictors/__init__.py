@@ -1,0 +1,1 @@
+"""Predictors: what a row is expected to be."""
