@@ -101,9 +101,8 @@ class Archive:
         if codec.profiled and self.profile is None:
             needed = self.container.header.profile
             raise MismatchError(f"needs the profile {_describe(needed)}: give it with -D" if needed else "no profile")
-        if codec.stacked and part.plan.layer is not None:
-            return self._read_stacked(part)
-        (bits,) = self._decode((part,))
+        stacked = codec.stacked and part.plan.layer is not None
+        bits = self._read_stacked(part) if stacked else self._decode((part,))[0]
         if self.is_exact(part) and checksum(np.ascontiguousarray(bits)) != part.digest:
             raise CorruptError(f"corrupt: {part.plan.name} does not match the digest of the original")
         return bits

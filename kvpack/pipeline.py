@@ -98,7 +98,8 @@ def _encode_rows(chain: Chain, values: Floats, part: Part, reference: Floats | N
         one = replace(part, shape=(1, *part.shape[1:]), row=row)
         with np.errstate(over="ignore", invalid="ignore"):
             rows.append(chain.quantizer.encode(values[row : row + 1] - expected, one))
-            decoded[row] = (expected + chain.quantizer.decode(rows[-1], one))[0]
+            copies = [code.copy() for code in rows[-1]]  # decoding reuses them
+            decoded[row] = (expected + chain.quantizer.decode(copies, one))[0]
         if not np.isfinite(decoded[row]).all():
             raise UnrepresentableError("a prediction beyond float32")
     return [np.concatenate(planes) for planes in zip(*rows, strict=True)], decoded

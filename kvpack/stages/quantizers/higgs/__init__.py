@@ -64,7 +64,7 @@ class Higgs(Quantizer):
         unit = data / np.where(norm > 0, norm, np.float16(1)).astype(np.float32)
         turned = (unit @ rotation_matrix(dims, self.seed).T) * np.float32(np.sqrt(dims))
         pairs = np.ascontiguousarray(np.pad(turned, ((0, 0), (0, 0), (0, dims % 2))), np.float32)
-        pairs = pairs.reshape(*part.shape[:2], -1, 2)
+        pairs = pairs.reshape(*part.shape[:2], (dims + 1) // 2, 2)
         codes = []
         for rows, grid in self._split(pairs, part):
             found = np.empty(rows.shape[:-1], np.uint8)
@@ -78,7 +78,7 @@ class Higgs(Quantizer):
         norm = join(codes[2:4], "F16").view(np.float16).astype(np.float32)
         grids = [grid for _, grid in self._split(np.zeros((part.shape[0], 0)), part)]
         pairs = np.concatenate([grid[plane] for grid, plane in zip(grids, codes[:2], strict=True)])
-        turned = pairs.reshape(*part.shape[:2], -1)[..., :dims]
+        turned = pairs.reshape(*part.shape[:2], dims + dims % 2)[..., :dims]
         with np.errstate(over="ignore", invalid="ignore"):
             unit = (turned / np.float32(np.sqrt(max(dims, 1)))) @ rotation_matrix(dims, self.seed)
             return np.asarray(unit * norm, np.float32)

@@ -40,7 +40,7 @@ class Klt(Transform):
     def forward(self, values: Floats, part: Part) -> Floats:
         """``(x - mean) @ basis``."""
         mean, basis = self._arrays(part)
-        flat: Floats = np.ascontiguousarray(values.transpose(1, 0, 2)).reshape(part.shape[1], -1)
+        flat: Floats = np.ascontiguousarray(values.transpose(1, 0, 2)).reshape(part.shape[1], mean.size)
         with np.errstate(over="ignore", invalid="ignore"):
             return np.asarray((flat - mean) @ basis, np.float32)[None]
 
