@@ -3,35 +3,66 @@
     python tests/make_goldens.py
 
 Goldens are ``fixtures/goldens/{version}/{codec}.kvp`` with the SHA-256 of the capture they decode to, for exact
-codecs. Frozen with format 1.0; while it is 0.x, a change is told in the version history of ``docs/format.md``.
+codecs. Codecs with a calibration profile are given a smaller capture (``profiles.tiny_capture``) and
+``fixtures/tiny.kvprofile``, calibrated on that same capture, which is made here if it is not there. Frozen with format
+1.0; while it is 0.x, a change is told in the version history of ``docs/format.md``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import tempfile
 from pathlib import Path
 
+import numpy as np
+from profiles import FIXTURES, THETA, TINY, model_metadata, tiny_capture
+
 from kvpack import api
-from kvpack.archive import Archive
+from kvpack.archive import Archive, Capture
+from kvpack.calibration import Sample, calibrate
+from kvpack.calibration.corpus import SKIPPED
 from kvpack.codecs import CODECS
 from kvpack.container.layout import VERSION
+from kvpack.floats import to_float32
+from kvpack.profile import Profile, write_profile
+from kvpack.stages.transforms.unrope import rotate
+from kvpack.tensorfile import TensorFile
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
 CAPTURE = FIXTURES / "smollm2-160.safetensors"
 FOLDER = FIXTURES / "goldens" / ".".join(map(str, VERSION))
 
 
 def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for name, codec in CODECS.items():
-        path = FOLDER / f"{name}.kvp"
-        with path.open("wb") as sink:
-            api.compress(CAPTURE, sink, codec)
-        if codec.lossless:
-            back = io.BytesIO()
-            api.decompress(Archive.open(path), back)
-            path.with_suffix(".sha256").write_text(hashlib.sha256(back.getvalue()).hexdigest() + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        tiny = tiny_capture(Path(folder) / "tiny.safetensors")
+        if not TINY.exists():
+            write_tiny_profile(tiny)
+        profile = Profile.open(TINY)
+        for name, codec in CODECS.items():
+            path = FOLDER / f"{name}.kvp"
+            with path.open("wb") as sink:
+                api.compress(tiny if codec.profiled else CAPTURE, sink, codec, profile=profile)
+            if codec.lossless:
+                back = io.BytesIO()
+                api.decompress(Archive.open(path), back)
+                path.with_suffix(".sha256").write_text(hashlib.sha256(back.getvalue()).hexdigest() + "\n")
+
+
+def write_tiny_profile(path: Path) -> None:
+    """Calibrate on the tiny capture itself."""
+    capture = Capture(TensorFile.open(path))
+    frequencies = (THETA ** -(np.arange(32) / 32)).astype(np.float32)
+    sample = {}
+    for kind in ("keys", "values"):
+        layers = [to_float32(capture.read(f"layers.{i}.{kind}"), "BF16") for i in (0, 29)]
+        if kind == "keys":
+            layers = [rotate(layer, frequencies, 0, -1) for layer in layers]
+        sample[kind] = np.concatenate([layer[0, SKIPPED:] for layer in layers], axis=1)
+    arrays = calibrate(Sample(sample["keys"], sample["values"], 2, 64, frequencies, []))
+    with TINY.open("wb") as sink:
+        write_profile(arrays, {"model": model_metadata(path)}, sink)
 
 
 if __name__ == "__main__":

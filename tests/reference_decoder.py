@@ -3,11 +3,12 @@
 Imports nothing of kvpack: the standard library and numpy alone, and the ``zstandard`` package for the streams that
 are Zstandard frames (RFC 8878), which neither has a decoder for. Slow and plain on purpose.
 
-    decode(data) -> bytes of the safetensors file
+    decode(data, profile) -> bytes of the safetensors file; ``profile`` is the .kvprofile's bytes, where it takes one
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
@@ -16,30 +17,29 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from reference_stages import (
+    DEQUANTIZE,
+    ENTROPY,
+    GOLDEN,
+    ITEM_BYTES,
+    MANTISSA_BITS,
+    PLANES,
+    Array,
+    Profile,
+    cross_layer,
+    float_planes,
+    join,
+    mix,
+    need,
+    to_bits,
+    transformed,
+    untransform,
+)
 
 MASK64 = (1 << 64) - 1
-GOLDEN = 0x9E3779B97F4A7C15
-ITEM_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64"), 8),
-}
-MANTISSA_BITS = {"BF16": 7, "F16": 10, "F32": 23}
-EXPONENT_BITS = {"BF16": 8, "F16": 5, "F32": 8}
-
-Plane = tuple[str, tuple[int, int, int], int]
-"""Name, shape (H, T, D), bits a code."""
 
 
 # ---- Checksums -----------------------------------------------------------------------------------------------------
-
-
-def mix(z: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser, on uint64."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def checksum(data: bytes) -> int:
@@ -51,17 +51,17 @@ def checksum(data: bytes) -> int:
 # ---- Container -----------------------------------------------------------------------------------------------------
 
 
-def decode(data: bytes) -> bytes:
+def decode(data: bytes, profile: bytes = b"") -> bytes:
     """The whole safetensors file that ``data`` holds.
 
     Raises:
         ValueError: anything that is not as the format says.
 
     """
-    magic, major, _, critical, _, header_length, header_crc, own = struct.unpack_from("<8sHHIIIII", data)
+    magic, major, minor, critical, _, header_length, header_crc, own = struct.unpack_from("<8sHHIIIII", data)
     need(magic == b"\x89KVP\r\n\x1a\n", "magic")
     need(zlib.crc32(data[:28]) == own, "prologue")
-    need(major == 0 and critical == 0, "version")
+    need((major, minor) == (0, 2) and critical == 0, "version")
     index_at, index_length, index_crc, total, prologue_crc, footer_crc, end = struct.unpack("<QIIQII8s", data[-40:])
     need(end == b"\x89KVPEND\n" and zlib.crc32(data[-40:-12]) == footer_crc, "footer")
     need(total == len(data) and index_at + index_length + 40 == total and prologue_crc == own, "extents")
@@ -73,8 +73,10 @@ def decode(data: bytes) -> bytes:
     packed = data[index_at : index_at + index_length]
     need(zlib.crc32(packed) == index_crc, "index")
     parts = list(plan(tensors, header["chunk_tokens"]))
+    arrays = read_profile(profile, header["profile"])
     output = np.zeros(sum(t["bytes"] for t in tensors), np.uint8)
     at = 32 + header_length
+    entries = []
     for part, codec, digest, streams in read_index(zlib.decompress(packed), parts):
         content: dict[str, bytes] = {}
         for kind, size, expected in streams:
@@ -82,18 +84,12 @@ def decode(data: bytes) -> bytes:
             need(checksum(stream) == expected, "stream checksum")
             content[header["streams"][kind]] = stream
             at += size
-        chain = header["codecs"][codec]["keys" if part["tensor"]["name"].endswith(".keys") else "values"]
-        bits = decode_part(chain, content, part)
-        if chain[-2]["name"] in ("float_split", "byte_planes"):
-            need(checksum(np.ascontiguousarray(bits).tobytes()) == digest, "digest")
-        place(output, part, bits)
+        entries.append((part, header["codecs"][codec], digest, content))
+    for unit in units(entries):
+        for part, bits in decode_unit(unit, arrays):
+            place(output, part, bits)
     need(at == index_at, "streams fill the file")
     return len(source).to_bytes(8, "little") + source + output.tobytes()
-
-
-def need(condition: bool, what: str) -> None:
-    if not condition:
-        raise ValueError(f"not as the format says: {what}")
 
 
 def read_source(raw: bytes) -> list[dict[str, Any]]:
@@ -109,7 +105,7 @@ def read_source(raw: bytes) -> list[dict[str, Any]]:
         layer = layer and len(entry["shape"]) == 3 and entry["dtype"] in MANTISSA_BITS
         tensors.append(
             {"name": name, "dtype": entry["dtype"], "shape": entry["shape"], "start": start, "bytes": stop - start}
-            | {"layer": layer}
+            | {"layer": layer, "number": int(words[1]) if layer else None}
         )
     return sorted(tensors, key=lambda t: (t["start"], t["bytes"]))
 
@@ -129,6 +125,23 @@ def plan(tensors: list[dict[str, Any]], chunk: int) -> Iterator[dict[str, Any]]:
             longest = dims.index(max(dims))
             shape = (math.prod(dims[:longest]), dims[longest], math.prod(dims[longest + 1 :]))
             yield {"tensor": t, "shape": shape, "first": 0, "total": shape[1]}
+
+
+def read_profile(raw: bytes, identity: dict[str, str] | None) -> Profile:
+    """Arrays by name; F16 as float32."""
+    if identity is None:
+        return {}
+    need(hashlib.sha256(raw).hexdigest() == identity["sha256"], "profile")
+    start = 8 + int.from_bytes(raw[:8], "little")
+    entries = json.loads(raw[8:start])
+    entries.pop("__metadata__")
+    arrays = {}
+    for name, entry in entries.items():
+        dtype = {"F16": "<f2", "F32": "<f4", "I32": "<i4"}[entry["dtype"]]
+        first, stop = entry["data_offsets"]
+        array = np.frombuffer(raw[start + first : start + stop], dtype).reshape(entry["shape"])
+        arrays[name] = array.astype(np.float32) if dtype == "<f2" else array
+    return arrays
 
 
 def read_index(raw: bytes, parts: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], int, int, list[Any]]]:
@@ -154,11 +167,72 @@ def place(output: np.ndarray, part: dict[str, Any], bits: np.ndarray) -> None:
 
 # ---- Chains --------------------------------------------------------------------------------------------------------
 
+Entry = tuple[dict[str, Any], dict[str, Any], int, dict[str, bytes]]
+"""A part, its codec, the digest of its original, its streams."""
 
-def decode_part(chain: list[Any], streams: dict[str, bytes], part: dict[str, Any]) -> np.ndarray:
-    *transforms, quantizer, entropy = chain
-    dtype = part["tensor"]["dtype"]
-    planes = PLANES[quantizer["name"]](quantizer["configuration"], dtype, part)
+
+def units(entries: list[Entry]) -> Iterator[list[Entry]]:
+    """What is decoded at once: the layer parts of a chunk under a stacked codec, else one part."""
+    stack: list[Entry] = []
+    for entry in entries:
+        part, codec, _, _ = entry
+        joins = codec["stacked"] and part["tensor"]["layer"]
+        if stack and not (joins and part["first"] == stack[0][0]["first"]):
+            yield stack
+            stack = []
+        if joins:
+            need(not stack or codec == stack[0][1], "one codec a stack")
+            stack.append(entry)
+        else:
+            yield [entry]
+    if stack:
+        yield stack
+
+
+def decode_unit(unit: list[Entry], profile: Profile) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    """Bit patterns of each part: keys first, because values may be predicted from them."""
+    codec = unit[0][1]
+    keys = None
+    for kind in ("keys", "values"):
+        mine = [entry for entry in unit if entry[0]["tensor"]["name"].endswith(".keys") == (kind == "keys")]
+        if not mine:
+            continue
+        mine.sort(key=lambda entry: entry[0]["tensor"]["number"] or 0)
+        first, _, digest, _ = mine[0]
+        rows, tokens, dims = first["shape"]
+        array = {
+            "shape": (rows * len(mine), tokens, dims),
+            "dtype": first["tensor"]["dtype"],
+            "first": first["first"],
+            "total": first["total"],
+            "heads": rows,
+            "row": 0,
+        }
+        streams = {name: stream for *_, content in mine for name, stream in content.items()}
+        bits, decoded = decode_chain(codec[kind], streams, array, keys, profile)
+        keys = decoded if kind == "keys" else None
+        if codec[kind][-2]["name"] in ("float_split", "byte_planes"):
+            need(checksum(np.ascontiguousarray(bits).tobytes()) == digest, "digest")
+        for i, (part, *_) in enumerate(mine):
+            yield part, bits[i * rows : (i + 1) * rows]
+
+
+def decode_chain(
+    chain: list[Any], streams: dict[str, bytes], array: Array, keys: np.ndarray | None, profile: Profile
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Bit patterns, and the array that predictions were made from."""
+    stages = list(chain)
+    entropy, quantizer = stages.pop(), stages.pop()
+    keep = stages.pop(0)["configuration"] if stages and stages[0]["name"] == "keep" else None
+    predictor = stages.pop()["configuration"] if stages and stages[-1]["name"] == "cross_layer" else None
+    rows, tokens, dims = array["shape"]
+    start, stop = coded_tokens(keep, array)
+    steps = [{**array, "shape": (rows, stop - start, dims), "first": array["first"] + start}]
+    for transform in stages:
+        steps.append(transformed(transform, steps[-1], profile))
+    whole = float_planes(array["dtype"], (rows, tokens - stop + start, dims), "whole/") if keep else []
+    read = PLANES[quantizer["name"]]
+    planes = whole + read(quantizer["configuration"], steps[-1], profile)
     codes = []
     for name, shape, width in planes:
         if math.prod(shape) and width:
@@ -166,211 +240,52 @@ def decode_part(chain: list[Any], streams: dict[str, bytes], part: dict[str, Any
         else:
             codes.append(np.zeros(shape, np.uint64))
     need(not streams, "unknown stream")
+    kept, codes = codes[: len(whole)], codes[len(whole) :]
     if quantizer["name"] == "float_split":
-        return join(codes, dtype)
+        return join(codes, array["dtype"]), None
     if quantizer["name"] == "byte_planes":
-        unsigned = f"<u{ITEM_BYTES[dtype]}"
-        return sum(c.astype(np.uint64) << np.uint64(8 * i) for i, c in enumerate(codes)).astype(unsigned)
-    values = DEQUANTIZE[quantizer["name"]](codes, quantizer["configuration"], dtype, part)
-    for transform in reversed(transforms):
-        need(transform["name"] == "rotation", "transform")
-        values = values @ rotation(part["shape"][2], transform["configuration"]["seed"])
-    return to_bits(values.astype(np.float32), dtype)
+        unsigned = f"<u{ITEM_BYTES[array['dtype']]}"
+        return sum(c.astype(np.uint64) << np.uint64(8 * i) for i, c in enumerate(codes)).astype(unsigned), None
+    values = values_of(codes, quantizer, predictor, steps[-1], keys, profile)
+    decoded = values if predictor else None
+    for transform, step in zip(reversed(stages), reversed(steps[:-1]), strict=True):
+        values = untransform(values, transform, step, profile)
+    bits = to_bits(values.astype(np.float32), array["dtype"])
+    if keep:
+        sides = join(kept, array["dtype"])
+        bits = np.concatenate([sides[:, :start], bits, sides[:, start:]], axis=1)
+    return bits, decoded
 
 
-def to_float(bits: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype == "BF16":
-        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return bits.view(np.float16 if dtype == "F16" else np.float32).astype(np.float32)
+def coded_tokens(keep: dict[str, int] | None, array: Array) -> tuple[int, int]:
+    """The part's tokens that are coded; the others are kept whole."""
+    tokens = array["shape"][1]
+    if keep is None:
+        return 0, tokens
+    coded = max(0, array["total"] - keep["first"] - keep["last"]) // keep["group"] * keep["group"]
+    start = min(max(keep["first"] - array["first"], 0), tokens)
+    return start, max(start, min(keep["first"] + coded - array["first"], tokens))
 
 
-def to_bits(values: np.ndarray, dtype: str) -> np.ndarray:
-    """To nearest, ties to even."""
-    values = np.ascontiguousarray(values)
-    if dtype == "F32":
-        return values.view(np.uint32)
-    if dtype == "F16":
-        with np.errstate(over="ignore"):
-            return values.astype(np.float16).view(np.uint16)
-    bits = values.view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)).astype(np.uint16)
-
-
-# ---- Quantizers ----------------------------------------------------------------------------------------------------
-
-
-def float_planes(dtype: str, shape: tuple[int, int, int], prefix: str = "") -> list[Plane]:
-    high = (f"{prefix}sign_exponent", shape, 1 + EXPONENT_BITS[dtype])
-    return [high, (f"{prefix}mantissa", shape, MANTISSA_BITS[dtype])]
-
-
-def join(codes: list[np.ndarray], dtype: str) -> np.ndarray:
-    bits = (codes[0].astype(np.uint64) << np.uint64(MANTISSA_BITS[dtype])) | codes[1].astype(np.uint64)
-    return bits.astype(f"<u{ITEM_BYTES[dtype]}")
-
-
-def byte_planes(_: Any, dtype: str, part: dict[str, Any]) -> list[Plane]:
-    return [(f"byte.{i}", part["shape"], 8) for i in range(ITEM_BYTES[dtype])]
-
-
-def affine_planes(config: dict[str, Any], dtype: str, part: dict[str, Any]) -> list[Plane]:
-    heads, tokens, dims = part["shape"]
-    group = config["group"]
-    whole = max(0, part["total"] - config["residual"]) // group * group
-    coded = min(max(whole - part["first"], 0), tokens)
-    by_token = config["axis"] == "token"
-    groups = (heads, -(-coded // group), dims) if by_token else (heads, coded, -(-dims // group))
-    return [
-        ("codes", (heads, coded, dims), config["bits"]),
-        *float_planes("F16", groups, "scale/"),
-        *float_planes("F16", groups, "zero/"),
-        *float_planes(dtype, (heads, tokens - coded, dims), "residual/"),
-    ]
-
-
-def affine(codes: list[np.ndarray], config: dict[str, Any], dtype: str, _: Any) -> np.ndarray:
-    axis = 1 if config["axis"] == "token" else 2
-    size = codes[0].shape[axis]
-    scale, zero = (to_float(join(codes[i : i + 2], "F16"), "F16") for i in (1, 3))
-    spread = [p.repeat(config["group"], axis).take(np.arange(size), axis) for p in (scale, zero)]
-    values = codes[0].astype(np.float32) * spread[0] + spread[1]
-    return np.concatenate([values, to_float(join(codes[5:7], dtype), dtype)], axis=1)
-
-
-def lloyd_max_planes(config: dict[str, Any], _: str, part: dict[str, Any]) -> list[Plane]:
-    shape = part["shape"]
-    norms = (*shape[:2], 1)
-    planes = [("codes", shape, config["bits"] - config["prod"]), *float_planes("F16", norms, "norm/")]
-    if config["prod"]:
-        planes += [("signs", shape, 1), *float_planes("F16", norms, "residual_norm/")]
-    return planes
-
-
-CENTROIDS: list[list[float]] = [
-    [],
-    [0.79788456],
-    [0.45278003, 1.51041761],
-    [0.24509418, 0.75600528, 1.34390928, 2.1519457],
-    [0.12839503, 0.3880483, 0.65675912, 0.94234046, 1.2562312, 1.61804639, 2.06901723, 2.73258957],
-]
-
-
-def lloyd_max(codes: list[np.ndarray], config: dict[str, Any], _: str, part: dict[str, Any]) -> np.ndarray:
-    dims = part["shape"][2]
-    positive = np.array(CENTROIDS[config["bits"] - config["prod"]])
-    table = np.concatenate([-positive[::-1], positive]) if len(positive) else np.zeros(1)
-    unit = (table / math.sqrt(dims)).astype(np.float32)[codes[0].astype(np.int64)]
-    if config["prod"]:
-        length = to_float(join(codes[4:6], "F16"), "F16")
-        signs = codes[3].astype(np.float32) * 2 - 1
-        factor = np.float32(math.sqrt(math.pi / 2) / dims) * length
-        unit = unit + factor * (signs @ gaussian(dims, config["seed"]).astype(np.float32))
-    return unit * to_float(join(codes[1:3], "F16"), "F16")
-
-
-def gaussian(dims: int, seed: int) -> np.ndarray:
-    keys = np.arange(1, 2 * dims * dims + 1, dtype=np.uint64) * np.uint64(GOLDEN)
-    uniform = ((mix(np.uint64(seed) + keys) >> np.uint64(11)).astype(np.float64) + 0.5) / 2**53
-    normal = np.sqrt(-2 * np.log(uniform[0::2])) * np.cos(2 * np.pi * uniform[1::2])
-    return normal.reshape(dims, dims)
-
-
-def rotation(dims: int, seed: int) -> np.ndarray:
-    rows = gaussian(dims, seed)
-    for i in range(dims):
-        for _ in range(2):
-            rows[i] -= (rows[:i] @ rows[i]) @ rows[:i]
-        rows[i] /= math.sqrt(rows[i] @ rows[i])
-    return rows.astype(np.float32)
-
-
-# ---- Entropy coders ------------------------------------------------------------------------------------------------
-
-
-def bitpack(data: bytes, shape: tuple[int, ...], width: int) -> np.ndarray:
-    count = math.prod(shape)
-    need(len(data) == (count * width + 7) // 8, "packed length")
-    bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
-    need(not bits[count * width :].any(), "spare bits")
-    codes = bits[: count * width].reshape(count, width).astype(np.uint64)
-    return (codes << np.arange(width, dtype=np.uint64)).sum(1, dtype=np.uint64).reshape(shape)
-
-
-def zstd(data: bytes, shape: tuple[int, ...], width: int) -> np.ndarray:
-    import zstandard
-
-    size = next(b for b in (1, 2, 4, 8) if width <= 8 * b)
-    raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=math.prod(shape) * size)
-    return np.frombuffer(raw, f"<u{size}").reshape(shape)
-
-
-def rans(data: bytes, shape: tuple[int, ...], width: int) -> np.ndarray:
-    if data[0] == 0:
-        return bitpack(data[1:], shape, width)
-    heads, tokens, dims = shape
-    mode, tables, alphabet, spread, per_lane, shortest, used = struct.unpack_from("<BBBBIII", data)
-    need(mode == 1, "rans mode")
-    tables, alphabet, channels = tables + 1, alphabet + 1, heads * dims
-    lanes = -(-channels // per_lane)
-    sections = []
-    at = 16
-    for size in (
-        4 * lanes,
-        2 * used,
-        (alphabet * width + 7) // 8,
-        (tables * alphabet * 6 + 7) // 8,
-        (channels * (tables - 1).bit_length() + 7) // 8,
-        (lanes * spread + 7) // 8,
-    ):
-        sections.append(data[at : at + size])
-        at += size
-    need(at == len(data), "rans sections")
-    state = np.frombuffer(sections[0], "<u4").astype(np.int64)
-    words = np.concatenate([np.frombuffer(sections[1], "<u2").astype(np.int64), np.zeros(per_lane * tokens, np.int64)])
-    symbols = bitpack(sections[2], (alphabet,), width)
-    frequencies = frequency_tables(bitpack(sections[3], (tables, alphabet), 6).astype(np.int64))
-    table = bitpack(sections[4], (channels,), (tables - 1).bit_length()).astype(np.int64)
-    lengths = bitpack(sections[5], (lanes,), spread).astype(np.int64) + shortest
-    ends = np.cumsum(lengths)
-    need(ends[-1] == used, "lane lengths")
-    next_word = ends - lengths
-    stop = np.cumsum(frequencies, axis=1)
-    symbol_of_slot = (np.arange(4096)[None, :, None] >= stop[:, None, :]).sum(2)
-    codes = np.zeros((heads, tokens, dims), np.uint64)
-    for i in range(per_lane):
-        channel = np.arange(lanes) * per_lane + i
-        live = channel < channels
-        channel = np.where(live, channel, 0)
-        for t in range(tokens):
-            slot = state & 4095
-            s = symbol_of_slot[table[channel], slot]
-            f = frequencies[table[channel], s]
-            x = f * (state >> 12) + slot - (stop[table[channel], s] - f)
-            short = x < 1 << 15
-            x = np.where(short, (x << 16) | words[next_word], x)
-            next_word = next_word + (short & live)
-            state = np.where(live, x, state)
-            codes[channel[live] // dims, t, channel[live] % dims] = symbols[s[live]]
-    need(bool((state == 1 << 15).all() and (next_word == ends).all()), "lane ends")
-    return codes
-
-
-def frequency_tables(codes: np.ndarray) -> np.ndarray:
-    levels = np.array([0, 1, 2, 3] + [(4 + m) << e for e in range(10) for m in range(4)])
-    rest = codes == 63
-    need(bool((rest.sum(1) == 1).all() and (codes[~rest] < len(levels)).all()), "frequency codes")
-    values = levels[np.where(rest, 0, codes)]
-    left = 4096 - values.sum(1)
-    need(bool((left > 0).all()), "frequency sum")
-    values[rest] = left
+def values_of(
+    codes: list[np.ndarray],
+    quantizer: dict[str, Any],
+    predictor: dict[str, Any] | None,
+    array: Array,
+    keys: np.ndarray | None,
+    profile: Profile,
+) -> np.ndarray:
+    """The quantizer's values; behind a predictor row by row, each added to what was expected of it."""
+    config = quantizer["configuration"]
+    dequantize, planes = DEQUANTIZE[quantizer["name"]], PLANES[quantizer["name"]]
+    if predictor is None:
+        return dequantize(codes, config, array, profile)
+    values = np.zeros(array["shape"], np.float32)
+    taken = [0] * len(codes)
+    for row in range(array["shape"][0]):
+        one = {**array, "shape": (1, *array["shape"][1:]), "row": row}
+        counts = [shape[0] for _, shape, _ in planes(config, one, profile)]
+        mine = [code[at : at + count] for code, at, count in zip(codes, taken, counts, strict=True)]
+        taken = [at + count for at, count in zip(taken, counts, strict=True)]
+        values[row] = cross_layer(predictor, row, values, keys, profile) + dequantize(mine, config, one, profile)[0]
     return values
-
-
-PLANES: dict[str, Any] = {
-    "float_split": lambda _, dtype, part: float_planes(dtype, part["shape"]),
-    "byte_planes": byte_planes,
-    "affine": affine_planes,
-    "lloyd_max": lloyd_max_planes,
-}
-DEQUANTIZE: dict[str, Any] = {"affine": affine, "lloyd_max": lloyd_max}
-ENTROPY: dict[str, Any] = {"bitpack": bitpack, "rans": rans, "zstd": zstd}

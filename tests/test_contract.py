@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SMALL, write_tensors
+from profiles import STACKED, profile_for
 
 from kvpack import api
 from kvpack.archive import Archive
 from kvpack.codecs import CODECS, Codec
 from kvpack.container import Container
+from kvpack.errors import MismatchError, UnsupportedError
 from kvpack.floats import UINT, from_float32, to_float32
 
 SHAPES = [(2, 1, 8), (2, 63, 8), (1, 1000, 16), (2, 300, 7), (3, 0, 8), (1, 200, 1)]
@@ -20,13 +22,20 @@ SHAPES = [(2, 1, 8), (2, 63, 8), (1, 1000, 16), (2, 300, 7), (3, 0, 8), (1, 200,
 
 def pack(path: Path, codec: Codec, **options: object) -> tuple[bytes, api.Compressed]:
     sink = io.BytesIO()
-    done = api.compress(path, sink, codec, **options)  # type: ignore[arg-type]
+    profile = profile_for(path, codec)
+    done = api.compress(path, sink, codec, profile=profile, **options)  # type: ignore[arg-type]
     return sink.getvalue(), done
 
 
-def unpack(data: bytes, selection: api.Selection | None = None) -> bytes:
+def opened(data: bytes, path: Path) -> Archive:
+    """The archive, with the profile that :func:`pack` gave for ``path``."""
+    container = Container(memoryview(data))
+    return Archive(container, profile_for(path, Codec.from_json(container.header.codecs[0])))
+
+
+def unpack(data: bytes, path: Path) -> bytes:
     sink = io.BytesIO()
-    api.decompress(Archive(Container(memoryview(data))), sink, selection)
+    api.decompress(opened(data, path), sink)
     return sink.getvalue()
 
 
@@ -44,13 +53,13 @@ def test_every_codec_on_every_dtype_and_shape(tmp_path: Path, name: str, dtype: 
     again, _ = pack(path, CODECS[name], chunk_tokens=256, threads=1)
     assert data == again
     assert not done.carried
-    back = unpack(data)
+    back = unpack(data, path)
     original = path.read_bytes()
     assert len(back) == len(original)
     if CODECS[name].lossless:
         assert back == original
     elif shape[1]:
-        archive = Archive(Container(memoryview(data)))
+        archive = opened(data, path)
         values = to_float32(archive.read("layers.0.keys"), dtype)
         assert np.isfinite(values).all()
         bits = np.frombuffer(original[-2 * values.size * UINT[dtype](0).itemsize :], UINT[dtype])[: values.size]
@@ -65,7 +74,7 @@ def test_what_a_codec_cannot_represent_is_carried_losslessly(tmp_path: Path, nam
     values[0, 5, 3], values[1, 7, 2] = np.nan, -np.inf
     path = layer(tmp_path / "x", dtype, values)
     data, done = pack(path, CODECS[name], chunk_tokens=256)
-    archive = Archive(Container(memoryview(data)))
+    archive = opened(data, path)
     first = archive.read("layers.0.keys", slice(0, 256))
     expected = from_float32(values, dtype)[:, :256]
     assert (first == expected).all()
@@ -77,7 +86,7 @@ def test_what_a_codec_cannot_represent_is_carried_losslessly(tmp_path: Path, nam
 def test_equal_values_come_back(tmp_path: Path, name: str, value: float) -> None:
     path = layer(tmp_path / "x", "BF16", np.full((2, 300, 64), value))
     data, _ = pack(path, CODECS[name])
-    back = to_float32(Archive(Container(memoryview(data))).read("layers.0.keys"), "BF16")
+    back = to_float32(opened(data, path).read("layers.0.keys"), "BF16")
     error = {"turboquant-prod-1": 2.5, "turboquant-prod-2": 1.5}.get(name, 1.0)
     assert np.square(back - value).mean() <= error * value * value
 
@@ -88,7 +97,7 @@ def test_lossless_keeps_every_bit_pattern(tmp_path: Path, name: str, dtype: str)
     bits = np.random.default_rng(1).integers(0, 1 << (8 * UINT[dtype](0).itemsize), (4, 500, 33)).astype(UINT[dtype])
     path = write_tensors(tmp_path / "x", {"layers.3.keys": (dtype, bits), "layers.3.values": (dtype, bits)})
     data, _ = pack(path, CODECS[name], chunk_tokens=128)
-    assert unpack(data) == path.read_bytes()
+    assert unpack(data, path) == path.read_bytes()
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -106,7 +115,7 @@ def test_other_tensors_are_never_dropped(tmp_path: Path, name: str) -> None:
     }
     path = write_tensors(tmp_path / "x", tensors, {"note": "kept"})
     data, _ = pack(path, CODECS[name])
-    archive = Archive(Container(memoryview(data)))
+    archive = opened(data, path)
     assert set(archive.tensors) == set(tensors)
     assert archive.metadata == {"note": "kept"}
     for tensor, (_, array) in tensors.items():
@@ -115,9 +124,10 @@ def test_other_tensors_are_never_dropped(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_ranges_are_what_the_whole_gives(name: str) -> None:
-    data, _ = pack(SMALL, CODECS[name], chunk_tokens=128)
-    archive = Archive(Container(memoryview(data)))
+def test_ranges_are_what_the_whole_gives(small: Path, name: str) -> None:
+    path = small
+    data, _ = pack(path, CODECS[name], chunk_tokens=128)
+    archive = opened(data, path)
     for tensor in ("layers.0.keys", "layers.29.values"):
         whole = archive.read(tensor)
         for start, stop in ((0, 160), (0, 1), (100, 140), (128, 160), (127, 129)):
@@ -144,3 +154,34 @@ def test_lossless_ratio_on_the_real_capture() -> None:
     data, done = pack(SMALL, CODECS["lossless"])
     assert done.size == len(data)
     assert done.original / done.size > 1.47
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_layers_that_do_not_stack_are_refused(tmp_path: Path, name: str) -> None:
+    bits = np.full((2, 200, 8), 0x3F80, np.uint16)
+    even = write_tensors(tmp_path / "x", {f"layers.0.{kind}": ("BF16", bits) for kind in ("keys", "values")})
+    profile = profile_for(even, CODECS[name])
+    for other in (bits[:1], bits[:, :100], bits[:, :, :4]):
+        tensors = {"layers.0.keys": ("BF16", bits), "layers.1.keys": ("BF16", other)}
+        path = write_tensors(tmp_path / "y", tensors)
+        with pytest.raises(UnsupportedError, match="differ in shape"):
+            api.compress(path, io.BytesIO(), CODECS[name], profile=profile)
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_a_stack_may_lie_in_any_order_and_lack_a_kind(tmp_path: Path, name: str) -> None:
+    rng = np.random.default_rng(0)
+    bits = {i: from_float32(rng.standard_normal((2, 300, 8)).astype(np.float32), "BF16") for i in (11, 2, 10)}
+    for kinds in (("values", "keys"), ("keys",), ("values",)):
+        names = [f"layers.{i}.{kind}" for kind in kinds for i in bits]
+        path = write_tensors(tmp_path / "-".join(kinds), {n: ("BF16", bits[int(n.split(".")[1])]) for n in names})
+        if kinds == ("values",) and name.startswith("aquakv"):  # its predictors of values start from keys
+            with pytest.raises(MismatchError):
+                pack(path, CODECS[name], chunk_tokens=128)
+            continue
+        data, _ = pack(path, CODECS[name], chunk_tokens=128)
+        archive = opened(data, path)
+        for tensor in names:
+            back = to_float32(archive.read(tensor), "BF16")
+            exact = to_float32(bits[int(tensor.split(".")[1])], "BF16")
+            assert np.square(back - exact).mean() < 0.2 * np.square(exact).mean()

@@ -1,0 +1,91 @@
+"""Calibration profiles for tests: small ones that fit any shape, and the tiny capture that goldens are made of."""
+
+from __future__ import annotations
+
+import io
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from kvpack.archive import Capture
+from kvpack.calibration.aquakv import gaussian_grid
+from kvpack.codecs import AQUAKV_BITS, CODECS, KVTC_RATES, Codec
+from kvpack.container import layer_of
+from kvpack.profile import Profile, write_profile
+from kvpack.tensorfile import TensorFile, build_header
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+TINY = FIXTURES / "tiny.kvprofile"
+"""Calibrated on :func:`tiny_capture` by ``tests/make_goldens.py``."""
+
+THETA = 100_000.0
+"""RoPE's base in SmolLM2-135M."""
+
+PROFILED = [name for name, codec in CODECS.items() if codec.profiled]
+STACKED = [name for name, codec in CODECS.items() if codec.stacked]
+
+
+def tiny_capture(path: Path) -> Path:
+    """Head 0 of the small capture's two layers, its tokens and metadata: 160 tokens of 2 x 64 channels."""
+    source = Capture(TensorFile.open(FIXTURES / "smollm2-160.safetensors"))
+    names = [name for name, spec in source.tensors.items() if layer_of(spec) is not None]
+    arrays = {name: np.ascontiguousarray(source.read(name)[:1]) for name in names}
+    arrays["tokens"] = source.read("tokens")
+    header = build_header([(n, source.tensors[n].dtype, a.shape) for n, a in arrays.items()], source.metadata)
+    data = b"".join(array.tobytes() for array in arrays.values())
+    path.write_bytes(len(header.raw).to_bytes(8, "little") + header.raw + data)
+    return path
+
+
+@cache
+def grids() -> dict[str, np.ndarray]:
+    return {f"higgs.{4**bits}": gaussian_grid(4**bits) for bits in AQUAKV_BITS}
+
+
+@cache
+def arrays_for(layers: int, heads: int, dims: int) -> dict[str, np.ndarray]:
+    """A random basis, small random predictors, a plan that keeps everything: sound, if not learnt."""
+    rng = np.random.default_rng(0)
+    channels, size = heads * dims, layers * heads * dims
+    plan = [(1, 8)] * min(size, 2) + [(16, 8)] * ((size - 2) // 16)
+    left = size - sum(n for n, _ in plan)
+    plan += [(left - 1, 8), (1, 8)] if left > 1 else [(left, 8)] if left else []
+    half = dims // 2
+    arrays: dict[str, np.ndarray] = {"rope.inv_freq": (THETA ** -(np.arange(half) / max(half, 1))).astype(np.float32)}
+    for kind in ("keys", "values"):
+        arrays[f"kvtc.{kind}.mean"] = np.zeros(size, np.float32)
+        arrays[f"kvtc.{kind}.basis"] = np.linalg.qr(rng.standard_normal((size, size)))[0].astype(np.float32)
+        arrays |= {f"kvtc.{kind}.plan.{rate}": np.array(plan, np.int32).reshape(-1, 2) for rate in KVTC_RATES}
+        inputs = channels * (1 + (kind == "values"))
+        for bits in AQUAKV_BITS:
+            weight = 0.1 * rng.standard_normal((max(layers - 1, 0), inputs, channels)) / np.sqrt(max(inputs, 1))
+            arrays[f"aquakv-{bits}.{kind}.weight"] = weight.astype(np.float16)
+            arrays[f"aquakv-{bits}.{kind}.bias"] = np.zeros((max(layers - 1, 0), channels), np.float16)
+    return arrays | grids()
+
+
+def write(path: Path, arrays: dict[str, np.ndarray], **metadata: object) -> Path:
+    sink = io.BytesIO()
+    write_profile(arrays, metadata, sink)
+    path.write_bytes(sink.getvalue())
+    return path
+
+
+def profile_for(path: Path, codec: Codec) -> Profile | None:
+    """A profile that fits the capture at ``path``, written beside it; None where the codec takes none."""
+    if not codec.profiled:
+        return None
+    shapes = {spec.shape for spec in TensorFile.open(path).tensors.values() if layer_of(spec) is not None}
+    layers = {name.split(".")[1] for name, s in TensorFile.open(path).tensors.items() if layer_of(s) is not None}
+    ((heads, _, dims),) = shapes
+    beside = path.with_name(f"{path.name}.{len(layers)}.{heads}.{dims}.kvprofile")
+    if not beside.exists():
+        write(beside, arrays_for(len(layers), heads, dims))
+    return Profile.open(beside)
+
+
+def model_metadata(path: Path) -> dict[str, object]:
+    """The model that a capture names."""
+    return dict(json.loads(TensorFile.open(path).metadata["model"]))

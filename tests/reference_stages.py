@@ -1,0 +1,377 @@
+"""The stages of ``tests/reference_decoder.py``: what each does to codes and floats, in the order of ``docs/format.md``.
+
+Imports nothing of kvpack: the standard library, numpy, and ``zstandard`` for Zstandard frames.
+
+An **array** is a dict of its ``shape`` (rows, tokens, dims), its tensor's ``dtype``, ``first`` and ``total`` tokens,
+``heads`` a layer, and the first ``row`` where rows are coded one by one.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+
+GOLDEN = 0x9E3779B97F4A7C15
+MANTISSA_BITS = {"BF16": 7, "F16": 10, "F32": 23}
+EXPONENT_BITS = {"BF16": 8, "F16": 5, "F32": 8}
+ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}
+
+Plane = tuple[str, tuple[int, int, int], int]
+"""Name, shape (rows, tokens, dims), bits a code."""
+
+Array = dict[str, Any]
+Profile = dict[str, np.ndarray]
+
+
+def need(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(f"not as the format says: {what}")
+
+
+def mix(z: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser, on uint64."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def to_float(bits: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "BF16":
+        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return bits.view(np.float16 if dtype == "F16" else np.float32).astype(np.float32)
+
+
+def to_bits(values: np.ndarray, dtype: str) -> np.ndarray:
+    """To nearest, ties to even."""
+    values = np.ascontiguousarray(values)
+    if dtype == "F32":
+        return values.view(np.uint32)
+    if dtype == "F16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).view(np.uint16)
+    bits = values.view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)).astype(np.uint16)
+
+
+# ---- Transforms: from coefficients back to values ------------------------------------------------------------------
+
+
+def transformed(transform: dict[str, Any], array: Array, profile: Profile) -> Array:
+    """What the transform makes of an array's description."""
+    name, config = transform["name"], transform["configuration"]
+    rows, tokens, dims = array["shape"]
+    if name == "merge_heads":
+        return {**array, "shape": (rows // array["heads"], tokens, array["heads"] * dims), "heads": 1}
+    if name == "klt":
+        return {**array, "shape": (1, tokens, profile[f"{config['section']}.basis"].shape[1]), "heads": 1}
+    need(name in ("rotation", "unrope"), "transform")
+    return array
+
+
+def untransform(values: np.ndarray, transform: dict[str, Any], array: Array, profile: Profile) -> np.ndarray:
+    """``values`` back to ``array``, which is what the transform was given."""
+    name, config = transform["name"], transform["configuration"]
+    rows, tokens, dims = array["shape"]
+    if name == "rotation":
+        return values @ rotation(dims, config["seed"])
+    if name == "merge_heads":
+        layers = values.reshape(rows // array["heads"], tokens, array["heads"], dims)
+        return layers.transpose(0, 2, 1, 3).reshape(rows, tokens, dims)
+    if name == "klt":
+        flat = values[0] @ profile[f"{config['section']}.basis"].T + profile[f"{config['section']}.mean"]
+        return flat.reshape(tokens, rows, dims).transpose(1, 0, 2)
+    frequency = profile["rope.inv_freq"].astype(np.float64)
+    half = len(frequency)
+    angle = np.arange(array["first"], array["first"] + tokens)[:, None] * frequency
+    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    x, y = values[..., :half], values[..., half : 2 * half]
+    return np.concatenate([x * cos - y * sin, y * cos + x * sin, values[..., 2 * half :]], axis=2)
+
+
+def gaussian(dims: int, seed: int) -> np.ndarray:
+    keys = np.arange(1, 2 * dims * dims + 1, dtype=np.uint64) * np.uint64(GOLDEN)
+    uniform = ((mix(np.uint64(seed) + keys) >> np.uint64(11)).astype(np.float64) + 0.5) / 2**53
+    normal = np.sqrt(-2 * np.log(uniform[0::2])) * np.cos(2 * np.pi * uniform[1::2])
+    return normal.reshape(dims, dims)
+
+
+def rotation(dims: int, seed: int) -> np.ndarray:
+    rows = gaussian(dims, seed)
+    for i in range(dims):
+        for _ in range(2):
+            rows[i] -= (rows[:i] @ rows[i]) @ rows[:i]
+        rows[i] /= math.sqrt(rows[i] @ rows[i])
+    return rows.astype(np.float32)
+
+
+# ---- Predictor -----------------------------------------------------------------------------------------------------
+
+
+def cross_layer(
+    config: dict[str, Any], row: int, rows: np.ndarray, keys: np.ndarray | None, profile: Profile
+) -> np.ndarray:
+    """Row ``row`` as expected from rows before it, and from the decoded keys where values are predicted."""
+    if row == 0:
+        return np.zeros_like(rows[0])
+    given = rows[row - 1] if keys is None else np.concatenate([keys[row], rows[row - 1]], axis=1)
+    section = config["section"]
+    return given @ profile[f"{section}.weight"][row - 1] + profile[f"{section}.bias"][row - 1]
+
+
+# ---- Quantizers: the planes of an array, and from their codes to values --------------------------------------------
+
+
+def float_planes(dtype: str, shape: tuple[int, int, int], prefix: str = "") -> list[Plane]:
+    high = (f"{prefix}sign_exponent", shape, 1 + EXPONENT_BITS[dtype])
+    return [high, (f"{prefix}mantissa", shape, MANTISSA_BITS[dtype])]
+
+
+def join(codes: list[np.ndarray], dtype: str) -> np.ndarray:
+    bits = (codes[0].astype(np.uint64) << np.uint64(MANTISSA_BITS[dtype])) | codes[1].astype(np.uint64)
+    return bits.astype(f"<u{ITEM_BYTES[dtype]}")
+
+
+def halves(codes: list[np.ndarray]) -> np.ndarray:
+    return to_float(join(codes, "F16"), "F16")
+
+
+def affine_planes(config: dict[str, Any], array: Array, _: Profile) -> list[Plane]:
+    rows, tokens, dims = array["shape"]
+    group = config["group"]
+    by_token = config["axis"] == "token"
+    groups = (rows, -(-tokens // group), dims) if by_token else (rows, tokens, -(-dims // group))
+    planes = [("codes", array["shape"], config["bits"])]
+    return planes + float_planes("F16", groups, "scale/") + float_planes("F16", groups, "zero/")
+
+
+def affine(codes: list[np.ndarray], config: dict[str, Any], _: Array, __: Profile) -> np.ndarray:
+    axis = 1 if config["axis"] == "token" else 2
+    size = codes[0].shape[axis]
+    scale, zero = halves(codes[1:3]), halves(codes[3:5])
+    spread = [p.repeat(config["group"], axis).take(np.arange(size), axis) for p in (scale, zero)]
+    return codes[0].astype(np.float32) * spread[0] + spread[1]
+
+
+def lloyd_max_planes(config: dict[str, Any], array: Array, _: Profile) -> list[Plane]:
+    shape = array["shape"]
+    norms = (*shape[:2], 1)
+    planes = [("codes", shape, config["bits"] - config["prod"]), *float_planes("F16", norms, "norm/")]
+    if config["prod"]:
+        planes += [("signs", shape, 1), *float_planes("F16", norms, "residual_norm/")]
+    return planes
+
+
+CENTROIDS: list[list[float]] = [
+    [],
+    [0.79788456],
+    [0.45278003, 1.51041761],
+    [0.24509418, 0.75600528, 1.34390928, 2.1519457],
+    [0.12839503, 0.3880483, 0.65675912, 0.94234046, 1.2562312, 1.61804639, 2.06901723, 2.73258957],
+]
+
+
+def lloyd_max(codes: list[np.ndarray], config: dict[str, Any], array: Array, _: Profile) -> np.ndarray:
+    dims = array["shape"][2]
+    positive = np.array(CENTROIDS[config["bits"] - config["prod"]])
+    table = np.concatenate([-positive[::-1], positive]) if len(positive) else np.zeros(1)
+    unit = (table / math.sqrt(dims)).astype(np.float32)[codes[0].astype(np.int64)]
+    if config["prod"]:
+        signs = codes[3].astype(np.float32) * 2 - 1
+        factor = np.float32(math.sqrt(math.pi / 2) / dims) * halves(codes[4:6])
+        unit = unit + factor * (signs @ gaussian(dims, config["seed"]).astype(np.float32))
+    return unit * halves(codes[1:3])
+
+
+def levels(config: dict[str, Any], layers: int) -> np.ndarray:
+    leading = (layers * config["leading"] + 16) // 32
+    bins = [config["leading_bins"] if i < leading else config["bins"] for i in range(layers)]
+    return np.array([max(b // 2 - 1, 1) for b in bins])
+
+
+def anchor_delta_planes(config: dict[str, Any], array: Array, _: Profile) -> list[Plane]:
+    layers, tokens, dims = array["shape"]
+    anchors = -(-tokens // config["group"])
+    width = int(2 * max(levels(config, layers), default=1)).bit_length()
+    return [
+        ("anchors", (layers, anchors, dims), 8),
+        *float_planes("F16", (layers, anchors, 1), "anchor_scale/"),
+        ("deltas", (layers, tokens - anchors, dims), width),
+        *float_planes("F16", (layers, tokens - anchors, 1), "delta_scale/"),
+    ]
+
+
+def anchor_delta(codes: list[np.ndarray], config: dict[str, Any], array: Array, _: Profile) -> np.ndarray:
+    layers, tokens, _ = array["shape"]
+    most = levels(config, layers).astype(np.float32)[:, None, None]
+    anchors = (codes[0].astype(np.float32) - 127) / np.float32(127) * halves(codes[1:3])
+    deltas = (codes[3].astype(np.float32) - most) / most * halves(codes[4:6])
+    token = np.arange(tokens)
+    others = token % config["group"] != 0
+    values = anchors[:, token // config["group"]]
+    values[:, others] += deltas
+    return values
+
+
+def groups_of(config: dict[str, Any], profile: Profile) -> list[tuple[int, int]]:
+    return [(int(size), int(bits)) for size, bits in profile[f"{config['section']}.plan.{config['plan']}"]]
+
+
+def component_groups_planes(config: dict[str, Any], array: Array, profile: Profile) -> list[Plane]:
+    rows, tokens, _ = array["shape"]
+    groups = groups_of(config, profile)
+    widths = {bits: sum(size for size, b in groups if b == bits) for bits in (2, 4, 8)}
+    stored = (rows, tokens, sum(bits > 0 for _, bits in groups))
+    types = [(name, (rows, tokens, widths[bits]), bits) for name, bits in (("int2", 2), ("int4", 4), ("fp8", 8))]
+    return [*types, ("shift", stored, 16), ("scale", stored, 16)]
+
+
+def component_groups(codes: list[np.ndarray], config: dict[str, Any], array: Array, profile: Profile) -> np.ndarray:
+    values = np.zeros(array["shape"], np.float32)
+    shift, scale = (to_float(c[0].astype(np.uint16), "F16") for c in codes[3:5])
+    taken = {2: 0, 4: 0, 8: 0}
+    at = number = 0
+    for size, bits in groups_of(config, profile):
+        if bits:
+            plane = codes[(2, 4, 8).index(bits)][0, :, taken[bits] : taken[bits] + size]
+            x = plane.astype(np.float32) if bits < 8 else e4m3(plane)
+            values[0, :, at : at + size] = x * scale[:, number, None] + shift[:, number, None]
+            taken[bits] += size
+            number += 1
+        at += size
+    return values
+
+
+def e4m3(codes: np.ndarray) -> np.ndarray:
+    magnitude = np.minimum(codes & np.uint64(127), np.uint64(126)).astype(np.int64)
+    exponent, mantissa = magnitude >> 3, magnitude & 7
+    value = np.where(exponent > 0, (8 + mantissa) * 2.0 ** (exponent - 10), mantissa * 2.0**-9)
+    return np.where(codes >> np.uint64(7), -value, value).astype(np.float32)
+
+
+def higgs_planes(config: dict[str, Any], array: Array, _: Profile) -> list[Plane]:
+    rows, tokens, dims = array["shape"]
+    first, pairs = int(array["row"] == 0 and rows > 0), (dims + 1) // 2
+    planes = [("first", (first, tokens, pairs), 8), ("codes", (rows - first, tokens, pairs), 2 * config["bits"])]
+    return planes + float_planes("F16", (rows, tokens, 1), "norm/")
+
+
+def higgs(codes: list[np.ndarray], config: dict[str, Any], array: Array, profile: Profile) -> np.ndarray:
+    rows, tokens, dims = array["shape"]
+    grids = profile["higgs.256"], profile[f"higgs.{4 ** config['bits']}"]
+    pairs = np.concatenate([grid[c.astype(np.int64)] for grid, c in zip(grids, codes[:2], strict=True)])
+    turned = pairs.reshape(rows, tokens, dims + dims % 2)[..., :dims] / np.float32(math.sqrt(dims))
+    return (turned @ rotation(dims, config["seed"])) * halves(codes[2:4])
+
+
+# ---- Entropy coders ------------------------------------------------------------------------------------------------
+
+
+def bitpack(data: bytes, shape: tuple[int, ...], width: int) -> np.ndarray:
+    count = math.prod(shape)
+    need(len(data) == (count * width + 7) // 8, "packed length")
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+    need(not bits[count * width :].any(), "spare bits")
+    codes = bits[: count * width].reshape(count, width).astype(np.uint64)
+    return (codes << np.arange(width, dtype=np.uint64)).sum(1, dtype=np.uint64).reshape(shape)
+
+
+def zstd(data: bytes, shape: tuple[int, ...], width: int) -> np.ndarray:
+    import zstandard
+
+    size = next(b for b in (1, 2, 4, 8) if width <= 8 * b)
+    raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=math.prod(shape) * size)
+    return np.frombuffer(raw, f"<u{size}").reshape(shape)
+
+
+def deflate(data: bytes, shape: tuple[int, ...], width: int) -> np.ndarray:
+    return bitpack(zlib.decompress(data), shape, width)
+
+
+def rans(data: bytes, shape: tuple[int, ...], width: int) -> np.ndarray:
+    if data[0] == 0:
+        return bitpack(data[1:], shape, width)
+    heads, tokens, dims = shape
+    mode, tables, alphabet, spread, per_lane, shortest, used = struct.unpack_from("<BBBBIII", data)
+    need(mode == 1, "rans mode")
+    tables, alphabet, channels = tables + 1, alphabet + 1, heads * dims
+    lanes = -(-channels // per_lane)
+    sections = []
+    at = 16
+    for size in (
+        4 * lanes,
+        2 * used,
+        (alphabet * width + 7) // 8,
+        (tables * alphabet * 6 + 7) // 8,
+        (channels * (tables - 1).bit_length() + 7) // 8,
+        (lanes * spread + 7) // 8,
+    ):
+        sections.append(data[at : at + size])
+        at += size
+    need(at == len(data), "rans sections")
+    state = np.frombuffer(sections[0], "<u4").astype(np.int64)
+    words = np.concatenate([np.frombuffer(sections[1], "<u2").astype(np.int64), np.zeros(per_lane * tokens, np.int64)])
+    symbols = bitpack(sections[2], (alphabet,), width)
+    frequencies = frequency_tables(bitpack(sections[3], (tables, alphabet), 6).astype(np.int64))
+    table = bitpack(sections[4], (channels,), (tables - 1).bit_length()).astype(np.int64)
+    lengths = bitpack(sections[5], (lanes,), spread).astype(np.int64) + shortest
+    ends = np.cumsum(lengths)
+    need(ends[-1] == used, "lane lengths")
+    next_word = ends - lengths
+    stop = np.cumsum(frequencies, axis=1)
+    symbol_of_slot = (np.arange(4096)[None, :, None] >= stop[:, None, :]).sum(2)
+    codes = np.zeros((heads, tokens, dims), np.uint64)
+    for i in range(per_lane):
+        channel = np.arange(lanes) * per_lane + i
+        live = channel < channels
+        channel = np.where(live, channel, 0)
+        for t in range(tokens):
+            slot = state & 4095
+            s = symbol_of_slot[table[channel], slot]
+            f = frequencies[table[channel], s]
+            x = f * (state >> 12) + slot - (stop[table[channel], s] - f)
+            short = x < 1 << 15
+            x = np.where(short, (x << 16) | words[next_word], x)
+            next_word = next_word + (short & live)
+            state = np.where(live, x, state)
+            codes[channel[live] // dims, t, channel[live] % dims] = symbols[s[live]]
+    need(bool((state == 1 << 15).all() and (next_word == ends).all()), "lane ends")
+    return codes
+
+
+def frequency_tables(codes: np.ndarray) -> np.ndarray:
+    levels = np.array([0, 1, 2, 3] + [(4 + m) << e for e in range(10) for m in range(4)])
+    rest = codes == 63
+    need(bool((rest.sum(1) == 1).all() and (codes[~rest] < len(levels)).all()), "frequency codes")
+    values = levels[np.where(rest, 0, codes)]
+    left = 4096 - values.sum(1)
+    need(bool((left > 0).all()), "frequency sum")
+    values[rest] = left
+    return values
+
+
+PLANES: dict[str, Any] = {
+    "float_split": lambda _, array, __: float_planes(array["dtype"], array["shape"]),
+    "byte_planes": lambda _, array, __: [(f"byte.{i}", array["shape"], 8) for i in range(ITEM_BYTES[array["dtype"]])],
+    "affine": affine_planes,
+    "lloyd_max": lloyd_max_planes,
+    "anchor_delta": anchor_delta_planes,
+    "component_groups": component_groups_planes,
+    "higgs": higgs_planes,
+}
+DEQUANTIZE: dict[str, Any] = {
+    "affine": affine,
+    "lloyd_max": lloyd_max,
+    "anchor_delta": anchor_delta,
+    "component_groups": component_groups,
+    "higgs": higgs,
+}
+ENTROPY: dict[str, Any] = {"bitpack": bitpack, "rans": rans, "zstd": zstd, "deflate": deflate}
