@@ -48,6 +48,7 @@ class Inspection:
     lossless: bool | None = None
     format: str | None = None
     writer: str | None = None
+    profile: dict[str, str] | None = None
     chunk_tokens: int | None = None
     streams: dict[str, int] = field(default_factory=dict)
     header: int = 0
@@ -118,6 +119,7 @@ def _inspect_container(path: Path, container: Container, check: bool) -> Inspect
         lossless=container.header.lossless,
         format=".".join(map(str, container.version)),
         writer=container.header.writer,
+        profile=container.header.profile,
         chunk_tokens=container.header.chunk_tokens,
         streams=dict(streams.most_common()),
         header=container.header_size,

@@ -9,24 +9,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpack.checksum import checksum
 from kvpack.errors import CorruptError, FormatError, UnsupportedError
 from kvpack.floats import UINT
 from kvpack.stages.base import Part, PlaneSpec, UnrepresentableError
 from kvpack.stages.entropy.bitpack import BitPack, pack, reference, unpack
+from kvpack.stages.entropy.deflate import Deflate
 from kvpack.stages.entropy.rans import Rans, cpu, tables
 from kvpack.stages.entropy.rans import reference as rans_reference
 from kvpack.stages.entropy.zstd import Zstd
+from kvpack.stages.keep import Keep
+from kvpack.stages.predictors.cross_layer import CrossLayer
 from kvpack.stages.quantizers.affine import Affine
+from kvpack.stages.quantizers.anchor_delta import AnchorDelta
 from kvpack.stages.quantizers.byte_planes import BytePlanes
+from kvpack.stages.quantizers.component_groups import ComponentGroups
 from kvpack.stages.quantizers.float_split import FloatSplit
+from kvpack.stages.quantizers.higgs import Higgs
 from kvpack.stages.quantizers.lloyd_max import LloydMax
 from kvpack.stages.random import rotation_matrix
 from kvpack.stages.registry import STAGES, stage_from_json
+from kvpack.stages.transforms.klt import Klt
 from kvpack.stages.transforms.rotation import Rotation
 
 SHAPES = [(1, 1, 1), (1, 63, 5), (3, 1000, 7), (2, 0, 4), (4, 2, 64), (1, 5000, 1)]
-CODERS = [BitPack(), Rans(), Zstd(level=3)]
+CODERS = [BitPack(), Rans(), Zstd(level=3), Deflate(level=6)]
 
 
 def skewed(shape: tuple[int, int, int], width: int, centres: int | None = None) -> np.ndarray:
@@ -192,18 +198,16 @@ def test_exact_quantizers_keep_every_bit_pattern(quantizer: FloatSplit, dtype: s
 @pytest.mark.parametrize("shape", [(2, 160, 64), (1, 130, 7), (1, 1, 3), (2, 200, 80)], ids=str)
 def test_affine_error_is_half_a_step(axis: str, bits: int, shape: tuple[int, int, int]) -> None:
     values = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
-    quantizer = Affine(bits=bits, axis=axis, group=32, residual=8)
+    quantizer = Affine(bits=bits, axis=axis, group=32)
     part = Part("F32", shape, 0, shape[1])
     back = quantizer.decode(quantizer.encode(values, part), part)
     assert back.shape == shape
-    whole = max(0, shape[1] - 8) // 32 * 32
-    assert (back[:, whole:] == values[:, whole:]).all()
     step = (values.max() - values.min()) / (2**bits - 1)
     assert np.abs(back - values).max(initial=0) <= step * 0.51 + 0.01
 
 
 def test_affine_equal_values_and_the_unrepresentable() -> None:
-    quantizer = Affine(bits=2, axis="token", group=32, residual=0)
+    quantizer = Affine(bits=2, axis="token", group=32)
     part = Part("F32", (1, 32, 2), 0, 32)
     same = np.full((1, 32, 2), 0.5, np.float32)
     assert (quantizer.decode(quantizer.encode(same, part), part) == same).all()
@@ -225,8 +229,8 @@ def test_rotation_is_orthogonal_and_seeded() -> None:
         assert np.abs(matrix @ matrix.T - np.eye(dims)).max() < 1e-6
     assert (rotation_matrix(64, 1) != rotation_matrix(64, 2)).any()
     values = np.random.default_rng(0).standard_normal((2, 50, 64)).astype(np.float32)
-    rotation = Rotation(seed=1)
-    assert np.abs(rotation.inverse(rotation.forward(values)) - values).max() < 1e-5
+    rotation, part = Rotation(seed=1), Part("F32", values.shape, 0, 50)
+    assert np.abs(rotation.inverse(rotation.forward(values, part), part) - values).max() < 1e-5
 
 
 @pytest.mark.parametrize(("bits", "distortion"), [(1, 0.36338), (2, 0.11748), (3, 0.034548), (4, 0.0095010)])
@@ -235,7 +239,7 @@ def test_turboquant_distortion_is_the_papers(bits: int, distortion: float) -> No
     values = np.random.default_rng(3).standard_normal((1, 20000, 128)).astype(np.float32)
     part = Part("F32", values.shape, 0, values.shape[1])
     rotation, quantizer = Rotation(seed=1), LloydMax(bits=bits, prod=False, seed=2)
-    back = rotation.inverse(quantizer.decode(quantizer.encode(rotation.forward(values), part), part))
+    back = rotation.inverse(quantizer.decode(quantizer.encode(rotation.forward(values, part), part), part), part)
     error = np.square(back - values).sum(-1) / np.square(values).sum(-1)
     assert error.mean() == pytest.approx(distortion, rel=0.02)
 
@@ -250,8 +254,8 @@ def test_turboquant_prod_is_unbiased(bits: int) -> None:
     for seed in range(300):
         rotation, quantizer = Rotation(seed=seed), LloydMax(bits=bits, prod=True, seed=1000 + seed)
         part = Part("F32", (1, 1, 64), 0, 1)
-        rotated = rotation.forward(vector.reshape(1, 1, 64))
-        back = rotation.inverse(quantizer.decode(quantizer.encode(rotated, part), part))
+        rotated = rotation.forward(vector.reshape(1, 1, 64), part)
+        back = rotation.inverse(quantizer.decode(quantizer.encode(rotated, part), part), part)
         estimates.append(float(back.reshape(-1) @ query))
     spread = np.std(estimates) / np.sqrt(len(estimates))
     assert abs(np.mean(estimates) - float(vector @ query)) < 4 * spread + 0.01
@@ -288,16 +292,14 @@ def test_exact_quantizers_are_exact_on_anything(
         assert (back == bits).all()
 
 
-@given(
-    shapes, st.integers(1, 8), st.sampled_from(["token", "channel"]), st.integers(1, 40), st.integers(0, 80), st.data()
-)
+@given(shapes, st.integers(1, 8), st.sampled_from(["token", "channel"]), st.integers(1, 40), st.data())
 def test_affine_stays_within_its_groups(
-    shape: tuple[int, int, int], bits: int, axis: str, group: int, residual: int, data: st.DataObject
+    shape: tuple[int, int, int], bits: int, axis: str, group: int, data: st.DataObject
 ) -> None:
     """No value leaves the range of its group by more than fp16 rounding of scale and zero; shapes are as declared."""
     scale = data.draw(st.sampled_from([1e-3, 1.0, 300.0]))
     values = (np.random.default_rng(data.draw(st.integers(0, 99))).standard_normal(shape) * scale).astype(np.float32)
-    quantizer = Affine(bits=bits, axis=axis, group=group, residual=residual)
+    quantizer = Affine(bits=bits, axis=axis, group=group)
     part = Part("F32", shape, 0, shape[1])
     codes = quantizer.encode(values, part)
     assert [c.shape for c in codes] == [p.shape for p in quantizer.planes(part)]
@@ -332,9 +334,10 @@ def test_lloyd_max_keeps_directions(
 @given(shapes, st.integers(0, 2**63 - 1))
 def test_rotations_keep_lengths(shape: tuple[int, int, int], seed: int) -> None:
     values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    rotated = Rotation(seed=seed).forward(values)
+    part = Part("F32", shape, 0, shape[1])
+    rotated = Rotation(seed=seed).forward(values, part)
     assert np.allclose((rotated**2).sum(-1), (values**2).sum(-1), rtol=1e-4)
-    assert np.allclose(Rotation(seed=seed).inverse(rotated), values, atol=1e-4)
+    assert np.allclose(Rotation(seed=seed).inverse(rotated, part), values, atol=1e-4)
 
 
 @given(st.integers(1, 22), st.integers(1, 16), shapes)
@@ -348,9 +351,16 @@ def test_zstd_is_exact_at_every_level(level: int, width: int, shape: tuple[int, 
 def test_stages_round_trip_as_json(name: str) -> None:
     examples = {
         "rotation": Rotation(seed=5),
-        "affine": Affine(bits=3, axis="token", group=32, residual=128),
+        "affine": Affine(bits=3, axis="token", group=32),
         "lloyd_max": LloydMax(bits=3, prod=True, seed=9),
         "zstd": Zstd(level=7),
+        "deflate": Deflate(level=2),
+        "keep": Keep(first=4, last=128, group=32),
+        "klt": Klt(section="kvtc.keys"),
+        "cross_layer": CrossLayer(section="aquakv-2.keys"),
+        "anchor_delta": AnchorDelta(leading_bins=32, bins=16, leading=10, group=10),
+        "component_groups": ComponentGroups(section="kvtc.keys", plan="1"),
+        "higgs": Higgs(bits=3, seed=3),
     }
     stage = examples.get(name) or STAGES[name]()
     assert stage_from_json(stage.to_json()) == stage
@@ -366,23 +376,12 @@ def test_stages_round_trip_as_json(name: str) -> None:
         ({"name": "zstd", "version": 1, "configuration": {"level": 99}}, FormatError),
         ({"name": "zstd", "version": 1, "configuration": {"level": True}}, FormatError),
         ({"name": "affine", "version": 1, "configuration": {}}, FormatError),
+        ({"name": "keep", "version": 1, "configuration": {"first": -1, "last": 0, "group": 1}}, FormatError),
+        ({"name": "deflate", "version": 1, "configuration": {"level": 0}}, FormatError),
+        ({"name": "higgs", "version": 1, "configuration": {"bits": 5, "seed": 0}}, FormatError),
+        ({"name": "klt", "version": 1, "configuration": {"section": 3}}, FormatError),
     ],
 )
 def test_bad_stages_are_refused(document: object, error: type[Exception]) -> None:
     with pytest.raises(error):
         stage_from_json(document)
-
-
-@given(st.binary(max_size=100))
-def test_checksum_is_its_definition(data: bytes) -> None:
-    mask = (1 << 64) - 1
-
-    def mix(z: int) -> int:
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-        return z ^ (z >> 31)
-
-    words = [int.from_bytes(data[i : i + 8], "little") for i in range(0, len(data), 8)]
-    total = sum(mix((w + (i + 1) * 0x9E3779B97F4A7C15) & mask) for i, w in enumerate(words)) + len(data)
-    assert checksum(data) == total & mask
-    assert checksum(memoryview(b"x" + data)[1:]) == total & mask

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvpack.cli import common
 from kvpack.errors import KvpackError, UsageError
+
+if TYPE_CHECKING:
+    from kvpack.profile import Profile
 
 
 def decompress(
@@ -20,6 +23,7 @@ def decompress(
     tokens: Annotated[
         str | None, typer.Option(help="Only tokens START:STOP, e.g. 0:256.", show_default=False, metavar="RANGE")
     ] = None,
+    profile: common.ProfileFile = None,
     test: Annotated[bool, typer.Option("-t", "--test", help="Decode and check everything, write nothing.")] = False,
     force: common.Force = False,
     keep: common.Keep = False,
@@ -35,12 +39,13 @@ def decompress(
     if remove and (partial or test):
         raise UsageError("--rm goes with decompressing a whole file")
     chosen = parse_layers(layers), parse_tokens(tokens)
+    opened = common.open_profile(profile)
     rows = []
     for path in inputs:
         target = _target(path, output, partial, test)
         if target is not None:
             common.check_distinct(path, target)
-        rows.append(_decompress_one(path, target, chosen, force, threads, quiet))
+        rows.append(_decompress_one(path, target, opened, chosen, force, threads, quiet))
         row = rows[-1]
         if remove:
             path.unlink()
@@ -73,6 +78,7 @@ def _target(path: Path, output: Path | None, partial: bool, test: bool) -> Path 
 def _decompress_one(
     path: Path,
     target: Path | None,
+    profile: Profile | None,
     chosen: tuple[frozenset[int] | None, tuple[int, int] | None],
     force: bool,
     threads: int | None,
@@ -85,7 +91,7 @@ def _decompress_one(
     title = f"{'testing' if target is None else 'decompressing'} {path.name}"
     with common.readable(path) as source, common.progress_bar(title, quiet) as progress:
         try:
-            archive = Archive.open(source)
+            archive = Archive.open(source, profile)
             if target is None:
                 api.check(archive, threads=threads, progress=progress)
             else:

@@ -29,7 +29,7 @@ def demo(
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
-    """See all of it: capture the embedded model's cache, run every codec over it, measure each.
+    """See it work: capture the embedded model's cache, run every codec that needs no calibration, measure each.
 
     The text is from Python's own language reference. Files are kept; a capture found there is used again.
     """
@@ -47,7 +47,7 @@ def demo(
         for row in work.run_codecs(capture, folder):
             rows.append(row)
             if progress:
-                progress(len(rows), work.CODEC_COUNT)
+                progress(len(rows), len(work.SHOWN))
     if as_json:
         common.print_json({"schema_version": 1, "capture": str(capture), "codecs": [asdict(row) for row in rows]})
         return

@@ -55,6 +55,7 @@ def _facts(report: Inspection) -> list[tuple[str, str]]:
             ("codec", f"{(report.codec or {})['name']} ({label})"),
             ("keys", stages["keys"]),
             ("values", stages["values"]),
+            *([("profile", f"{report.profile['name']}, SHA-256 {report.profile['sha256']}")] if report.profile else []),
             ("original", f"{report.original_size:,} bytes, ratio {report.ratio:.3f}"),
             ("checksums", ", ".join(f"{name} {state}" for name, state in report.checksums.items())),
         ]

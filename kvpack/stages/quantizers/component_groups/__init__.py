@@ -80,6 +80,8 @@ class ComponentGroups(Quantizer):
 
     def _groups(self, part: Part) -> list[tuple[int, int]]:
         plan = part.array(f"{self.section}.plan.{self.plan}")
+        if plan.ndim != 2 or plan.shape[1] != 2 or plan.dtype.kind != "i":
+            raise MismatchError("the profile's plan is not pairs of size and bits")
         groups = [(int(size), int(bits)) for size, bits in plan]
         sound = all(size > 0 and bits in (0, *TYPES) for size, bits in groups)
         if not sound or sum(size for size, _ in groups) > part.shape[2]:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpack.errors import MismatchError
 from kvpack.stages.base import Codes, Floats, Part, PlaneSpec, Quantizer, UnrepresentableError
 from kvpack.stages.jit import njit
 from kvpack.stages.quantizers.float_split import join, split, split_planes
@@ -87,7 +88,14 @@ class Higgs(Quantizer):
         """Row 0 and the others, each with its grid."""
         first = int(part.row == 0 and len(rows) > 0)
         parts = ((rows[:first], FIRST_BITS), (rows[first:], self.bits))
-        return [(some, np.ascontiguousarray(part.array(f"higgs.{4**bits}"), np.float32)) for some, bits in parts]
+        return [(some, _grid(part, bits)) for some, bits in parts]
+
+
+def _grid(part: Part, bits: int) -> Floats:
+    grid = np.ascontiguousarray(part.array(f"higgs.{4**bits}"), np.float32)
+    if grid.shape != (4**bits, 2) or not np.isfinite(grid).all():
+        raise MismatchError(f"the profile's higgs.{4**bits} is not so many points of a plane")
+    return grid
 
 
 @njit

@@ -1,0 +1,231 @@
+"""Calibration: what it finds is what it should, on data made for the purpose; and the command on tiny models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from models import CONFIGS, REFUSED, save_model
+from profiles import grids
+
+from kvpack.archive import Capture
+from kvpack.calibration import CorpusOptions, aquakv, collect, kvtc
+from kvpack.calibration.rotary import inverse_frequencies
+from kvpack.capture import load_model
+from kvpack.codecs import CODECS
+from kvpack.demo import demo_text
+from kvpack.errors import UnsupportedError, UsageError
+from kvpack.floats import to_float32
+from kvpack.profile import Profile
+from kvpack.stages.base import Part
+from kvpack.stages.quantizers.component_groups import ComponentGroups
+from kvpack.stages.quantizers.higgs import Higgs
+from kvpack.tensorfile import TensorFile
+
+Cli = Callable[..., Any]
+ROPE = ["llama-gqa", "llama-mqa", "qwen3", "gpt-neox", "phi"]
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model and two texts."""
+    path = tmp_path_factory.mktemp("calibration")
+    save_model(CONFIGS["llama-gqa"](), path / "model")
+    for i in range(2):
+        (path / f"{i}.txt").write_text(demo_text()[20_000 * (i + 1) :][:2000])
+    return path
+
+
+def command(folder: Path, output: Path, *options: object) -> list[object]:
+    texts = [part for i in range(2) for part in ("--text", folder / f"{i}.txt")]
+    return ["calibrate", "-m", folder / "model", *texts, "-o", output, "--context", 128, "--tokens", 1024, *options]
+
+
+def test_principal_components_of_known_directions() -> None:
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.standard_normal((12, 12)))[0]
+    scales = np.array([9.0, 5, 3, *[0.1] * 9])
+    sample = ((rng.standard_normal((5000, 12)) * scales) @ basis.T + 7).astype(np.float32)
+    found = kvtc.principal_components(sample)
+    assert np.allclose(found.mean, sample.mean(0), atol=1e-3)
+    assert np.allclose(found.basis.T @ found.basis, np.eye(12), atol=1e-5)
+    for i in range(3):
+        assert abs(found.basis[:, i] @ basis[:, i]) > 0.99
+
+
+def test_plans_keep_to_their_budget_and_beat_even_plans() -> None:
+    rng = np.random.default_rng(1)
+    scale = 2.0 ** -(np.arange(512) / 40)
+    coefficients = (rng.standard_normal((300, 512)) * scale).astype(np.float32)
+    plans = kvtc.plans(coefficients, {"2": 2.0, "1": 1.0, "0.5": 0.5})
+    errors = {}
+    for rate, plan in plans.items():
+        assert plan[:, 0].sum() <= 512
+        assert set(plan[:, 1]) <= {0, 2, 4, 8}
+        assert sum(s * b + kvtc.SIDE_BITS for s, b in plan if b) <= float(rate) * 512
+        errors[rate] = _error(coefficients, plan)
+    assert errors["2"] < errors["1"] < errors["0.5"]
+    even = np.array([(16, 2)] * 16, np.int32)  # the budget of "2" spent on the leading half
+    assert (even[:, 0] * even[:, 1] + kvtc.SIDE_BITS).sum() == 1024
+    assert errors["2"] < _error(coefficients, even)
+    assert len(kvtc.plans(np.zeros((10, 8), np.float32), {"2": 2.0})["2"]) == 0
+
+
+def _error(coefficients: np.ndarray, plan: np.ndarray) -> float:
+    part = Part("F32", (1, *coefficients.shape), 0, len(coefficients), profile={"s.plan.x": plan})
+    quantizer = ComponentGroups(section="s", plan="x")
+    back = quantizer.decode(quantizer.encode(coefficients[None], part), part)
+    return float(np.square(back - coefficients).sum())
+
+
+def test_gaussian_grids_are_seeded_and_near_optimal() -> None:
+    """Distortion a coordinate of the best 16-point grid of the plane is about 0.1065; scalar Lloyd-Max has 0.1175."""
+    grid = aquakv.gaussian_grid(16)
+    assert (grid == aquakv.gaussian_grid(16)).all()
+    assert (grid != aquakv.gaussian_grid(16, seed=1)).any()
+    pairs = np.random.default_rng(9).standard_normal((20_000, 2))
+    nearest = np.square(pairs[:, None] - grid).sum(2).min(1).mean() / 2
+    assert 0.100 < nearest < 0.111
+
+
+def test_predictors_find_what_layers_share() -> None:
+    """Layer i + 1 is a matrix times layer i: the residual costs a fraction of the layer; with no relation, no less."""
+    rng = np.random.default_rng(2)
+    keys = rng.standard_normal((3, 2000, 8)).astype(np.float32)
+    for i in (1, 2):
+        keys[i] = keys[i - 1] @ np.linalg.qr(rng.standard_normal((8, 8)))[0]
+    values = rng.standard_normal((3, 2000, 8)).astype(np.float32)
+    values[1:] += keys[1:] @ rng.standard_normal((8, 8)).astype(np.float32)
+    found = aquakv.predictors(keys, values, Higgs(bits=2, seed=3), grids(), "s")
+    assert found["s.keys.weight"].shape == (2, 8, 8)
+    assert found["s.values.weight"].shape == (2, 16, 8)
+    rest = keys[1] - (keys[0] @ found["s.keys.weight"][0] + found["s.keys.bias"][0])
+    assert np.square(rest).mean() < 0.02 * np.square(keys[1]).mean()
+    given = np.concatenate([keys[2], values[1]], axis=1)
+    rest = values[2] - (given @ found["s.values.weight"][1] + found["s.values.bias"][1])
+    assert np.square(rest).mean() < 0.5 * np.square(values[2]).mean()
+
+
+@pytest.mark.parametrize("name", ROPE)
+def test_frequencies_undo_the_models_rope(tmp_path: Path, name: str) -> None:
+    """Whole, grouped and partial rotary; the same token at other places has the same key before it."""
+    config = CONFIGS[name]()
+    frequencies = inverse_frequencies(load_model(str(save_model(config, tmp_path)), device="cpu"))
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    share = {"gpt-neox": 0.25, "phi": 0.5}.get(name, 1.0)
+    assert len(frequencies) == int(head * share) // 2
+    assert frequencies[0] == 1
+
+
+def test_models_without_rope_have_no_frequencies(tmp_path: Path) -> None:
+    assert len(inverse_frequencies(load_model(str(save_model(CONFIGS["gpt2"](), tmp_path)), device="cpu"))) == 0
+
+
+def test_frequencies_that_change_are_refused(tmp_path: Path) -> None:
+    config = CONFIGS["llama-gqa"]()
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(UnsupportedError, match="cannot calibrate"):
+        inverse_frequencies(load_model(str(save_model(config, tmp_path)), device="cpu"))
+
+
+def test_the_sample_is_the_models_cache(folder: Path) -> None:
+    """Values as in a capture of the same tokens, keys of equal length (they are turned), sinks left out."""
+    from kvpack.capture import CaptureOptions, run_tokens
+
+    model = load_model(str(folder / "model"), device="cpu")
+    text = (folder / "0.txt").read_text()
+    sample = collect(model, [("0.txt", text)], CorpusOptions(tokens=256, context=128))
+    assert sample.keys.shape == sample.values.shape == (2 * 124, 2 * 2 * 8)
+    assert (sample.layers, sample.channels) == (2, 16)
+    ids = model.tokenizer(text).input_ids
+    second = ids[len(ids) // 2 :][:128]
+    cache = run_tokens(model, second, CaptureOptions(queries=0))
+    values = np.concatenate([v.float().numpy().transpose(1, 0, 2)[4:].reshape(124, -1) for v in cache.values], axis=1)
+    keys = np.concatenate([k.float().numpy().transpose(1, 0, 2)[4:].reshape(124, -1) for k in cache.keys], axis=1)
+    assert (sample.values[124:] == values).all()
+    assert np.allclose(np.square(sample.keys[124:]).sum(1), np.square(keys).sum(1), rtol=1e-4)
+    assert sample.documents[0]["sequences"] == 2
+
+
+def test_calibrate_end_to_end(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    """The profile is the same when made again; every codec that takes one works with it, better at more bits."""
+    out, again = tmp_path / "a.kvprofile", tmp_path / "b.kvprofile"
+    done = cli(*command(folder, out))
+    assert done.code == 0, done.err
+    assert done.out == f"{out}: 8 sequences, 992 tokens, {out.stat().st_size} bytes\n"
+    assert [line.split(":")[0] for line in done.err.splitlines()] == ["kvtc"] * 2 + ["aquakv"] * 4
+    quiet = cli(*command(folder, again, "-q"))
+    assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
+    assert out.read_bytes() == again.read_bytes()
+    profile = Profile.open(out)
+    assert profile.model["architecture"] == "LlamaForCausalLM"
+    assert json.loads(profile.metadata["calibration"])["tokens"] == 992
+    capture = tmp_path / "c.safetensors"
+    text = tmp_path / "text.txt"
+    text.write_text(demo_text()[:3000])
+    assert cli("capture", "-m", folder / "model", "--text", text, "-o", capture, "--max-tokens", 400).code == 0
+    errors: dict[str, list[float]] = {}
+    for name in (name for name, codec in CODECS.items() if codec.profiled):
+        packed = tmp_path / f"{name}.kvp"
+        assert cli("compress", capture, "-c", name, "-o", packed, "-D", out).code == 0
+        assert cli("decompress", packed, "-o", tmp_path / "back", "-D", out, "-f").code == 0
+        original, back = (Capture(TensorFile.open(path)) for path in (capture, tmp_path / "back"))
+        x, y = (to_float32(source.read("layers.1.keys"), "F32") for source in (original, back))
+        errors.setdefault(name.rsplit("-", 1)[0], []).append(float(np.square(x - y).mean() / np.square(x).mean()))
+    for family, some in errors.items():
+        assert some == sorted(some), family
+        assert some[0] < 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--tokens", 200], 2, "--tokens"),
+        (["--context", 4], 2, "--tokens"),
+        (["--context", 1024, "--tokens", 4096], 2, "--context"),
+        (["--context", 512, "--tokens", 1536, "--text", "SHORT"], 2, "SHORT"),
+        (["--text", "BINARY"], 1, "BINARY"),
+        (["--text", "NOWHERE"], 1, "NOWHERE"),
+        (["-m", "NOWHERE"], 1, "NOWHERE"),
+    ],
+    ids=str,
+)
+def test_what_calibrate_refuses(
+    cli: Cli, folder: Path, tmp_path: Path, options: list[object], code: int, said: str
+) -> None:
+    (tmp_path / "SHORT").write_text("short")
+    (tmp_path / "BINARY").write_bytes(b"\xff\xfe\x00")
+    given = [tmp_path / str(o) if o in ("SHORT", "BINARY", "NOWHERE") else o for o in options]
+    out = tmp_path / "x.kvprofile"
+    result = cli(*command(folder, out, *given))
+    assert (result.code, result.out, result.err.count("\n")) == (code, "", 1), result.err
+    assert said in result.err
+    assert not out.exists()
+
+
+def test_calibrate_overwrites_nothing_unless_told(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.kvprofile"
+    out.write_text("mine")
+    assert cli(*command(folder, out)).code == 1
+    assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["mistral-sliding", "mamba"])
+def test_calibrate_refuses_models_that_kvpack_cannot_represent(
+    cli: Cli, folder: Path, tmp_path: Path, name: str
+) -> None:
+    model = save_model(REFUSED[name](), tmp_path / name)
+    result = cli(*command(folder, tmp_path / "x", "-m", model))
+    assert (result.code, result.err.count("\n")) == (6, 1), result.err
+
+
+def test_short_texts_are_named_by_the_library_too(folder: Path) -> None:
+    model = load_model(str(folder / "model"), device="cpu")
+    with pytest.raises(UsageError, match=r"a\.txt: 5 tokens"):
+        collect(model, [("a.txt", "hello")], CorpusOptions(tokens=128, context=128))
