@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 from models import CONFIGS, save_model
+from profiles import PROFILED, profile_for
 
+from kvpack.bench.bounds import BOUNDS
 from kvpack.bench.report import markdown
-from kvpack.bench.results import Results, Row, compare, interval, summarize
+from kvpack.bench.results import TOKEN_ENTROPY, Results, Row, compare, interval, summarize
 from kvpack.codecs import CODECS, codecs_matching, family_of
 from kvpack.demo import demo_text
 from kvpack.errors import UsageError
+from kvpack.tensorfile import TensorFile
 
 Cli = Callable[..., Any]
 
@@ -30,7 +33,7 @@ def row(document: str, codec: str, seed: int, kl: float) -> Row:
 
 
 def results(*rows: Row) -> Results:
-    setting = {"model": "m", "dtype": "bfloat16", "versions": {"kvpack": "0"}}
+    setting = {"profile": None, "model": "m", "dtype": "bfloat16", "versions": {"kvpack": "0"}}
     machine = {"processor": "p", "cores": 2, "gpu": None, "python": "3", "commit": None}
     return Results(setting, machine, list(rows))
 
@@ -57,11 +60,19 @@ def test_a_bench_end_to_end(cli: Cli, bench: tuple[Path, list[Path]], tmp_path: 
     assert done.code == 0, done.err
     rows = json.loads(out.read_text())["rows"]
     kivi = [name for name in CODECS if name.startswith("kivi")]
-    expected = {("lossless", 0), ("turboquant-2", 0), ("turboquant-2", 1), *((name, 0) for name in kivi)}
+    bounds = [bound.name for bound in BOUNDS]
+    expected = {("lossless", 0), ("turboquant-2", 0), ("turboquant-2", 1), *((name, 0) for name in (*kivi, *bounds))}
+    expected.add((TOKEN_ENTROPY, 0))
     for path in captures:
         assert {(r["codec"], r["seed"]) for r in rows if r["document"] == path.name} == expected
     assert len(rows) == 2 * len(expected)
     for r in rows:
+        if r["codec"] in (TOKEN_ENTROPY, *bounds):
+            assert r["size"] is r["ratio"] is r["compress_seconds"] is None
+            assert (r["model"] is None) == (r["codec"] == TOKEN_ENTROPY)
+        if r["codec"] == TOKEN_ENTROPY:
+            assert 0 < r["bits_per_element"] < 0.2  # a byte of the tokenizer over 128 elements a token
+            continue
         exact = r["codec"] == "lossless"
         for test in ("plain", "repeat"):
             assert (r["model"][test]["kl_mean"] == 0) == exact
@@ -70,7 +81,7 @@ def test_a_bench_end_to_end(cli: Cli, bench: tuple[Path, list[Path]], tmp_path: 
     assert len(set(seeds)) == len(seeds)
     assert plot.read_bytes()[:4] == b"\x89PNG"
     text = report.read_text()
-    for name in ("lossless", "turboquant-2", *kivi):
+    for name in ("lossless", "turboquant-2", *kivi, *bounds, TOKEN_ENTROPY):
         assert f"| {name} |" in text
     assert "±" in text
     measured = [(r["codec"], r["compress_seconds"]) for r in rows]
@@ -79,6 +90,46 @@ def test_a_bench_end_to_end(cli: Cli, bench: tuple[Path, list[Path]], tmp_path: 
     assert [(r["codec"], r["compress_seconds"]) for r in json.loads(again.out)["rows"]] == measured
     moved = cli("bench", "--compare", out, out)
     assert (moved.code, moved.out) == (0, "nothing moved by more than one percent\n")
+
+
+def test_judged_files_hold_no_probes(cli: Cli, bench: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """The ratio is that of keys, values and tokens: the size is that of ``compress --drop-probes``."""
+    folder, captures = bench
+    out, packed = tmp_path / "r.json", tmp_path / "x.kvp"
+    made = cli("bench", captures[0], "-m", folder, "--codecs", "kivi-2,lossless", "--quick", "-o", out)
+    assert made.code == 0, made.err
+    kept = sum(s.nbytes for n, s in TensorFile.open(captures[0]).tensors.items() if n.startswith(("layers.", "tokens")))
+    for row in json.loads(out.read_text())["rows"]:
+        assert cli("compress", captures[0], "-c", row["codec"], "--drop-probes", "-o", packed, "-f").code == 0
+        assert row["size"] == packed.stat().st_size
+        assert row["ratio"] * row["size"] == pytest.approx(kept, abs=4096)  # the safetensors header
+        assert row["attention_error"] is not None
+        assert row["model"]["needles_found"] is not None
+
+
+def test_a_bench_with_a_profile(cli: Cli, bench: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    folder, captures = bench
+    profile = profile_for(captures[0], CODECS["kvtc-1"])
+    assert profile is not None
+    out, report = tmp_path / "r.json", tmp_path / "r.md"
+    common = ("-m", folder, "--quick", "-o", out)
+    without = cli("bench", captures[0], *common, "--codecs", "kvtc-1")
+    assert (without.code, without.err.count("\n")) == (2, 1)
+    assert "kvpack calibrate" in without.err
+    every = cli("bench", captures[0], *common, "--codecs", "all", "-f")
+    assert every.code == 0
+    assert "calibrated codecs are left out" in every.err
+    assert "kvtc" not in out.read_text()
+    done = cli("bench", captures[0], *common, "-D", profile.path, "--codecs", "aquakv,kvtc", "--report", report, "-f")
+    assert done.code == 0, done.err
+    results = json.loads(out.read_text())
+    assert results["setting"]["profile"] == {**profile.identity(), "size": profile.size}
+    families = {name.rsplit("-", 1)[0] for name in PROFILED} - {"kvtc-all"}
+    assert {row["codec"].rsplit("-", 1)[0] for row in results["rows"]} == families
+    assert f"{profile.size:,} bytes" in report.read_text()
+    other = cli("bench", captures[0], *common, "--codecs", "lossless")
+    assert (other.code, other.err.count("\n")) == (2, 1)
+    assert "profile" in other.err
 
 
 def test_what_a_bench_refuses(cli: Cli, bench: tuple[Path, list[Path]], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SMALL, write_tensors
+from profiles import profile_for
 
 from kvpack.codecs import CODECS
 from kvpack.container.layout import MAGIC
@@ -238,7 +239,9 @@ def test_verify_without_queries_says_what_is_missing(cli: Cli, tmp_path: Path) -
 def test_inspect_json_adds_up(cli: Cli, small: Path) -> None:
     for codec in CODECS:
         path = small.with_name(f"{codec}.kvp")
-        assert cli("compress", small, "-c", codec, "-o", path, "-q").out == ""
+        profile = profile_for(small, CODECS[codec])
+        options = ("-D", profile.path) if profile else ()
+        assert cli("compress", small, "-c", codec, "-o", path, "-q", *options).out == ""
         document = json.loads(cli("inspect", path, "--json", "--check").out)
         report = document["files"][0]
         assert document["schema_version"] == report["schema_version"] == 1

@@ -173,7 +173,7 @@ def test_a_small_file_cannot_claim_a_huge_cache() -> None:
     """Ten lines of header that promise terabytes are refused before anything is allocated."""
     entry = {"dtype": "BF16", "shape": [1 << 20, 1 << 20, 64], "data_offsets": [0, 1 << 47]}
     source = '{"layers.0.keys":' + str(entry).replace("'", '"') + "}"
-    header = Header("x", [CODECS["lossless"].to_json()], 1 << 20, True, [], [], source)
+    header = Header("x", [CODECS["lossless"].to_json()], 1 << 20, True, [], None, [], source)
     index = zlib.decompress(pack_index([(0, 0, [])]))
     with pytest.raises(FormatError, match="more than"):
         Container(memoryview(assemble(header.to_bytes(), b"", index)))

@@ -37,6 +37,8 @@ class Bound:
 
     def simulate(self, values: Floats, seed: int = 0) -> tuple[Floats, float]:
         """What a decoder would have of one layer's ``[H, T, D]``, and the bits it takes."""
+        if not values.size:
+            return values, 0.0
         if self.family == "ecsq":
             return ecsq(values, self.setting)
         return gaussian(values, self.setting, seed)

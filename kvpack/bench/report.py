@@ -54,10 +54,17 @@ def markdown(results: Results) -> str:
         f"Model {results.setting['model']} ({results.setting['dtype']}), documents: {', '.join(documents)}.",
         "Means over documents"
         + (" ± 95 % confidence" if len(documents) > 1 else "")
-        + "; bits of the whole file, seconds of the second of two runs.",
+        + "; bits of the whole file, seconds of the second of two runs. A file holds keys, values and tokens; "
+        "the ratio is theirs, uncompressed, over the whole file.",
     ]
     if originals:
         lines.append(f"Needles found with the uncompressed cache: {originals[0]:.1f}.")
+    profile = results.setting["profile"]
+    if profile:
+        lines.append(
+            f"Calibrated codecs use the profile {profile['name']} ({profile['size']:,} bytes, SHA-256 "
+            f"{profile['sha256'][:12]}), which no ratio counts."
+        )
     versions = ", ".join(f"{name} {version}" for name, version in results.setting["versions"].items())
     where = results.machine
     place = where["gpu"] or f"{where['cores']} cores of {where['processor']}"

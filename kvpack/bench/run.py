@@ -36,8 +36,8 @@ from kvpack.inspection import inspect
 from kvpack.profile import Profile
 from kvpack.tensorfile import TensorFile
 
-QUICK = ("lossless", "kivi-4", "kivi-2", "turboquant-4", "turboquant-3", "turboquant-2")
-"""Codecs of ``--quick``."""
+QUICK = ("lossless", "kivi-4", "kivi-2", "turboquant-4", "turboquant-2", "cachegen-4", "aquakv-2", "kvtc-1")
+"""Codecs of ``--quick``; those that are calibrated only with a profile."""
 
 Progress = Callable[[int, int], None]
 

@@ -71,7 +71,7 @@ def bench(
     chosen = codecs_matching(names.split(","))
     opened = common.open_profile(profile)
     if opened is None and any(codec.profiled for codec in chosen):
-        if "all" not in names.split(","):
+        if "all" not in codecs.split(","):
             raise UsageError("codecs that are calibrated need a profile: -D FILE, made by kvpack calibrate")
         chosen = [codec for codec in chosen if not codec.profiled]
         common.say("no profile given (-D): calibrated codecs are left out", quiet=quiet, to_stderr=True)
