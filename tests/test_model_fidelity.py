@@ -19,6 +19,7 @@ from kvpack.capture.needles import facts, plant
 from kvpack.codecs import CODECS
 from kvpack.demo import demo_text
 from kvpack.errors import FormatError, MismatchError, UsageError
+from kvpack.fidelity import compare
 from kvpack.fidelity.model import GENERATED, Judge, ModelReport, check_model
 from kvpack.tensorfile import TensorFile, build_header
 
@@ -121,21 +122,49 @@ def test_kl_is_the_definition(tiny: tuple[Model, Path]) -> None:
     assert kl.mean() > 0
 
 
+def zeroed(path: Path, layer: int) -> Capture:
+    broken = changed(path, lambda name, array: array * (not name.startswith(f"layers.{layer}.")))
+    return Capture(TensorFile.open(broken))
+
+
 def test_a_zeroed_layer_is_caught_by_every_metric(smollm: tuple[Judge, Path]) -> None:
     judge, path = smollm
-    zeroed = changed(path, lambda name, array: array * (not name.startswith("layers.10.")))
-    report = judge.measure(Capture(TensorFile.open(zeroed)))
+    broken = zeroed(path, 18)
+    report = judge.measure(broken)
     sound = judge.measure(compressed(path, "lossless"))
     assert sound.plain is not None
     assert sound.plain.kl_mean == 0
     for part in (report.plain, report.repeat):
         assert part is not None
-        assert part.kl_mean > 0.005
-        assert part.kl_p90 > 0.005
-        assert part.kl_p99 > 0.02
+        assert part.kl_mean > 0.02
+        assert part.kl_p90 > 0.05
+        assert part.kl_p99 > 0.1
         assert part.top1 < 1
-        assert part.nll != part.nll_original
+        assert part.ppl_change > 0
     assert report.greedy_identical < report.greedy_length
+    assert sum(needle.found for needle in report.needles) < sum(needle.original for needle in report.needles)
+    figures = compare(Capture(TensorFile.open(path)), broken)
+    assert not figures.bit_exact
+    assert figures.keys.nmse > 0.01
+    assert figures.values.nmse > 0.01
+    assert figures.attention is not None
+    assert figures.attention.output_error > 0.05
+    assert check_model(report, 0.01, None, None)
+    assert check_model(report, None, 0.99, None)
+
+
+def test_needles_and_the_repeated_passage_tell_apart_what_plain_kl_does_not(smollm: tuple[Judge, Path]) -> None:
+    """Without layer 10 the text goes on no better than without layer 18, but only 18 is needed to find things."""
+    judge, path = smollm
+    mild, severe = (judge.measure(zeroed(path, layer)) for layer in (10, 18))
+    assert mild.plain is not None
+    assert severe.plain is not None
+    assert mild.repeat is not None
+    assert severe.repeat is not None
+    assert 0.5 < severe.plain.kl_mean / mild.plain.kl_mean < 1.5
+    assert severe.repeat.kl_mean > 20 * mild.repeat.kl_mean
+    assert sum(needle.found for needle in mild.needles) == 4
+    assert sum(needle.found for needle in severe.needles) <= 2
 
 
 def test_the_embedded_model_recites_needles_and_coarse_codecs_lose_them(smollm: tuple[Judge, Path]) -> None:
