@@ -16,6 +16,7 @@ from kvpack.demo import demo_text
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -54,9 +55,21 @@ def test_the_readme_shows_every_command() -> None:
         assert f"kvpack {command.callback.__name__}" in README  # type: ignore[union-attr]
 
 
-def test_the_results_table_has_every_codec() -> None:
-    for name in CODECS:
-        assert re.search(rf"^\| `{name}` \|", README, flags=re.M), name
+def rows(text: str) -> dict[str, list[str]]:
+    """Rows of the first table that begins with a codec, by its name."""
+    table = text[text.index("| codec |") :].split("\n\n", maxsplit=1)[0].splitlines()[2:]
+    cells = [[cell.strip(" `") for cell in row.strip("|").split("|")] for row in table]
+    return {first: rest for first, *rest in cells}
+
+
+def test_the_benchmarks_have_every_codec() -> None:
+    assert list(rows(BENCHMARKS)) == list(CODECS)
+
+
+def test_the_readmes_results_are_of_the_benchmarks() -> None:
+    every = rows(BENCHMARKS)
+    for name, figures in rows(README).items():
+        assert set(figures) <= set(every[name]), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -10,7 +10,7 @@ from kvpack.bench.results import TOKEN_ENTROPY, Interval, Results, Summary, summ
 from kvpack.errors import KvpackError
 
 COLUMNS = {
-    "bits": ("bits/elem", "{:.3f}"),
+    "bits": ("bits/elem", "{:#.4g}"),
     "ratio": ("ratio", "{:.2f}"),
     "kl_plain": ("KL plain", "{:.4f}"),
     "kl_repeat": ("KL repeat", "{:.4f}"),
@@ -100,6 +100,7 @@ def plot(results: Results, path: Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError:
         raise KvpackError("--plot needs matplotlib: pip install 'kvpack[plot]'") from None
     from kvpack.codecs import family_of
@@ -121,12 +122,20 @@ def plot(results: Results, path: Path) -> None:
                     {"linestyle": "--", "linewidth": 1} if family in bounds else {"marker": "o", "markersize": 4}
                 )
                 axes.errorbar(bits, values, yerr=[low, halves], capsize=2, label=family, **style)
-        for bits_of_tokens in tokens:
-            axes.axvline(bits_of_tokens, linestyle=":", color="black", label="token entropy (replay)")
         axes.set(xscale="log", xlabel="bits an element, whole file", ylabel=title)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
         axes.set_yscale(scale, **({"linthresh": 0.01} if scale == "symlog" else {}))
+        if scale == "symlog":
+            axes.set_ylim(bottom=min(axes.dataLim.y0, 0) - 0.01)
         axes.grid(visible=True, which="both", alpha=0.25)
-    figure.axes[0].legend()
+        left, _ = axes.get_xlim()
+        for bits_of_tokens in tokens:  # thousands of times less: drawn at the edge, so that curves stay apart
+            label = f"token entropy (replay): {bits_of_tokens:.2g}, left of the scale"
+            axes.axvline(left, linestyle=":", linewidth=4, color="black", label=label)
+        axes.set_xlim(left=left)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     try:
         figure.savefig(path)
     except ValueError as error:
