@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import kvpack
-from kvpack.archive import Archive, Capture, as_bytes
+from kvpack.archive import Archive, Capture, as_bytes, side_of
 from kvpack.checksum import checksum
 from kvpack.codecs import CODECS, Codec
 from kvpack.container import ContainerWriter, layer_of, plan_parts
@@ -19,7 +19,7 @@ from kvpack.errors import FormatError, UsageError
 from kvpack.floats import Bits
 from kvpack.parallel import ordered_map
 from kvpack.profile import Profile
-from kvpack.stages.base import UnrepresentableError
+from kvpack.stages.base import Side, UnrepresentableError
 from kvpack.tensorfile import Header as SourceHeader
 from kvpack.tensorfile import TensorFile, TensorSpec, build_header
 from kvpack.units import Unit, units
@@ -104,7 +104,9 @@ def compress_capture(
             raise UsageError(f"{codec.name} needs a calibration profile: -D FILE, made by kvpack calibrate")
         profile.require_model(capture.metadata)
     codecs = list({c.name: c for c in (codec, CODECS["lossless"], CODECS["zstd"])}.values())
-    encoder = _Encoder(capture, codecs, profile if codec.profiled else None)
+    known = {spec.name for spec in kept.tensors if spec.name == "tokens"} | {"attention_mass"}
+    side = side_of(capture, known) if codec.joint else Side()
+    encoder = _Encoder(capture, codecs, profile if codec.profiled else None, side)
     groups = list(units(plans, codec.stacked))
     header = Header(
         writer=f"kvpack {kvpack.__version__}",
@@ -162,6 +164,7 @@ class _Encoder:
     capture: Capture
     codecs: list[Codec]
     profile: Profile | None
+    side: Side
 
     def _chosen(self, plans: tuple[PartPlan, ...]) -> int:
         return _codec_for(plans[0], self.codecs)
@@ -173,7 +176,7 @@ class _Encoder:
 
     def _units(self, plans: tuple[PartPlan, ...], codec: int) -> list[Unit]:
         groups = units(plans, self.codecs[codec].stacked)
-        return [Unit(group, self.codecs[codec], self.profile) for group in groups]
+        return [Unit(group, self.codecs[codec], self.profile, self.side) for group in groups]
 
     def stream_names(self, plans: tuple[PartPlan, ...]) -> set[str]:
         every = (*self._units(plans, self._chosen(plans)), *self._units(plans, self._fallback(plans)))

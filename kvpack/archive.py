@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import numpy as np
 from kvpack.checksum import checksum
 from kvpack.codecs import Codec
 from kvpack.container import Container, PartEntry, layer_of
-from kvpack.container.layout import MAGIC, PartPlan
+from kvpack.container.layout import FLOAT_DTYPES, MAGIC, PartPlan
 from kvpack.errors import CorruptError, FormatError, MismatchError, UnsupportedError
+from kvpack.floats import to_float32
 from kvpack.pipeline import Bits, chain_of
 from kvpack.profile import Profile
+from kvpack.stages.base import Side
 from kvpack.tensorfile import TensorFile, TensorSpec
 from kvpack.units import Unit
 
@@ -41,6 +43,18 @@ class Capture:
         if plan.layer is not None:
             bits = bits[:, plan.first : plan.first + plan.tokens]
         return np.ascontiguousarray(bits).reshape(plan.shape)
+
+
+def side_of(source: Capture | Archive, names: Collection[str]) -> Side:
+    """Token ids and attention mass, of those tensors of ``source`` that are in ``names`` and as captures have them."""
+    tokens = mass = None
+    spec = source.tensors.get("tokens")
+    if "tokens" in names and spec is not None and spec.dtype == "I32" and len(spec.shape) == 1:
+        tokens = source.read("tokens").view(np.int32)
+    spec = source.tensors.get("attention_mass")
+    if "attention_mass" in names and spec is not None and spec.dtype in FLOAT_DTYPES and len(spec.shape) == 3:
+        mass = to_float32(source.read("attention_mass"), spec.dtype).mean((0, 1))
+    return Side(tokens, mass)
 
 
 class Archive:
@@ -108,7 +122,9 @@ class Archive:
         return bits
 
     def _decode(self, parts: tuple[PartEntry, ...]) -> list[Bits]:
-        unit = Unit(tuple(part.plan for part in parts), self.codecs[parts[0].codec], self.profile)
+        codec = self.codecs[parts[0].codec]
+        side = side_of(self, ("tokens",)) if codec.joint and parts[0].plan.layer is not None else Side()
+        unit = Unit(tuple(part.plan for part in parts), codec, self.profile, side)
         try:
             return unit.decode([self.container.read(part) for part in parts])
         except CorruptError as error:

@@ -14,6 +14,7 @@ from kvpack.errors import FormatError, UsageError
 from kvpack.stages.base import EntropyCoder, Predictor, Quantizer, Stage, Transform
 from kvpack.stages.entropy.deflate import Deflate
 from kvpack.stages.entropy.rans import Rans
+from kvpack.stages.entropy.scaled_rans import ScaledRans
 from kvpack.stages.entropy.zstd import Zstd
 from kvpack.stages.keep import Keep
 from kvpack.stages.predictors.cross_layer import CrossLayer
@@ -21,6 +22,7 @@ from kvpack.stages.quantizers.affine import Affine
 from kvpack.stages.quantizers.anchor_delta import AnchorDelta
 from kvpack.stages.quantizers.byte_planes import BytePlanes
 from kvpack.stages.quantizers.component_groups import ComponentGroups
+from kvpack.stages.quantizers.dead_zone import DeadZone
 from kvpack.stages.quantizers.float_split import FloatSplit
 from kvpack.stages.quantizers.higgs import Higgs
 from kvpack.stages.quantizers.lloyd_max import LloydMax
@@ -28,6 +30,7 @@ from kvpack.stages.registry import stage_from_json
 from kvpack.stages.transforms.klt import Klt
 from kvpack.stages.transforms.merge_heads import MergeHeads
 from kvpack.stages.transforms.rotation import Rotation
+from kvpack.stages.transforms.token_klt import TokenKlt
 from kvpack.stages.transforms.unrope import Unrope
 
 
@@ -115,6 +118,11 @@ class Codec:
     def lossless(self) -> bool:
         """Whether every bit comes back."""
         return self.keys.quantizer.exact and self.values.quantizer.exact
+
+    @property
+    def joint(self) -> bool:
+        """Whether keys and values of all layers are coded as one, by the chain for keys."""
+        return any(stage.joint for stage in self.stages)
 
     @property
     def profiled(self) -> bool:
@@ -217,6 +225,23 @@ def _aquakv(bits: int) -> Codec:
     )
 
 
+FISHER_IMPORTANCE = 20
+
+
+def fisher(log_step: int, importance: int = FISHER_IMPORTANCE, name: str = "fisher") -> Codec:
+    """kvpack's own codec (``docs/fisher.md``), at a step of ``2 ** (log_step / 32)`` in units of its calibration."""
+    quantizer = DeadZone(section="fisher", log_step=log_step, importance=importance)
+    chain = Chain.of(TokenKlt(section="fisher"), quantizer, ScaledRans())
+    return Codec(name, True, chain, chain)
+
+
+def fisher_log_step(level: int) -> int:
+    """The step of ``fisher-{level}``: half an octave finer a level, which halves the squared error."""
+    return -170 - 16 * level
+
+
+FISHER_LEVELS = (8, 7, 6, 5, 4, 3, 2, 1)
+
 KVTC_RATES = ("2", "1", "0.5", "0.25")
 """Bits an element, before DEFLATE, that profiles have plans for."""
 
@@ -230,6 +255,7 @@ CODECS: dict[str, Codec] = {
         *(_kivi(bits) for bits in (4, 3, 2)),
         *(_turboquant(bits, prod=False) for bits in (4, 3, 2, 1)),
         *(_turboquant(bits, prod=True) for bits in (4, 3, 2, 1)),
+        *(fisher(fisher_log_step(level), name=f"fisher-{level}") for level in FISHER_LEVELS),
         *(_cachegen(bits) for bits in (5, 4, 3)),
         *(_aquakv(bits) for bits in AQUAKV_BITS),
         *(_kvtc(rate, window) for window in (True, False) for rate in KVTC_RATES),

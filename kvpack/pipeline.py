@@ -84,9 +84,14 @@ def encode(chain: Chain, bits: Bits, part: Part, reference: Floats | None = None
 
 
 def _write(chain: Chain, plan: _Plan, codes: Sequence[Codes]) -> Streams:
-    planes = (*plan.whole, *plan.planes)
-    pairs = zip(planes, codes, strict=True)
-    return [(plane.name, chain.entropy.encode(code, plane)) for plane, code in pairs if plane.size and plane.width]
+    streams: Streams = []
+    before: dict[str, Codes] = {}
+    for plane, code in zip((*plan.whole, *plan.planes), codes, strict=True):
+        if plane.size and plane.width:
+            scaled = chain.quantizer.scaled(plane, before, plan.parts[-1])
+            streams.append((plane.name, chain.entropy.encode(code, scaled)))
+        before[plane.name] = code
+    return streams
 
 
 def _encode_rows(chain: Chain, values: Floats, part: Part, reference: Floats | None) -> tuple[list[Codes], Floats]:
@@ -129,13 +134,15 @@ def _decode(
     chain: Chain, streams: Sequence[tuple[str, memoryview]], part: Part, plan: _Plan, reference: Floats | None
 ) -> tuple[Bits, Floats | None]:
     remaining = iter(streams)
-    codes = [
-        chain.entropy.decode(next(remaining)[1], plane)
-        if plane.size and plane.width
-        else np.zeros(plane.shape, plane.code_dtype)
-        for plane in (*plan.whole, *plan.planes)
-    ]
-    whole, codes = codes[: len(plan.whole)], codes[len(plan.whole) :]
+    found: dict[str, Codes] = {}
+    for plane in (*plan.whole, *plan.planes):
+        if plane.size and plane.width:
+            scaled = chain.quantizer.scaled(plane, found, plan.parts[-1])
+            found[plane.name] = chain.entropy.decode(next(remaining)[1], scaled)
+        else:
+            found[plane.name] = np.zeros(plane.shape, plane.code_dtype)
+    every = list(found.values())
+    whole, codes = every[: len(plan.whole)], every[len(plan.whole) :]
     if chain.quantizer.exact:
         return chain.quantizer.decode(codes, part), None
     decoded = None

@@ -16,7 +16,7 @@ from kvpack.errors import FormatError, MismatchError
 from kvpack.tensorfile import TensorFile, build_header
 
 PROFILE_VERSION = 1
-_NUMPY = {"F16": np.float16, "F32": np.float32, "I32": np.int32}
+_NUMPY = {"F16": np.float16, "F32": np.float32, "I32": np.int32, "U8": np.uint8}
 _NAMES = {np.dtype(dtype): name for name, dtype in _NUMPY.items()}
 
 
@@ -34,7 +34,7 @@ class Profile(Mapping[str, NDArray[Any]]):
             raise FormatError("not a .kvprofile of version 1")
         odd = next((spec.name for spec in file.tensors.values() if spec.dtype not in _NUMPY), None)
         if odd is not None:
-            raise FormatError(f"{odd}: a profile's tensors are F16, F32 or I32")
+            raise FormatError(f"{odd}: a profile's tensors are F16, F32, I32 or U8")
         self.name, self.sha256 = name, sha256
         self.metadata = file.metadata
         self._file = file
@@ -116,7 +116,7 @@ def _model(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def write_profile(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any], output: BinaryIO) -> int:
-    """Write arrays (float16, float32, int32) and JSON metadata; returns the size in bytes.
+    """Write arrays (float16, float32, int32, uint8) and JSON metadata; returns the size in bytes.
 
     The same arguments give the same bytes.
     """

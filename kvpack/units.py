@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import numpy as np
@@ -12,7 +12,7 @@ from kvpack.codecs import Codec
 from kvpack.container.layout import PartPlan
 from kvpack.errors import UnsupportedError
 from kvpack.pipeline import Bits, chain_of, decode, encode, stream_names
-from kvpack.stages.base import Part, Profile
+from kvpack.stages.base import Part, Profile, Side
 
 KINDS = ("keys", "values")
 
@@ -24,6 +24,7 @@ class Unit:
     plans: tuple[PartPlan, ...]
     codec: Codec
     profile: Profile | None = None
+    side: Side = field(default=Side(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check that a stack can be built."""
@@ -39,14 +40,26 @@ class Unit:
         if not self.codec.stacked or self.plans[0].layer is None:
             return [[plan] for plan in self.plans]
         kinds = [[plan for plan in self.plans if plan.tensor.name.endswith(f".{kind}")] for kind in KINDS]
-        return [sorted(kind, key=lambda plan: plan.layer or 0) for kind in kinds if kind]
+        stacks = [sorted(kind, key=lambda plan: plan.layer or 0) for kind in kinds if kind]
+        return [[plan for stack in stacks for plan in stack]] if self.codec.joint else stacks
 
     def _part(self, stack: list[PartPlan]) -> Part:
         plan = stack[0]
         heads, tokens, dims = plan.shape
         total = plan.tensor.shape[1] if plan.layer is not None else tokens
+        ids, mass = self.side.tokens, self.side.mass
+        side = Side(
+            ids if ids is not None and len(ids) == total else None,
+            mass if mass is not None and len(mass) == total else None,
+        )
         return Part(
-            plan.tensor.dtype, (len(stack) * heads, tokens, dims), plan.first, total, heads, profile=self.profile
+            plan.tensor.dtype,
+            (len(stack) * heads, tokens, dims),
+            plan.first,
+            total,
+            heads,
+            profile=self.profile,
+            side=side,
         )
 
     def stream_names(self) -> set[str]:

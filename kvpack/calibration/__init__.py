@@ -1,6 +1,6 @@
 """Learns from captures of a corpus what calibrated codecs need, once a model: the ``.kvprofile``."""
 
 from kvpack.calibration.corpus import CorpusOptions, Sample, collect
-from kvpack.calibration.run import calibrate, metadata
+from kvpack.calibration.run import SECTIONS, FisherOptions, calibrate, metadata
 
-__all__ = ["CorpusOptions", "Sample", "calibrate", "collect", "metadata"]
+__all__ = ["SECTIONS", "CorpusOptions", "FisherOptions", "Sample", "calibrate", "collect", "metadata"]

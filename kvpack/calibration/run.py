@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ import transformers
 from numpy.typing import NDArray
 
 import kvpack
-from kvpack.calibration import aquakv, kvtc
+from kvpack.calibration import aquakv, gradients, kvtc, scales, token_klt
 from kvpack.calibration.corpus import SKIPPED, CorpusOptions, Sample
+from kvpack.calibration.gradients import Network
 from kvpack.capture import Model
 from kvpack.codecs import AQUAKV_BITS, KVTC_RATES
 from kvpack.stages.base import Floats
@@ -21,21 +23,85 @@ from kvpack.stages.quantizers.higgs import FIRST_BITS, Higgs
 Arrays = dict[str, NDArray[Any]]
 Say = Callable[[str], None]
 
+SECTIONS = ("fisher", "kvtc", "aquakv")
+"""Families of codecs that need a profile."""
 
-def calibrate(sample: Sample, device: str = "cpu", say: Say | None = None) -> Arrays:
-    """The arrays of ``docs/profile-format.md``: deterministic for one sample on one machine.
+PLAIN_SHARE = 0.1
+"""Of gradients from plain continuations; the others are of repeated passages (the ablation in docs/fisher.md)."""
 
-    Matrices are learnt on ``device`` in float32, and rounded to fp16 but for what is small.
+HELD_BACK = 8
+"""One sequence in so many is not learnt from, but shows how what was learnt does on others."""
+
+RIVALS_TOKENS = 32768
+CURVE_SEQUENCES = 6
+SCATTER_SEQUENCES = 12
+
+BUDGET = 0.045
+"""Of the bytes of the model's weights in bf16: what the section ``fisher`` may take at most, if it can be kept so."""
+
+
+@dataclass(frozen=True)
+class FisherOptions:
+    """``rank`` coordinates a token; gradients of ``gradients`` sequences."""
+
+    rank: int = 640
+    gradients: int = 24
+
+
+def calibrate(
+    model: Model, sample: Sample, sections: Sequence[str], options: FisherOptions, say: Say | None = None
+) -> Arrays:
+    """The arrays of ``docs/profile-format.md`` for codecs of ``sections``; the same for the same sample and machine.
+
+    Matrices are learnt on the model's device in float32, and rounded to fp16 or less.
     """
-    arrays: Arrays = {"rope.inv_freq": sample.frequencies}
     tell = say or (lambda _: None)
-    for kind, data in (("keys", sample.keys), ("values", sample.values)):
-        tell(f"kvtc: principal components of {kind}")
-        arrays |= _kvtc(data, f"kvtc.{kind}", device)
+    arrays: Arrays = {"rope.inv_freq": sample.frequencies}
+    if "fisher" in sections:
+        arrays |= _fisher(model, sample, options, tell)
+    if "kvtc" in sections:
+        for kind in ("keys", "values"):
+            tell(f"kvtc: principal components of {kind}")
+            arrays |= _kvtc(sample.rows(kind, RIVALS_TOKENS), f"kvtc.{kind}", str(model.network.device))
+    if "aquakv" in sections:
+        arrays |= _aquakv(sample, tell)
+    return arrays
+
+
+def _fisher(model: Model, sample: Sample, options: FisherOptions, tell: Say) -> Arrays:
+    count = len(sample.tokens)
+    held = list(range(HELD_BACK // 2, count, HELD_BACK)) or [0]
+    learnt = [s for s in range(count) if s not in held] or held
+    network = Network(model, sample)
+    chosen = learnt[:: max(1, len(learnt) // max(options.gradients, 1))][: options.gradients]
+    tell(f"fisher: gradients of {len(chosen)} sequences")
+    information, sinks = gradients.fisher(network, sample, chosen, PLAIN_SHARE)
+    weights = sum(parameter.numel() for parameter in model.network.parameters())
+    blocks, dims, _ = information.shape
+    budget = int(2 * weights * BUDGET) - (blocks * dims + 2048) * (options.rank + 576) * 5 // 8
+    sizes = options.rank, max(budget, 1 << 16)
+    table = token_klt.embeddings(model.network, sample, information.device)
+    arrays: Arrays = {"rope.inv_freq": sample.frequencies}
+    for what, found in token_klt.learn(sample, learnt, information, sinks, table, *sizes):
+        tell(f"fisher: {what}")
+        arrays |= {f"fisher.{name}": array for name, array in found.items()}
+    tell(f"fisher: scatter on {len(held)} sequences held back")
+    arrays |= {
+        f"fisher.{name}": array
+        for name, array in scales.scatter(sample, held[:: -(-len(held) // SCATTER_SEQUENCES)], arrays).items()
+    }
+    rows = []
+    for level, row in scales.curve(network, sample, held[:: -(-len(held) // CURVE_SEQUENCES)], arrays):
+        tell(f"fisher-{level}: KL {row[1]:.4f} plain, {row[3]:.4f} repeat")
+        rows.append(row)
+    return {**arrays, "fisher.curve": np.array(rows, np.float32)}
+
+
+def _aquakv(sample: Sample, tell: Say) -> Arrays:
     tell("aquakv: grids")
     grids = {f"higgs.{4**bits}": aquakv.gaussian_grid(4**bits) for bits in sorted({*AQUAKV_BITS, FIRST_BITS})}
-    arrays |= grids
-    keys, values = (_by_layer(data, sample.layers) for data in (sample.keys, sample.values))
+    arrays: Arrays = dict(grids)
+    keys, values = (_by_layer(sample.rows(kind, aquakv.TRAINING_TOKENS), sample.layers) for kind in ("keys", "values"))
     for bits in AQUAKV_BITS:
         tell(f"aquakv: predictors at {bits} bits")
         found = aquakv.predictors(keys, values, Higgs(bits=bits, seed=3), grids, f"aquakv-{bits}")
@@ -57,9 +123,8 @@ def _kvtc(data: Floats, section: str, device: str) -> Arrays:
 
 
 def _by_layer(data: Floats, layers: int) -> Floats:
-    """``[N, L * C]`` to ``[L, N', C]``, tokens taken evenly."""
-    some = data[:: -(-len(data) // aquakv.TRAINING_TOKENS)]
-    return np.ascontiguousarray(some.reshape(len(some), layers, -1).transpose(1, 0, 2))
+    """``[N, L * C]`` to ``[L, N, C]``."""
+    return np.ascontiguousarray(data.reshape(len(data), layers, -1).transpose(1, 0, 2))
 
 
 def metadata(model: Model, sample: Sample, options: CorpusOptions) -> dict[str, Any]:
@@ -78,7 +143,7 @@ def metadata(model: Model, sample: Sample, options: CorpusOptions) -> dict[str, 
             "documents": sample.documents,
             "context": options.context,
             "skipped_first": SKIPPED,
-            "tokens": len(sample.keys),
+            "tokens": sample.tokens.size,
         },
         "versions": {
             "kvpack": kvpack.__version__,

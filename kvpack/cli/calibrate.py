@@ -9,7 +9,7 @@ import typer
 
 from kvpack.cli import common
 from kvpack.cli.capture import Model, read_text
-from kvpack.errors import KvpackError
+from kvpack.errors import KvpackError, UsageError
 from kvpack.files import atomic_output, check_output
 
 
@@ -19,8 +19,13 @@ def calibrate(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Profile to write.")],
     model: Model = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to run in all, shared evenly by the texts.")] = 32768,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to run in all, shared evenly by the texts.")] = 131072,
     context: Annotated[int, typer.Option(min=1, help="Tokens a sequence.")] = 2048,
+    codecs: Annotated[
+        str, typer.Option(help="Whose needs, with commas: fisher, kvtc, aquakv; or 'all'.", metavar="FAMILIES")
+    ] = "fisher",
+    rank: Annotated[int, typer.Option(min=1, max=8192, help="Coordinates a token that fisher codes.")] = 640,
+    gradients: Annotated[int, typer.Option(min=1, help="Sequences that fisher back-propagates through.")] = 24,
     dtype: common.Dtype = "auto",
     device: common.Device = "auto",
     force: common.Force = False,
@@ -36,16 +41,21 @@ def calibrate(
     from kvpack.capture import load_model
     from kvpack.profile import write_profile
 
+    sections = calibration.SECTIONS if codecs == "all" else tuple(codecs.split(","))
+    unknown = [name for name in sections if name not in calibration.SECTIONS]
+    if unknown:
+        raise UsageError(f"no calibrated codecs are named {unknown[0]!r}; there are: {', '.join(calibration.SECTIONS)}")
     loaded = load_model(model, dtype, device)
     options = calibration.CorpusOptions(tokens, context)
     with common.progress_bar(f"running {loaded.name}", quiet) as progress:
         sample = calibration.collect(loaded, contents, options, progress)
     remark = lambda line: common.say(line, quiet=quiet, to_stderr=True)  # noqa: E731
     try:
-        arrays = calibration.calibrate(sample, str(loaded.network.device), remark)
+        fisher = calibration.FisherOptions(rank, gradients)
+        arrays = calibration.calibrate(loaded, sample, sections, fisher, remark)
     except (MemoryError, RuntimeError) as error:
         raise KvpackError(f"not enough memory to calibrate: use fewer --tokens ({error})") from None
     with atomic_output(output, force=force) as sink:
         size = write_profile(arrays, calibration.metadata(loaded, sample, options), sink)
     count = sum(document["sequences"] for document in sample.documents)
-    common.say(f"{output}: {count} sequences, {len(sample.keys)} tokens, {size} bytes", quiet=quiet)
+    common.say(f"{output}: {count} sequences, {sample.tokens.size} tokens, {size} bytes", quiet=quiet)

@@ -33,13 +33,25 @@ Profile = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
+class Side:
+    """What is known of a capture beside its keys and values.
+
+    ``tokens`` ``[T]`` int32 are its token ids, to the encoder and the decoder alike, or None; ``mass`` ``[T]`` float32
+    is each token's attention mass, mean over layers and heads, to the encoder alone, or None.
+    """
+
+    tokens: NDArray[np.int32] | None = None
+    mass: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
 class Part:
     """One tensor, or one stack of all layers' tensors, over one token range.
 
     ``dtype`` is the safetensors spelling; ``shape`` is ``(H, T, D)``; ``first`` is the part's first token and
     ``total`` the tensor's number of tokens. In a stack ``heads`` is the number of heads a layer, so that layer i
     is rows ``i * heads ..``; of one tensor it is H. ``row`` is the part's first row where a predictor codes row by
-    row. ``profile`` is the calibration profile, for stages that need one.
+    row. ``profile`` is the calibration profile, for stages that need one; ``side`` what else is known.
     """
 
     dtype: str
@@ -49,6 +61,7 @@ class Part:
     heads: int = 0
     row: int = 0
     profile: Profile | None = field(default=None, compare=False, repr=False)
+    side: Side = field(default=Side(), compare=False, repr=False)
 
     def array(self, name: str) -> NDArray[Any]:
         """An array of the profile.
@@ -65,13 +78,33 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Scales:
+    """How widely each code of a plane ``[1, T, D]`` is expected to scatter, all integers.
+
+    Code (t, d) is of class ``(columns[d] - rows[t]) >> 3``, clipped to the rows of ``tables`` ``[K, A]``: frequencies
+    of the symbols of ``scaled_rans``, each at least 1. ``columns`` and ``rows`` are 32nds of an octave.
+    """
+
+    columns: NDArray[np.int32]
+    rows: NDArray[np.int32]
+    tables: NDArray[np.int32]
+
+    def classes(self) -> NDArray[np.int32]:
+        """The class of every code, ``[T, D]``."""
+        found = (self.columns[None, :] - self.rows[:, None]) >> 3
+        classes: NDArray[np.int32] = np.clip(found, 0, len(self.tables) - 1)
+        return classes
+
+
+@dataclass(frozen=True)
 class PlaneSpec:
-    """A plane's name, shape ``(H, T, D)``, bits a code, and whether an entropy model can pay for it."""
+    """A plane's name, shape ``(H, T, D)``, bits a code, whether an entropy model can pay for it, and its scales."""
 
     name: str
     shape: tuple[int, int, int]
     width: int
     modelled: bool = True
+    scales: Scales | None = field(default=None, compare=False, repr=False)
 
     @property
     def size(self) -> int:
@@ -91,13 +124,15 @@ class PlaneSpec:
 class Stage:
     """Base of all stages; subclasses set ``name`` and ``version`` and add their configuration as fields.
 
-    ``profiled`` stages need a calibration profile, ``stacked`` ones a stack of all layers.
+    ``profiled`` stages need a calibration profile, ``stacked`` ones a stack of all layers, ``joint`` ones a stack of
+    all layers' keys and, behind them, all layers' values.
     """
 
     name: ClassVar[str]
     version: ClassVar[int]
     profiled: ClassVar[bool] = False
     stacked: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
 
     def to_json(self) -> dict[str, Any]:
         """``{"name", "version", "configuration"}``, JSON types only."""
@@ -166,6 +201,10 @@ class Quantizer(Stage):
     def planes(self, part: Part) -> list[PlaneSpec]:
         """The planes of a part: a function of the part's description alone, so that nothing is stored."""
         raise NotImplementedError
+
+    def scaled(self, plane: PlaneSpec, before: Mapping[str, Codes], part: Part) -> PlaneSpec:
+        """The plane with its scales, where its entropy model follows from planes ``before`` it."""
+        return plane
 
     def encode(self, data: NDArray[Any], part: Part) -> list[Codes]:
         """One array a plane, in the order of :meth:`planes`.

@@ -9,6 +9,7 @@ from kvpack.stages.base import Stage
 from kvpack.stages.entropy.bitpack import BitPack
 from kvpack.stages.entropy.deflate import Deflate
 from kvpack.stages.entropy.rans import Rans
+from kvpack.stages.entropy.scaled_rans import ScaledRans
 from kvpack.stages.entropy.zstd import Zstd
 from kvpack.stages.keep import Keep
 from kvpack.stages.predictors.cross_layer import CrossLayer
@@ -16,12 +17,14 @@ from kvpack.stages.quantizers.affine import Affine
 from kvpack.stages.quantizers.anchor_delta import AnchorDelta
 from kvpack.stages.quantizers.byte_planes import BytePlanes
 from kvpack.stages.quantizers.component_groups import ComponentGroups
+from kvpack.stages.quantizers.dead_zone import DeadZone
 from kvpack.stages.quantizers.float_split import FloatSplit
 from kvpack.stages.quantizers.higgs import Higgs
 from kvpack.stages.quantizers.lloyd_max import LloydMax
 from kvpack.stages.transforms.klt import Klt
 from kvpack.stages.transforms.merge_heads import MergeHeads
 from kvpack.stages.transforms.rotation import Rotation
+from kvpack.stages.transforms.token_klt import TokenKlt
 from kvpack.stages.transforms.unrope import Unrope
 
 
@@ -35,9 +38,9 @@ def _index(*stages: type[Stage]) -> dict[str, type[Stage]]:
 
 
 STAGES = _index(
-    *(Keep, Rotation, Unrope, MergeHeads, Klt, CrossLayer),
-    *(FloatSplit, BytePlanes, Affine, LloydMax, AnchorDelta, ComponentGroups, Higgs),
-    *(BitPack, Rans, Zstd, Deflate),
+    *(Keep, Rotation, Unrope, MergeHeads, Klt, TokenKlt, CrossLayer),
+    *(FloatSplit, BytePlanes, Affine, LloydMax, AnchorDelta, ComponentGroups, Higgs, DeadZone),
+    *(BitPack, Rans, ScaledRans, Zstd, Deflate),
 )
 """Every stage there is, by wire name."""
 

@@ -1,0 +1,138 @@
+"""The Fisher information of a model's predictions about its cache, by back-propagation.
+
+To second order KL(p || p^) = d' F d / 2 for a small error d of the cache, with F = E[g g'], g = J' v, where J is the
+Jacobian of the logits and v has the covariance diag(p) - p p' of e_y - p, y ~ p (Martens, arXiv 1412.1193, 9.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import DynamicCache
+
+from kvpack.calibration.corpus import SKIPPED, Sample
+from kvpack.capture import Model
+
+RECENT = 64
+"""Last tokens that are left out of the average, as the first ``SKIPPED`` are: their gradients would swamp it."""
+
+SINK = 30.0
+
+JUDGED = 256
+"""Tokens of a continuation, at most an eighth of the sequence."""
+
+DIRECTIONS = 2
+"""Random directions a continuation."""
+
+PLAIN, REPEAT = "plain", "repeat"
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What the model reads behind a cache of ``cached`` tokens: ``labels``, after the cache's last token again."""
+
+    kind: str
+    cached: int
+    last: int
+    labels: NDArray[np.int32]
+
+
+def continuations(tokens: NDArray[np.int32], seed: int) -> Iterator[Continuation]:
+    """The rest of the sequence ``[T]``, and a passage of its cached part from a random place."""
+    judged = min(JUDGED, len(tokens) // 8)
+    cached = len(tokens) - judged
+    yield Continuation(PLAIN, cached, int(tokens[cached - 1]), tokens[cached:])
+    random = np.random.Generator(np.random.PCG64(seed))
+    start = int(random.integers(min(SKIPPED, cached - judged), cached - judged + 1))
+    yield Continuation(REPEAT, cached, int(tokens[cached - 1]), tokens[start : start + judged])
+
+
+class Network:
+    """A model that reads caches given as rows ``[T, 2 * L * H * D]``: all layers' keys before RoPE, then values."""
+
+    def __init__(self, model: Model, sample: Sample) -> None:
+        """For sequences of ``sample``'s length."""
+        self.network, self.layers = model.network, sample.layers
+        self.device, self.dtype = model.network.device, model.network.dtype
+        for parameter in model.network.parameters():
+            parameter.requires_grad_(False)
+        config = model.config
+        self.heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        angles = torch.arange(sample.tokens.shape[1])[:, None] * torch.from_numpy(sample.frequencies).double()[None]
+        self._cos, self._sin = (f(angles).float().to(self.device) for f in (torch.cos, torch.sin))
+
+    def logits(self, rows: torch.Tensor, follow: Continuation) -> torch.Tensor:
+        """Float32 logits ``[N, V]`` behind the first ``cached - 1`` of ``rows``."""
+        held = follow.cached - 1
+        split = rows[:held].reshape(held, 2, self.layers, self.heads, -1).permute(1, 2, 3, 0, 4)
+        keys, values = self._rotated(split[0]).to(self.dtype), split[1].to(self.dtype)
+        cache = DynamicCache(config=self.network.config)
+        for layer in range(self.layers):
+            cache.update(keys[layer][None], values[layer][None], layer)
+        fed = torch.tensor([[follow.last, *follow.labels[:-1].tolist()]], device=self.device)
+        logits: torch.Tensor = self.network(input_ids=fed, past_key_values=cache).logits
+        return logits[0].float()
+
+    def _rotated(self, keys: torch.Tensor) -> torch.Tensor:
+        """RoPE of ``[..., T, D]`` from position 0 on, as ``unrope`` undoes it."""
+        half = self._cos.shape[1]
+        cos, sin = self._cos[: keys.shape[-2]], self._sin[: keys.shape[-2]]
+        left, right = keys[..., :half], keys[..., half : 2 * half]
+        return torch.cat([left * cos - right * sin, right * cos + left * sin, keys[..., 2 * half :]], dim=-1)
+
+    def gradients(self, rows: torch.Tensor, follow: Continuation, seed: int) -> Iterator[torch.Tensor]:
+        """:data:`DIRECTIONS` gradients ``[cached - 1, 2 * L * H * D]``, whose mean of g g' is F."""
+        leaf = rows[: follow.cached - 1].clone().requires_grad_(True)
+        logits = self.logits(leaf, follow)
+        p = logits.detach().softmax(-1)
+        random = torch.Generator().manual_seed(seed)
+        for left in reversed(range(DIRECTIONS)):
+            noise = torch.randn(p.shape, generator=random).to(p.device) * p.sqrt()
+            direction = noise - p * noise.sum(-1, keepdim=True)
+            (gradient,) = torch.autograd.grad((logits * direction).sum(), leaf, retain_graph=left > 0)
+            yield gradient.float()
+
+
+def fisher(
+    network: Network, sample: Sample, sequences: list[int], plain_share: float, progress: Progress | None = None
+) -> tuple[torch.Tensor, int]:
+    """F of every layer's keys, then values, of each head: ``[2 * L * H, D, D]``, mean over tokens; and the sinks.
+
+    Sinks are the leading tokens up to the last of :data:`SKIPPED` whose gradients have :data:`SINK` times the energy of
+    the others' mean.
+
+    ``plain_share`` is the weight of plain continuations; the rest is of repeated passages, from which the model must
+    retrieve. Both are summed over the continuation's positions.
+    """
+    total: torch.Tensor | None = None
+    leading, mean = torch.zeros(SKIPPED, device=network.device), 0.0
+    for i, s in enumerate(sequences):
+        rows = rows_of(sample, s, network.device)
+        blocks, dims = 2 * network.layers * network.heads, rows.shape[1] // (2 * network.layers * network.heads)
+        for follow in continuations(sample.tokens[s], s):
+            weight = plain_share if follow.kind == PLAIN else 1 - plain_share
+            if weight <= 0:
+                continue
+            for gradient in network.gradients(rows, follow, s):
+                middle = gradient[SKIPPED : max(len(gradient) - RECENT, SKIPPED + 1)].reshape(-1, blocks, dims)
+                leading += gradient[:SKIPPED].square().sum(1)
+                mean += float(middle.square().sum() / len(middle))
+                mine = torch.einsum("tbd,tbe->bde", middle, middle) * (weight / len(middle))
+                total = mine if total is None else total + mine
+        if progress:
+            progress(i + 1, len(sequences))
+    assert total is not None
+    loud = torch.nonzero(leading > SINK * mean)
+    return total / (len(sequences) * DIRECTIONS), int(loud.max()) + 1 if len(loud) else 0
+
+
+def rows_of(sample: Sample, sequence: int, device: torch.device | str) -> torch.Tensor:
+    """A sequence's ``[T, 2 * L * H * D]`` float32: all layers' keys before RoPE, then values."""
+    both = np.concatenate([sample.keys[sequence], sample.values[sequence]], axis=1)
+    return torch.from_numpy(both).to(device).float()

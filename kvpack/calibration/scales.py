@@ -1,0 +1,133 @@
+"""What ``dead_zone`` and ``scaled_rans`` learn: how coefficients of sequences held back scatter, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvpack.calibration.corpus import SKIPPED, Sample
+from kvpack.calibration.gradients import PLAIN, Network, continuations, rows_of
+from kvpack.codecs import FISHER_IMPORTANCE, FISHER_LEVELS, fisher_log_step
+from kvpack.stages.base import Floats, Part, Side
+from kvpack.stages.entropy.scaled_rans.reference import PRECISION
+from kvpack.stages.quantizers.dead_zone import MIDDLE, ROUNDING, DeadZone, token_levels
+from kvpack.stages.symbols import ALPHABET, SMALLEST, split, unzigzag
+from kvpack.stages.transforms.token_klt import model_of
+
+CLASSES = 64
+UNIT_CLASS = 20
+"""The class of a scatter as wide as the step; a class is a quarter of an octave."""
+
+PRIOR = 60.0
+"""Weight of the Laplace distribution beside counts, in symbols a class."""
+
+SECTION = "fisher"
+Arrays = dict[str, NDArray[Any]]
+
+
+def part_of(sample: Sample, sequence: int, cached: int, profile: Mapping[str, NDArray[Any]]) -> Part:
+    """The part that a capture of the sequence's first ``cached`` tokens would be."""
+    rows = 2 * sample.layers * (sample.channels // _dims(profile))
+    side = Side(sample.tokens[sequence][:cached], sample.mass[sequence][:cached])
+    return Part("F32", (rows, cached, _dims(profile)), 0, cached, profile=profile, side=side)
+
+
+def _dims(profile: Mapping[str, NDArray[Any]]) -> int:
+    return int(profile[f"{SECTION}.whiten.step"].shape[1])
+
+
+def coefficients(sample: Sample, sequence: int, part: Part) -> Floats:
+    """``[T, R]`` of a sequence, as :class:`TokenKlt` has them."""
+    model = model_of(part, SECTION)
+    rows = rows_of(sample, sequence, "cpu").numpy()[: part.shape[1]]
+    return model.coordinates(rows, part)
+
+
+def scatter(sample: Sample, sequences: list[int], profile: Mapping[str, NDArray[Any]]) -> Arrays:
+    """``columns`` ``[R]``, ``tables`` ``[K, 63]`` and ``centroids`` ``[K, 4]`` from sequences held back."""
+    parts = [part_of(sample, s, sample.tokens.shape[1], profile) for s in sequences]
+    found = [coefficients(sample, s, part) for s, part in zip(sequences, parts, strict=True)]
+    power = np.mean([np.square(z[SKIPPED:], dtype=np.float64).mean(0) for z in found], axis=0)
+    columns = np.rint(16 * np.log2(np.maximum(power, 1e-30))).astype(np.int32) + 8 * UNIT_CLASS + 4
+    counts = np.zeros((CLASSES, ALPHABET))
+    offsets, weights = np.zeros((CLASSES, 4)), np.zeros((CLASSES, 4))
+    for level in FISHER_LEVELS:
+        log_step = fisher_log_step(level)
+        for z, part in zip(found, parts, strict=True):
+            levels = token_levels(part, FISHER_IMPORTANCE)
+            classes = np.clip((columns[None] - (log_step + 8 * levels)[:, None]) >> 3, 0, CLASSES - 1)
+            scaled = np.abs(z) / np.exp2(log_step / 32 + levels / 4)[:, None].astype(np.float32)
+            magnitude = np.floor(scaled + np.float32(ROUNDING)).astype(np.int64)
+            symbols, _, _ = split(np.minimum(2 * magnitude, 60000).reshape(-1).astype(np.uint16))
+            np.add.at(counts, (classes.reshape(-1), symbols), 1.0)
+            bins = np.minimum(magnitude, 3)
+            np.add.at(offsets, (classes, bins), scaled - magnitude)
+            np.add.at(weights, (classes, bins), 1.0)
+    centroids = np.where(weights > 100, offsets / np.maximum(weights, 1), 0).astype(np.float32)
+    centroids[:, 0] = 0
+    return {"columns": columns, "tables": tables(counts), "centroids": centroids}
+
+
+def laplace(width: float) -> NDArray[np.float64]:
+    """Probabilities of the symbols for a Laplace distribution of that deviation over the step, ``[63]``."""
+    rate = np.sqrt(2) / width
+    edges = np.concatenate([[0.0], np.append(SMALLEST[1:], 2.0 * SMALLEST[-1]) - ROUNDING])
+    mass = np.diff(-np.exp(-rate * edges))
+    return np.concatenate([[mass[0]], np.repeat(mass[1:] / 2, 2)])
+
+
+def tables(counts: NDArray[np.float64]) -> NDArray[np.int32]:
+    """Frequencies ``[K, 63]`` that sum to ``2**PRECISION``, each at least 1.
+
+    ``counts`` of positive symbols are split evenly between the signs, and smoothed towards a Laplace distribution.
+    """
+    total = 1 << PRECISION
+    out = np.empty(counts.shape, np.int32)
+    for k, mine in enumerate(counts):
+        magnitude = np.concatenate([mine[:1], mine[1::2] + mine[2::2]])
+        even = np.concatenate([magnitude[:1], np.repeat(magnitude[1:] / 2, 2)])
+        p = even + PRIOR * laplace(2.0 ** ((k + 0.5 - UNIT_CLASS) / 4))
+        frequency = np.maximum(np.floor(p / p.sum() * total), 1)
+        frequency[frequency.argmax()] += total - frequency.sum()
+        out[k] = frequency
+    return out
+
+
+def curve(
+    network: Network, sample: Sample, sequences: list[int], profile: Mapping[str, NDArray[Any]]
+) -> Iterator[tuple[int, list[float]]]:
+    """Of each level a row: log_step, and next-token KL (plain: mean, largest; repeat: mean, largest), nats a token."""
+    references = {}
+    for level in FISHER_LEVELS:
+        log_step = fisher_log_step(level)
+        quantizer = DeadZone(section=SECTION, log_step=log_step, importance=FISHER_IMPORTANCE)
+        found: dict[str, list[float]] = {}
+        for s in sequences:
+            for follow in continuations(sample.tokens[s], s):
+                part = part_of(sample, s, follow.cached, profile)
+                small = Part("F32", (1, follow.cached, model_of(part, SECTION).rank), 0, follow.cached,
+                             profile=profile, side=part.side)  # fmt: skip
+                z = coefficients(sample, s, part)
+                back = quantizer.decode(quantizer.encode(z[None], small), small)[0]
+                model = model_of(part, SECTION)
+                rows = model.rows(back, part)
+                with torch.inference_mode():
+                    key = (s, follow.kind)
+                    if key not in references:
+                        exact = rows_of(sample, s, network.device)
+                        references[key] = network.logits(exact, follow).log_softmax(-1)
+                    other = network.logits(torch.from_numpy(rows).to(network.device), follow).log_softmax(-1)
+                p = references[key].double()
+                kl = float((p.exp() * (p - other.double())).sum(-1).mean())
+                found.setdefault(follow.kind, []).append(max(kl, 0.0))
+        row = [float(log_step)]
+        for kind in sorted(found, key=lambda kind: kind != PLAIN):
+            row += [float(np.mean(found[kind])), max(found[kind])]
+        yield level, row
+
+
+__all__ = ["MIDDLE", "curve", "scatter", "tables", "unzigzag"]

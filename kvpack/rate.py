@@ -1,0 +1,121 @@
+"""Rate control: the coarsest step of ``fisher`` that keeps a promise, found by trial or read off the profile."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kvpack import api
+from kvpack.archive import Archive, Capture
+from kvpack.codecs import Codec, fisher
+from kvpack.errors import MismatchError, UsageError
+from kvpack.fidelity import compare
+from kvpack.profile import Profile
+from kvpack.tensorfile import TensorFile
+
+QUALITIES = {"high": 0.01, "balanced": 0.03, "small": 0.06}
+"""Next-token KL, nats a token, that no sequence held back from calibration was above, on either continuation."""
+
+FINEST, COARSEST = -480, -96
+"""Steps that are searched, in 32nds of an octave."""
+
+RESOLUTION = 4
+"""A search stops within an eighth of an octave of the step: 6 or 7 trials."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One of: ``quality`` (a name), ``max_kl`` (nats a token), ``max_attn_err``, ``ratio``; the others None."""
+
+    quality: str | None = None
+    max_kl: float | None = None
+    max_attn_err: float | None = None
+    ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check that one is given, and sound.
+
+        Raises:
+            UsageError: none or several, or a value out of range.
+
+        """
+        given = [value for value in (self.quality, self.max_kl, self.max_attn_err, self.ratio) if value is not None]
+        if len(given) != 1:
+            raise UsageError("give one of --quality, --max-kl, --max-attn-err, --ratio")
+        if self.quality is not None and self.quality not in QUALITIES:
+            raise UsageError(f"--quality is {', '.join(QUALITIES)}, not {self.quality!r}")
+        for value in given:
+            if isinstance(value, float) and not (0 < value < float("inf")):
+                raise UsageError("--max-kl, --max-attn-err and --ratio are positive numbers")
+
+
+def choose(source: Path, profile: Profile, goal: Goal, *, chunk_tokens: int, drop: Sequence[str]) -> Codec:
+    """The codec for ``source`` that keeps ``goal``.
+
+    Raises:
+        UsageError: a goal that no step reaches, or a capture without probes to measure attention with.
+        MismatchError: a profile without the section ``fisher``, or for another model.
+
+    """
+    if "fisher.curve" not in profile:
+        raise MismatchError(f"the profile {profile.name} has no section fisher: calibrate again")
+    if goal.quality is not None or goal.max_kl is not None:
+        limit = QUALITIES[goal.quality] if goal.quality is not None else float(goal.max_kl or 0)
+        return fisher(step_for_kl(np.asarray(profile["fisher.curve"]), limit))
+    capture = Capture(TensorFile.open(source))
+
+    def trial(log_step: int) -> bool:
+        with tempfile.TemporaryDirectory(prefix="kvpack-rate-") as folder:
+            packed = Path(folder) / "x.kvp"
+            with packed.open("wb") as sink:
+                done = api.compress(
+                    source, sink, fisher(log_step), profile=profile, chunk_tokens=chunk_tokens, drop=drop
+                )
+            if goal.ratio is not None:
+                return done.original / done.size < goal.ratio
+            attention = compare(capture, Archive.open(packed, profile)).attention
+        if attention is None:
+            raise UsageError("--max-attn-err needs the probe queries of `kvpack capture`, and this capture has none")
+        return attention.output_error <= float(goal.max_attn_err or 0)
+
+    found = coarsest(trial)
+    if goal.ratio is not None:
+        if found is None or found + RESOLUTION <= COARSEST:
+            return fisher(FINEST if found is None else found + RESOLUTION)
+        raise UsageError(f"no step reaches a ratio of {goal.ratio:g} on this capture")
+    if found is None:
+        raise UsageError(f"no step keeps attention's error below {goal.max_attn_err:g} on this capture")
+    return fisher(found)
+
+
+def coarsest(holds: Callable[[int], bool]) -> int | None:
+    """The coarsest step for which ``holds`` is true, if it is true up to some step and false beyond."""
+    good, bad = FINEST - RESOLUTION, COARSEST + RESOLUTION
+    while bad - good > RESOLUTION:
+        middle = (good + bad) // (2 * RESOLUTION) * RESOLUTION
+        good, bad = (middle, bad) if holds(middle) else (good, middle)
+    return good if good >= FINEST else None
+
+
+def step_for_kl(curve: np.ndarray, limit: float) -> int:
+    """The coarsest step at which neither continuation's largest KL was above ``limit``, by the profile's ``curve``.
+
+    Rows are log_step, then mean and largest KL of the plain, and of the repeated continuation; interpolated in
+    log KL over log_step, and beyond its ends extended as KL ~ step ** 2.
+
+    Raises:
+        UsageError: a limit that is coarser than everything measured.
+
+    """
+    order = np.argsort(curve[:, 0])
+    steps, worst = curve[order, 0], np.log2(np.maximum(np.maximum.accumulate(curve[order][:, [2, 4]].max(1)), 1e-12))
+    wanted = float(np.log2(limit))
+    if wanted >= worst[-1]:
+        return int(steps[-1])
+    if wanted <= worst[0]:
+        return int(max(FINEST, np.floor(steps[0] + 16 * (wanted - worst[0]))))
+    return int(np.floor(np.interp(wanted, worst, steps)))

@@ -1,0 +1,117 @@
+"""``dead_zone``: one uniform step for every coefficient, a dead zone about zero, and a level a token.
+
+The step of token t is ``2 ** (log_step / 32 + level_t / 4)``. Coefficients of a whitened space all take the same step:
+reverse water-filling (Cover & Thomas, 10.3.3). A token that attention reads more gets a finer one: for a loss that
+is the sum of m_t times a token's squared error, the best step goes as m_t ** -1/2; because the mass of the last
+queries only suggests what later ones read, the exponent is smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpack.errors import MismatchError
+from kvpack.stages.base import Codes, Floats, Part, PlaneSpec, Quantizer, Scales, UnrepresentableError
+from kvpack.stages.symbols import LARGEST, unzigzag, zigzag
+
+MIDDLE = 16
+"""Code of level 0; levels are -16 to 15."""
+
+MASS_EXPONENT, AGE_EXPONENT = 0.6, 0.6
+"""Of a token's weight: attention mass, and 1 / distance from the end (regressed on gradients; docs/fisher.md)."""
+
+ROUNDING = 0.37
+"""Magnitudes are rounded down after adding this: between 1/2 (no dead zone) and what saves most bits a harm."""
+
+
+@dataclass(frozen=True)
+class DeadZone(Quantizer):
+    """``log_step`` in 32nds of an octave; ``importance`` is the exponent of a token's weight, in hundredths.
+
+    With the profile's ``{section}.columns`` ``[R]``, ``{section}.tables`` ``[K, 63]`` and ``{section}.centroids``
+    ``[K, 4]``: where in their bins coefficients of magnitude 1, 2 and more lie on average.
+    """
+
+    name: ClassVar[str] = "dead_zone"
+    version: ClassVar[int] = 1
+    exact: ClassVar[bool] = False
+    profiled: ClassVar[bool] = True
+
+    section: str
+    log_step: int
+    importance: int
+
+    def __post_init__(self) -> None:
+        """Check the configuration."""
+        if not -1024 <= self.log_step <= 1024 or not 0 <= self.importance <= 100:
+            raise ValueError("log_step is -1024 to 1024 and importance 0 to 100")
+
+    def planes(self, part: Part) -> list[PlaneSpec]:
+        """``levels`` ``[1, T, 1]``, then ``coefficients`` ``[1, T, R]``."""
+        rows, tokens, rank = part.shape
+        return [PlaneSpec("levels", (rows, tokens, 1), 5), PlaneSpec("coefficients", (rows, tokens, rank), 16)]
+
+    def scaled(self, plane: PlaneSpec, before: Mapping[str, Codes], part: Part) -> PlaneSpec:
+        """Coefficients scatter as the profile says, over the token's step."""
+        if plane.name != "coefficients":
+            return plane
+        levels = before["levels"].reshape(-1).astype(np.int32) - MIDDLE
+        return replace(plane, scales=self._scales(levels, part))
+
+    def _scales(self, levels: NDArray[np.int32], part: Part) -> Scales:
+        columns, tables = part.array(f"{self.section}.columns"), part.array(f"{self.section}.tables")
+        if columns.shape != (part.shape[2],) or tables.ndim != 2:
+            raise MismatchError("the profile's scales are not for its own basis")
+        return Scales(columns, (self.log_step + 8 * levels).astype(np.int32), tables)
+
+    def _steps(self, levels: NDArray[np.int32]) -> Floats:
+        """``[T, 1]``."""
+        return np.exp2(self.log_step / 32 + levels[:, None] / 4).astype(np.float32)
+
+    def encode(self, data: NDArray[Any], part: Part) -> list[Codes]:
+        """Coefficients ``[1, T, R]``, float32, to levels and zigzag codes.
+
+        Raises:
+            UnrepresentableError: coefficients too large for the step.
+
+        """
+        levels = token_levels(part, self.importance)
+        with np.errstate(over="ignore", invalid="ignore"):
+            magnitude = np.floor(np.abs(data[0]) / self._steps(levels) + np.float32(ROUNDING))
+        if not (magnitude <= LARGEST).all():
+            raise UnrepresentableError("coefficients too large for the step")
+        codes = zigzag(np.where(data[0] < 0, -magnitude, magnitude))
+        return [(levels + MIDDLE).astype(np.uint8)[None, :, None], codes[None]]
+
+    def decode(self, codes: list[Codes], part: Part) -> Floats:
+        """Each magnitude at its bin's centroid, times the token's step."""
+        levels = codes[0].reshape(-1).astype(np.int32) - MIDDLE
+        values = unzigzag(codes[1][0])
+        scales = self._scales(levels, part)
+        centroids = part.array(f"{self.section}.centroids")
+        if centroids.shape != (len(scales.tables), 4):
+            raise MismatchError("the profile's centroids are not for its own tables")
+        out = values.astype(np.float32)
+        live = np.nonzero(values)
+        magnitude = np.abs(values[live])
+        offset = centroids[scales.classes()[live], np.minimum(magnitude, 3)]
+        out[live] += np.sign(values[live]) * offset
+        return (out * self._steps(levels))[None]
+
+
+def token_levels(part: Part, importance: int) -> NDArray[np.int32]:
+    """Each token's level ``[T]``, from its attention mass where the capture has it, and its distance from the end."""
+    total = max(part.total, 1)
+    age = total - np.arange(total, dtype=np.float64)
+    weight = -AGE_EXPONENT * np.log2(age / total)
+    if part.side.mass is not None:
+        mass = np.asarray(part.side.mass, np.float64)
+        weight += MASS_EXPONENT * np.log2(np.maximum(mass / max(mass.mean(), 1e-30), 1e-3))
+    weight = np.clip(weight - weight.mean(), -6, 6)
+    levels: NDArray[np.int32] = np.rint(-4 * importance / 100 * weight).astype(np.int32)
+    return np.clip(levels[part.first : part.first + part.shape[1]], -MIDDLE, MIDDLE - 1)

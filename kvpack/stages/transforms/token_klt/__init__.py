@@ -1,0 +1,67 @@
+"""``token_klt``: keys and values of all layers as one vector a token, less what its tokens tell, in a few coordinates.
+
+x is centred, whitened by the Fisher information of the model's predictions, and projected on the leading
+eigenvectors of what a linear function of the token ids leaves (Karhunen-Loeve transform). ``docs/fisher.md`` derives
+it. Keys are taken before RoPE.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from kvpack.errors import MismatchError
+from kvpack.stages.base import Floats, Part, Transform
+from kvpack.stages.transforms.token_klt.model import TokenModel, model_of
+from kvpack.stages.transforms.unrope import rotate
+
+
+@dataclass(frozen=True)
+class TokenKlt(Transform):
+    """With the profile's arrays ``{section}.*``, as ``docs/profile-format.md`` lists them."""
+
+    name: ClassVar[str] = "token_klt"
+    version: ClassVar[int] = 1
+    profiled: ClassVar[bool] = True
+    stacked: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
+
+    section: str
+
+    def _model(self, part: Part) -> TokenModel:
+        rows, _, dims = part.shape
+        model = model_of(part, self.section)
+        if model.mean.shape[1] != rows * dims or 2 * len(model.frequencies) > dims:
+            raise MismatchError(
+                f"the profile is for {model.mean.shape[1]} elements a token, this cache has {rows * dims}"
+            )
+        return model
+
+    def output(self, part: Part) -> Part:
+        """One row of R coordinates."""
+        return replace(part, shape=(1, part.shape[1], self._model(part).rank), heads=1)
+
+    def forward(self, values: Floats, part: Part) -> Floats:
+        """``(x - mean) @ analysis - prediction``; ``[1, T, R]``."""
+        model = self._model(part)
+        rows, tokens, dims = part.shape
+        keys = rotate(values[: rows // 2], model.frequencies, part.first, -1)
+        both = np.concatenate([keys, values[rows // 2 :]])
+        flat: Floats = np.ascontiguousarray(both.transpose(1, 0, 2)).reshape(tokens, rows * dims)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return model.coordinates(flat, part)[None]
+
+    def inverse(self, values: Floats, part: Part) -> Floats:
+        """``(z + prediction) @ synthesis + mean``."""
+        model = self._model(part)
+        rows, tokens, dims = part.shape
+        with np.errstate(over="ignore", invalid="ignore"):
+            flat = model.rows(values[0], part)
+        both = np.ascontiguousarray(flat.reshape(tokens, rows, dims).transpose(1, 0, 2))
+        both[: rows // 2] = rotate(both[: rows // 2], model.frequencies, part.first, 1)
+        return both
+
+
+__all__ = ["TokenKlt", "TokenModel", "model_of"]
