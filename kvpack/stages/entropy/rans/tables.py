@@ -102,6 +102,19 @@ def _frequencies(codes: Ints, values: Ints, levels: Ints) -> bool:
     return True
 
 
+def starts_of(values: Ints) -> Ints:
+    """First slots ``[K, A]`` of symbols of these frequencies ``[K, A]``.
+
+    Multiples of 16 from 64 on come first, other frequencies from 64 on next, those below 64 last: so a decoder finds
+    a frequent symbol by its slot over 16, and needs a table of single slots for the rare ones alone.
+    """
+    order = np.where(values < 64, 2, values % 16 > 0).argsort(axis=1, kind="stable")
+    sizes = np.take_along_axis(values, order, 1)
+    starts = np.zeros_like(values)
+    np.put_along_axis(starts, order, sizes.cumsum(1) - sizes, 1)
+    return starts
+
+
 def coded_size(counts: Ints, values: Ints) -> int:
     """Bytes that symbols of these counts ``[K, A]`` take by tables of these frequencies ``[K, A]``, an estimate."""
     return int((counts * _COST[values]).sum()) // (64 * 8)

@@ -1,0 +1,125 @@
+// Reads the heads and tables of streams for decode.cu: a block a part. Writes meta (FAULT where a stream is not sound),
+// bases [P, groups_most + 1] (first word of each group), tables [P, C], and the decoding tables of each table k:
+// entries [P, 64 * 256] (frequency, start << 16, code << 32), slots [P, 64 * 4352] (symbols: of runs of 16 slots below
+// tail, then of each slot), tails [P, 64] (tail | where its slots begin << 16; docs/format.md's order of starts makes it work).
+#include "meta.cuh"
+#define MOST_SLOTS 4352
+#define HEAD 16
+
+struct Side {
+    const u8 *bytes;
+    __device__ u32 at(i64 i, int width) const {
+        i64 bit = i * width;
+        u32 value = 0;
+        for (int got = 0; got < width;) {
+            int low = (int)((bit + got) & 7), take = 8 - low < width - got ? 8 - low : width - got;
+            value |= (bytes[(bit + got) / 8] >> low & ((1u << take) - 1)) << got;
+            got += take;
+        }
+        return value;
+    }
+};
+
+__device__ __forceinline__ i64 packed_bytes(i64 count, int width) { return (count * width + 7) / 8; }
+
+// Entries of table k, and where its frequencies below 64 begin: false where its codes are not sound. A thread a table.
+__device__ bool expand(const Side &levels, const u16 *values, int k, int A, const u16 *symbols, u64 *entries, u32 *tail) {
+    int sum = 0, rest = -1, first = 0;
+    for (int s = 0; s < A; s++) {
+        u32 code = levels.at((i64)k * A + s, 6);
+        if (code >= 44 && (code != REST || rest >= 0)) return false;
+        if (code == REST) rest = s;
+        int f = code == REST ? 0 : values[code];
+        sum += f;
+        first += f >= 64 ? f : 0;  // multiples of 16, all of them
+    }
+    if (rest < 0 || sum >= 4096) return false;
+    int left = 4096 - sum, starts[3] = {0, 0, 0};
+    starts[1] = first + (left >= 64 && left % 16 == 0 ? left : 0);
+    starts[2] = first + (left >= 64 ? left : 0);
+    *tail = starts[2];
+    for (int s = 0; s < A; s++) {
+        int f = s == rest ? left : values[levels.at((i64)k * A + s, 6)];
+        int start = f < 64 ? starts[2] : f % 16 ? starts[1] : starts[0];
+        starts[0] += f >= 64 && f % 16 == 0 ? f : 0;
+        starts[1] += f >= 64 && f % 16 ? f : 0;
+        starts[2] += f < 64 ? f : 0;
+        entries[k * A + s] = (u64)symbols[s] << 32 | (u32)start << 16 | f;
+    }
+    return true;
+}
+
+extern "C" __global__ void __launch_bounds__(256) prepare(
+    const u64 *streams, const i64 *sizes, i64 channels_, i64 tokens_, i64 width_, i64 groups_most, const u16 *values,
+    int *meta, int *bases, u8 *tables, u64 *entries, u8 *slots, u32 *tails) {
+    __shared__ u16 symbols[MOST_SYMBOLS];
+    __shared__ u32 tail_of[MOST_TABLES], first_of[MOST_TABLES + 1];
+    __shared__ int fault;
+    i64 part = blockIdx.x, size = sizes[part];
+    const u8 *stream = (const u8 *)streams[part];
+    int channels = (int)channels_, width = (int)width_, *own = meta + part * META;
+    bases += part * (groups_most + 1), tables += part * channels, entries += part * MOST_ENTRIES;
+    slots += part * (i64)MOST_TABLES * MOST_SLOTS, tails += part * MOST_TABLES;
+    i64 codes_bytes = packed_bytes(channels_ * tokens_, width);
+    if (size < 1 || stream[0] != CODED) {
+        if (threadIdx.x == 0) own[MODE] = PACKED, own[FAULT] = size != 1 + codes_bytes || stream[0] != PACKED;
+        return;
+    }
+    if (threadIdx.x == 0) own[MODE] = CODED, own[FAULT] = 1;
+    if (size < HEAD) return;
+    const u32 *head = (const u32 *)stream;
+    int K = stream[1] + 1, A = stream[2] + 1, spread = stream[3];
+    i64 per_lane = head[1], shortest = head[2], words = head[3];
+    if (K > MOST_TABLES || per_lane < 1 || per_lane > channels || spread > 32 || words > channels_ * tokens_) return;
+    i64 groups = (channels + 32 * per_lane - 1) / (32 * per_lane), tail = channels - (groups - 1) * 32 * per_lane;
+    i64 lanes = (groups - 1) * 32 + (tail < 32 ? tail : 32);
+    i64 at = HEAD + 4 * lanes + 2 * words;
+    i64 codes_at = at, levels_at = codes_at + packed_bytes(A, width), tables_at = levels_at + packed_bytes((i64)K * A, 6);
+    int table_width = bits_for(K - 1);
+    i64 lengths_at = tables_at + packed_bytes(channels, table_width);
+    if (lengths_at + packed_bytes(groups, spread) != size) return;
+    Side symbol_codes = {stream + codes_at}, levels = {stream + levels_at}, names = {stream + tables_at},
+         lengths = {stream + lengths_at};
+    if (threadIdx.x == 0) fault = 0;
+    for (int s = threadIdx.x; s < A; s += 256) symbols[s] = symbol_codes.at(s, width);
+    __syncthreads();
+    for (int s = threadIdx.x + 1; s < A; s += 256)
+        if (symbols[s - 1] >= symbols[s]) fault = 1;
+    for (int k = threadIdx.x; k < K; k += 256)
+        if (!expand(levels, values, k, A, symbols, entries, &tail_of[k])) fault = 1;
+    for (int c = threadIdx.x; c < channels; c += 256) {
+        u32 table = names.at(c, table_width);
+        if (table >= K) fault = 1;
+        tables[c] = (u8)table;
+    }
+    __syncthreads();
+    if (fault) return;
+    if (threadIdx.x == 0) {
+        i64 sum = 0;
+        for (int g = 0; g < groups; g++) {
+            bases[g] = (int)sum;
+            sum += lengths.at(g, spread) + shortest;
+            if (sum > words) fault = 1, sum = 0;
+        }
+        bases[groups] = (int)sum;
+        if (sum != words) fault = 1;
+        first_of[0] = 0;
+        for (int k = 0; k < K; k++) first_of[k + 1] = first_of[k] + (tail_of[k] + 15) / 16 + 4096 - tail_of[k];
+        own[TABLES] = K, own[ALPHABET] = A, own[PER_LANE] = (int)per_lane, own[GROUPS] = (int)groups;
+        own[LANES] = (int)lanes, own[WORDS] = (int)words, own[SLOT_BYTES] = first_of[K];
+    }
+    __syncthreads();
+    for (int k = threadIdx.x / 32; k < K; k += 8) {
+        u32 tail = tail_of[k], runs = (tail + 15) / 16;
+        u8 *own_slots = slots + first_of[k];
+        for (int s = 0; s < A; s++) {
+            u32 entry = (u32)entries[k * A + s], f = entry & 0xFFFF, start = entry >> 16;
+            if (start < tail)
+                for (u32 i = start / 16 + threadIdx.x % 32; i < (start + f + 15) / 16; i += 32) own_slots[i] = s;
+            else
+                for (u32 i = threadIdx.x % 32; i < f; i += 32) own_slots[runs + start - tail + i] = s;
+        }
+        if (threadIdx.x % 32 == 0) tails[k] = tail, tails[MOST_TABLES * gridDim.x + k] = first_of[k];
+    }
+    if (threadIdx.x == 0) own[FAULT] = fault;
+}
