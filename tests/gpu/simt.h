@@ -93,6 +93,26 @@ template <typename T> inline T __shfl_down_sync(unsigned, T value, int step) {
     int from = simt::current % 32 + step;
     return (T)simt::exchange((uint64_t)value)[from < 32 ? from : simt::current % 32];
 }
+template <typename T> inline T __shfl_up_sync(unsigned, T value, int step) {
+    int from = simt::current % 32 - step;
+    return (T)simt::exchange((uint64_t)value)[from >= 0 ? from : simt::current % 32];
+}
+inline unsigned __reduce_add_sync(unsigned, unsigned value) {
+    uint64_t *all = simt::exchange(value);
+    unsigned sum = 0;
+    for (int i = 0; i < 32; i++) sum += (unsigned)all[i];
+    return sum;
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+    uint64_t *all = simt::exchange(value);
+    for (int i = 0; i < 32; i++) value = (unsigned)all[i] > value ? (unsigned)all[i] : value;
+    return value;
+}
+inline unsigned __reduce_min_sync(unsigned, unsigned value) {
+    uint64_t *all = simt::exchange(value);
+    for (int i = 0; i < 32; i++) value = (unsigned)all[i] < value ? (unsigned)all[i] : value;
+    return value;
+}
 template <typename T> inline T __shfl_sync(unsigned, T value, int lane) { return (T)simt::exchange((uint64_t)value)[lane]; }
 template <typename T, typename U> inline T atomicAdd(T *at, U value) { T old = *at; *at += value; return old; }
 template <typename T, typename U> inline T atomicOr(T *at, U value) { T old = *at; *at |= value; return old; }

@@ -32,6 +32,10 @@ BANK_BYTES = 7
 MAX_TOKENS = 32768
 """Counts of a channel are 16 bits, codes of a part below 2**31."""
 ENCODE_SHARED = 24 << 10
+RING_BYTES = 512
+"""Shared memory a warp that decodes needs for words."""
+SLOTS_A_TABLE = 384
+"""Slots of a decoding table as a rule: 256 runs at most, and single slots of rare symbols (measured on SmolLM2-135M)."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,19 @@ class Parts:
         return -(-self.channels // 32)
 
     @property
-    def geometry(self) -> tuple[int, int, int, int]:
-        """Head stride and shape, as kernels take them."""
-        return (self.head_stride, *self.shape)
+    def geometry(self) -> tuple[int, int, int]:
+        """Head stride, heads and tokens, as kernels take them."""
+        return (self.head_stride, *self.shape[:2])
 
     @property
     def defines(self) -> dict[str, int]:
         """What kernels are compiled for."""
-        return {"ITEM": self.item, "SHIFT": self.shift, "BINS": 1 << self.width, "FLOATS": int(self.floats)}
+        return {"ITEM": self.item, "SHIFT": self.shift, "BINS": 1 << self.width}
+
+    @property
+    def walk(self) -> dict[str, int]:
+        """What kernels that walk over parts are compiled for."""
+        return {**self.defines, "DIMS": self.shape[2], "FLOATS": int(self.floats)}
 
 
 def supports(shape: tuple[int, int, int], width: int, floats: bool) -> bool:
@@ -122,7 +131,7 @@ def mantissa_size(parts: Parts) -> int:
 def checksums(gpu: Launcher, starts: Tensor, sizes: Tensor) -> Tensor:
     """Checksums ``[S]`` (int64, the bits of the unsigned value) of byte ranges in device memory."""
     sums = torch.zeros(len(starts), dtype=torch.int64, device=gpu.device)
-    gpu.launch("device/checksum:checksum", {}, (len(starts), 8), 256, 0, starts, sizes, sums)
+    gpu.launch("device/checksum:checksum", {}, (8, len(starts)), 256, 0, starts, sizes, sums)
     return sums
 
 
@@ -132,20 +141,20 @@ def encode(gpu: Launcher, parts: Parts) -> Coded:
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=gpu.device)
 
-    count, channels, tokens, groups, defines = parts.count, parts.channels, parts.shape[1], parts.groups, parts.defines
+    count, channels, groups, defines, walk = parts.count, parts.channels, parts.groups, parts.defines, parts.walk
     bins, blocks, rules = 1 << parts.width, -(-parts.channels // 64), _rules(gpu.device)
     masks = -(-bins // 32)
     rows, present = empty(torch.int32, count, blocks, bins, 32), empty(torch.int32, count, blocks, masks)
-    stride = (mantissa_size(parts) + 31) // 16 * 16 + 16 if parts.floats else 0
+    packed_size = mantissa_size(parts)
+    stride = (packed_size + 31) // 16 * 16 + 16 if parts.floats else 0
     mantissas = empty(torch.uint8, count, stride)
-    digests = torch.full((count,), parts.size * parts.item, dtype=torch.int64, device=gpu.device)
+    sums = torch.tensor([parts.size * parts.item, 1 + packed_size], device=gpu.device).repeat(count, 1)
     if parts.floats:
         mantissas[:, 15] = 0
     packed = mantissas.data_ptr() + 16 if parts.floats else 0
-    shared = 128 * bins + 4 * masks
-    gpu.launch("entropy/rans/scan:scan", defines, (count, blocks), 256, shared, parts.addresses, *parts.geometry, rows,
-               present, packed, stride, digests)  # fmt: skip
-    counts, symbols = empty(torch.int16, count, channels, MOST_SYMBOLS), empty(torch.int16, count, MOST_SYMBOLS)
+    gpu.launch("entropy/rans/scan:scan", walk, (blocks, count), 512, 128 * bins + 4 * masks, parts.addresses,
+               *parts.geometry, rows, present, packed, stride, sums)  # fmt: skip
+    counts, symbols = empty(torch.int16, count, MOST_SYMBOLS, 64 * blocks), empty(torch.int16, count, MOST_SYMBOLS)
     maps, names = empty(torch.uint8, count, bins), empty(torch.uint8, count, channels)
     codes, entries = empty(torch.uint8, count, MOST_ENTRIES), empty(torch.int64, count, MOST_ENTRIES)
     keys, meta = empty(torch.int32, count, channels), empty(torch.int32, count, META)
@@ -153,28 +162,32 @@ def encode(gpu: Launcher, parts: Parts) -> Coded:
     for least, most in ((0, SMALL_BANK), (SMALL_BANK, LARGE_BANK)):
         if bank * min(bins, MOST_SYMBOLS) > least:
             gpu.launch("entropy/rans/bank:bank", defines, (count, 1), 512, BANK_BYTES * most, rows, present, blocks,
-                       channels, tokens, bank, *rules, counts, symbols, maps, names, codes, entries, keys, meta,
-                       least, most, LANE_BYTES)  # fmt: skip
-    scratch = empty(torch.int16, count, groups * 32 * tokens)
+                       channels, bank, *rules, counts, symbols, maps, names, codes, entries, keys, meta, least, most,
+                       LANE_BYTES)  # fmt: skip
+    scratch = empty(torch.int16, count, groups * 32 * parts.shape[1])
     lengths, states = empty(torch.int32, count, groups), empty(torch.int32, count, channels)
     warps = min(8, groups)
-    gpu.launch("entropy/rans/encode:encode", defines, (count, -(-groups // warps)), 32 * warps, ENCODE_SHARED,
+    gpu.launch("entropy/rans/encode:encode", walk, (-(-groups // warps), count), 32 * warps, ENCODE_SHARED,
                parts.addresses, *parts.geometry, meta, entries, maps, names, scratch, groups, lengths, states,
                ENCODE_SHARED)  # fmt: skip
     places, sizes = empty(torch.int64, count + 1), empty(torch.int64, count)
     gpu.launch("entropy/rans/emit:layout", defines, (1, 1), 1024, 0, meta, lengths, count, groups, channels,
                parts.width, parts.size, places, sizes)  # fmt: skip
-    arena = empty(torch.uint8, count * ((parts.size * parts.width + 7) // 8 + 32) + 2 * parts.size + 64)
-    gpu.launch("entropy/rans/emit:emit", defines, (count, 1 + min(8, -(-groups // 8))), 256, 0, meta, lengths, groups,
-               channels, parts.width, symbols, codes, names, states, scratch, tokens, places, arena)  # fmt: skip
-    gpu.launch("entropy/rans/emit:pack", defines, (count, 8), 256, 0, parts.addresses, *parts.geometry, parts.width, meta,
-               places, arena)  # fmt: skip
-    sums = checksums(gpu, places[:count] + arena.data_ptr(), sizes)
+    arena = empty(torch.uint8, count * ((parts.size * parts.width + 7) // 8 + 32) + slack(parts))
+    gpu.launch("entropy/rans/emit:emit", defines, (1 + -(-groups // 4), count), 256, 0, meta, lengths, groups,
+               channels, parts.width, symbols, codes, names, states, scratch, parts.shape[1], places,
+               arena)  # fmt: skip
+    gpu.launch("entropy/rans/emit:pack", defines, (8, count), 256, 0, parts.addresses, *parts.geometry, parts.shape[2],
+               parts.width, meta, places, arena)  # fmt: skip
+    own = checksums(gpu, places[:count] + arena.data_ptr(), sizes)
     if not parts.floats:
-        return Coded(arena, places, sizes, sums, meta, None, None, None)
-    starts = torch.arange(count, device=gpu.device) * stride + (mantissas.data_ptr() + 15)
-    every = checksums(gpu, starts, torch.full_like(starts, 1 + mantissa_size(parts)))
-    return Coded(arena, places, sizes, sums, meta, mantissas, every, digests)
+        return Coded(arena, places, sizes, own, meta, None, None, None)
+    return Coded(arena, places, sizes, own, meta, mantissas, sums[:, 1], sums[:, 0])
+
+
+def slack(parts: Parts) -> int:
+    """Bytes that must be readable behind streams that are decoded: what an unsound one could ask for."""
+    return 2 * parts.size + 4096
 
 
 def decode(gpu: Launcher, streams: Tensor, sizes: Tensor, parts: Parts, mantissas: Tensor | None = None,
@@ -182,9 +195,9 @@ def decode(gpu: Launcher, streams: Tensor, sizes: Tensor, parts: Parts, mantissa
     """Decode rANS streams into ``parts``; returns meta ``[P, 16]`` and digests ``[P]`` (of floats).
 
     ``streams`` and ``mantissas`` (of floats: packed codes, without the mode byte) are int64 addresses ``[P]`` divisible
-    by 4, ``sizes`` int64 bytes ``[P]``. Memory must be readable for two bytes a code of a part beyond any stream.
-    ``shared`` is shared memory a block for its tables; parts that need more are slower. ``meta[:, FAULT]`` is not zero
-    where a stream is unsound; streams of mode PACKED are left to the caller (``meta[:, MODE]``).
+    by 4, ``sizes`` int64 bytes ``[P]``. Memory must be readable for :func:`slack` beyond any stream. ``shared`` is
+    shared memory a block for its tables; parts that need more are slower. ``meta[:, FAULT]`` is not zero where a stream
+    is unsound; streams of mode PACKED are left to the caller (``meta[:, MODE]``).
     """
 
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -193,18 +206,18 @@ def decode(gpu: Launcher, streams: Tensor, sizes: Tensor, parts: Parts, mantissa
     count, channels, groups, defines = parts.count, parts.channels, parts.groups, parts.defines
     meta, bases = empty(torch.int32, count, META), empty(torch.int32, count, groups + 1)
     names, entries = empty(torch.uint8, count, channels), empty(torch.int64, count, MOST_ENTRIES)
-    slots, tails = empty(torch.uint8, count, MOST_SLOTS), empty(torch.int32, 2, count, tables.MAX_TABLES)
+    slots, tails = empty(torch.int32, count, MOST_SLOTS), empty(torch.int32, 2, count, tables.MAX_TABLES)
     gpu.launch("entropy/rans/prepare:prepare", defines, (count, 1), 256, 0, streams, sizes, channels, parts.shape[1],
                parts.width, groups, _rules(gpu.device)[1], meta, bases, names, entries, slots, tails)  # fmt: skip
     digests = torch.full((count,), parts.size * parts.item, dtype=torch.int64, device=gpu.device)
     warps = min(16, groups)
-    gpu.launch("entropy/rans/decode:decode", defines, (count, -(-groups // warps)), 32 * warps, shared, streams, meta,
-               bases, names, entries, slots, tails, groups, parts.addresses, *parts.geometry, mantissas, digests,
-               shared)  # fmt: skip
+    gpu.launch("entropy/rans/decode:decode", parts.walk, (-(-groups // warps), count), 32 * warps,
+               shared + RING_BYTES * warps, streams, meta, bases, names, slots, tails, groups, parts.addresses,
+               *parts.geometry, mantissas, digests, shared)  # fmt: skip
     return meta, digests
 
 
 def shared_for(heads: list[Any]) -> int:
     """Shared memory in bytes that decoding streams with these first 16 bytes wants, at most 96 KiB."""
-    most = max((head[1] + 1) * ((head[2] + 1) * 8 + 640) for head in heads) if heads else 0
+    most = max((head[1] + 1) * SLOTS_A_TABLE * 4 for head in heads) if heads else 0
     return int(np.clip(-(-most // 1024) * 1024, 4096, 96 << 10))

@@ -1,11 +1,12 @@
 // rANS lanes back to codes, and with FLOATS merged with packed mantissas to bf16, with the digest of what comes out.
 //
-// ITEM, SHIFT as in scan.cu. Grid (P, slices of groups), a warp a group. streams [P] addresses, and what prepare.cu made
-// of them. targets [P] addresses of parts [H, T, D] with heads head_stride elements apart; mantissas [P] addresses of
-// packed codes of SHIFT bits, 4 bytes aligned; digests [P], zeroed before, and written with FLOATS alone (D a multiple of 4).
+// ITEM, SHIFT, DIMS as in scan.cu. Grid (slices of groups, P), a warp a group. streams [P] addresses, and what prepare.cu
+// made of them. targets [P] addresses of parts [H, T, DIMS] with heads head_stride elements apart; mantissas [P] addresses
+// of packed codes of SHIFT bits, 4 bytes aligned; sums [P] gets the digest, but for the length, with FLOATS alone
+// (DIMS a multiple of 64). Tables lie in shared memory where they take no more than budget bytes.
 #include "meta.cuh"
-#define MOST_SLOTS 4352
 #define HEAD 16
+#define RING 256  // words a warp holds ready in shared memory, in two halves
 #if ITEM == 2
 typedef u16 Item;
 #else
@@ -13,24 +14,51 @@ typedef u8 Item;
 #endif
 
 struct Lane {
-    u32 state, tail, skip;   // skip: what turns a slot beyond the tail into its place in slots
-    const u8 *slots;
-    const u64 *entries;
-    const u16 *words;        // of the group, at the next word
+    u32 state, tail, runs, singles;  // where the table's runs of 16 slots lie, and its single slots less the tail
 };
 
+struct Words {
+    const u64 *next;  // what follows ahead
+    u64 ahead;        // of the half behind those in the ring
+    u16 *ring;
+    u32 at, full;     // next word; end of the half that it is in
+};
+
+__device__ __forceinline__ Words open_words(const u16 *first, u16 *ring) {
+    int l = threadIdx.x % 32;
+    u64 address = (u64)first;
+    const u64 *aligned = (const u64 *)(address & ~7ull) + l;
+    ((u64 *)ring)[l] = aligned[0], ((u64 *)ring)[32 + l] = aligned[32];
+    __syncwarp();
+    return {aligned + 96, aligned[64], ring, (u32)(address & 7) / 2, RING / 2};
+}
+
+// To be called at least every four codes: fills the half of the ring that is used up, and asks for the one after.
+__device__ __forceinline__ void refill(Words &words) {
+    if (words.at < words.full) return;
+    __syncwarp();
+    ((u64 *)words.ring)[(words.full - RING / 2) % RING / 4 + threadIdx.x % 32] = words.ahead;
+    words.ahead = *words.next;
+    words.next += 32;
+    words.full += RING / 2;
+    __syncwarp();
+}
+
 // One code, with its SHIFT lower bits zero.
-__device__ __forceinline__ u32 get(Lane &lane, bool live, u32 below) {
-    u32 slot = lane.state & 0xFFF;
-    u64 entry = lane.entries[lane.slots[slot < lane.tail ? slot >> 4 : slot + lane.skip]];
-    u32 range = (u32)entry;
-    u32 x = (range & 0xFFFF) * (lane.state >> 12) + slot - (range >> 16);
-    bool due = live && x < LOW;
+template <bool FITS>
+__device__ __forceinline__ u32 get(Lane &lane, Words &words, const u32 *slots, const u32 *shared, bool live, u32 below) {
+    u32 x = lane.state, slot = x & 0xFFF;
+    bool large = slot < lane.tail;
+    u32 place = large ? lane.runs + (slot >> 4) : lane.singles + slot;
+    u32 entry = FITS ? shared[place] : slots[place];
+    u32 delta = entry >> 24, offset = large ? delta << 4 | slot & 15 : delta;  // slot - start
+    x = (entry & 0xFFF) * (x >> 12) + ((x >> 12) + offset);
+    bool due = x < LOW && live;
     u32 mask = __ballot_sync(ALL, due);
-    if (due) x = x << 16 | lane.words[__popc(mask & below)];
-    lane.words += __popc(mask);
-    lane.state = x;
-    return (u32)(entry >> 32) << SHIFT;
+    u32 word = words.ring[(words.at + __popc(mask & below)) % RING];
+    words.at += __popc(mask);
+    lane.state = due ? x << 16 | word : x;
+    return SHIFT <= 12 ? entry >> (12 - SHIFT) & 0xFFFu << SHIFT : (entry >> 12 & 0xFFF) << SHIFT;
 }
 
 __device__ __forceinline__ u32 mantissa(const u32 *packed, u64 bit) {
@@ -42,7 +70,7 @@ __device__ __forceinline__ u32 mantissa(const u32 *packed, u64 bit) {
 // Rows r to r + 3 of four lanes to row lane % 4 of the same four channels, as one word of the part.
 __device__ __forceinline__ u64 turn(const u32 *v, int lane) {
     bool upper = lane & 2, odd = lane & 1;
-    u32 first = v[0] | v[1] << 16, second = v[2] | v[3] << 16;
+    u32 first = __byte_perm(v[0], v[1], 0x5410), second = __byte_perm(v[2], v[3], 0x5410);
     u32 other = __shfl_xor_sync(ALL, upper ? first : second, 2);
     u32 a = upper ? other : first, b = upper ? second : other;  // two rows of the lower and of the upper lane
     u32 even_row = __byte_perm(a, b, 0x5410), odd_row = __byte_perm(a, b, 0x7632);
@@ -52,85 +80,118 @@ __device__ __forceinline__ u64 turn(const u32 *v, int lane) {
 }
 #endif
 
-__device__ u64 channel(Lane &lane, bool live, Item *out, const u32 *packed, u64 element, int tokens, int dims) {
+// All tokens of 32 channels; element: the channel's first code in the part. Returns the lane's share of the digest.
+template <bool FITS>
+__device__ __forceinline__ u64 run(Lane &lane, Words &words, const u32 *slots, const u32 *shared, bool live, Item *out,
+                                   const u32 *packed, u64 element, int tokens) {
     int l = threadIdx.x % 32, t = 0;
     u32 below = (1u << l) - 1;
-    u64 bit = element * SHIFT, sum = 0;
+    u64 sum = 0;
 #if FLOATS
-    Item *mine = out + (i64)(l & 3) * dims - (l & 3);
-    u64 word = element / 4 + (u64)(l & 3) * (dims / 4);
-    for (; t + 4 <= tokens; t += 4) {
+    const u32 *bits = packed + (element * SHIFT >> 5);
+    u32 bit = (u32)(element * SHIFT) & 31;  // rows are whole words long
+    Item *mine = out + (l & 3) * (DIMS - 1);
+    u64 word = element / 4 + (l & 3) * (DIMS / 4);
+    for (; t + 4 <= tokens; t += 4, bits += DIMS * SHIFT / 8, mine += 4 * DIMS, word += DIMS) {
         u32 v[4];
 #pragma unroll
-        for (int r = 0; r < 4; r++) v[r] = mantissa(packed, bit + (u64)r * dims * SHIFT);
+        for (int r = 0; r < 4; r++) v[r] = mantissa(bits + r * (DIMS * SHIFT / 32), bit);
 #pragma unroll
-        for (int r = 0; r < 4; r++) v[r] |= get(lane, live, below);
+        for (int r = 0; r < 4; r++) v[r] |= get<FITS>(lane, words, slots, shared, live, below);
+        refill(words);
         u64 whole = turn(v, l);
         if (live) {
-            *(u64 *)(mine + (i64)t * dims) = whole;
-            sum += mixed(whole, word + (u64)t * (dims / 4));
+            *(u64 *)mine = whole;
+            sum += mixed(whole, word);
         }
-        bit += (u64)dims * SHIFT * 4;
     }
-    for (; t < tokens; t++, bit += (u64)dims * SHIFT) {
-        u32 v = mantissa(packed, bit) | get(lane, live, below);
-        if (live) out[(i64)t * dims] = (Item)v;
+    for (out += (i64)t * DIMS; t < tokens; t++, bits += DIMS * SHIFT / 32, out += DIMS) {
+        u32 v = mantissa(bits, bit) | get<FITS>(lane, words, slots, shared, live, below);
+        if (live) *out = (Item)v;
         u32 pair = v | __shfl_down_sync(ALL, v, 1) << 16, next = __shfl_down_sync(ALL, pair, 2);
-        if (live && l % 4 == 0) sum += mixed((u64)next << 32 | pair, element / 4 + (u64)t * (dims / 4));
+        if (live && l % 4 == 0) sum += mixed((u64)next << 32 | pair, (element + (u64)t * DIMS) / 4);
     }
 #else
-#pragma unroll 4
-    for (; t < tokens; t++) {
-        u32 v = get(lane, live, below);
-        if (live) out[(i64)t * dims] = (Item)v;
+    for (; t + 4 <= tokens; t += 4, out += 4 * DIMS) {
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            u32 v = get<FITS>(lane, words, slots, shared, live, below);
+            if (live) out[r * DIMS] = (Item)v;
+        }
+        refill(words);
+    }
+    for (; t < tokens; t++, out += DIMS) {
+        u32 v = get<FITS>(lane, words, slots, shared, live, below);
+        if (live) *out = (Item)v;
     }
 #endif
+    refill(words);
     return sum;
 }
 
-extern "C" __global__ void __launch_bounds__(512) decode(
-    const u64 *streams, int *meta, const int *bases, const u8 *tables, const u64 *entries, const u8 *slots,
-    const u32 *tails, i64 groups_most, const u64 *targets, i64 head_stride, i64 heads_, i64 tokens_, i64 dims_,
-    const u64 *mantissas, u64 *digests, i64 budget) {
-    extern __shared__ u64 shared[];
-    i64 part = blockIdx.x;
-    int *own = meta + part * META, tokens = (int)tokens_, dims = (int)dims_, channels = (int)heads_ * dims;
-    if (own[FAULT] || own[MODE] != CODED) return;
-    int A = own[ALPHABET], per_lane = own[PER_LANE], size = own[TABLES] * A, bytes = own[SLOT_BYTES];
-    entries += part * MOST_ENTRIES, slots += part * (i64)MOST_TABLES * MOST_SLOTS, tails += part * MOST_TABLES;
-    const u32 *firsts = tails + MOST_TABLES * gridDim.x;
-    bool fits = size * 8 + bytes <= budget;
-    for (int i = threadIdx.x; fits && i < size; i += blockDim.x) shared[i] = entries[i];
-    for (int i = threadIdx.x; fits && i < bytes; i += blockDim.x) ((u8 *)(shared + size))[i] = slots[i];
-    __syncthreads();
-    int group = blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32, l = threadIdx.x % 32;
-    if (group >= own[GROUPS]) return;
-    if (fits) entries = shared, slots = (const u8 *)(shared + size);
-    const u8 *stream = (const u8 *)streams[part];
-    const u16 *words = (const u16 *)(stream + HEAD + 4ll * own[LANES]) + bases[part * (groups_most + 1) + group];
+struct Stream {
+    const int *own;
+    const u8 *tables;
+    const u32 *slots, *tails, *firsts, *packed;
+    Item *target;
+    i64 head_stride;
+    int channels, tokens;
+};
+
+// A group's channels; false where it does not end where and as it must.
+template <bool FITS>
+__device__ __forceinline__ bool run_group(const Stream &s, const u32 *shared, int group, const int *bases,
+                                          const u8 *stream, u16 *ring, u64 &sum) {
+    int l = threadIdx.x % 32, per_lane = s.own[PER_LANE];
     Lane lane;
-    lane.words = words;
-    bool lives = group * per_lane * 32 + l < channels;
+    bool lives = group * per_lane * 32 + l < s.channels;
     lane.state = lives ? ((const u32 *)(stream + HEAD))[group * 32 + l] : LOW;
-    u64 sum = 0;
+    Words words = open_words((const u16 *)(stream + HEAD + 4ll * s.own[LANES]) + bases[group], ring);
+    u32 begin = words.at;
     for (int j = 0; j < per_lane; j++) {
         int c = (group * per_lane + j) * 32 + l;
-        bool live = c < channels;
-        int k = live ? tables[part * channels + c] : 0;
-        lane.tail = tails[k], lane.slots = slots + firsts[k], lane.entries = entries + k * A;
-        lane.skip = (lane.tail + 15) / 16 - lane.tail;
-        int here = live ? c : 0;
-        u64 element = ((u64)(here / dims) * tokens) * dims + here % dims;
-        Item *out = (Item *)targets[part] + channel_offset(here, dims, head_stride);
+        bool live = c < s.channels;
+        c = live ? c : 0;
+        int k = s.tables[c];
+        lane.tail = s.tails[k], lane.runs = s.firsts[k];
+        lane.singles = lane.runs + (lane.tail + 15) / 16 - lane.tail;
+        u64 element = (u64)(c / DIMS) * s.tokens * DIMS + c % DIMS;
+        Item *out = s.target + channel_offset(c, DIMS, s.head_stride);
         u32 before = lane.state;
-        sum += channel(lane, live, out, mantissas ? (const u32 *)mantissas[part] : 0, element, tokens, dims);
+        sum += run<FITS>(lane, words, s.slots, shared, live, out, s.packed, element, s.tokens);
         if (!live) lane.state = before;
     }
     u32 fine = __ballot_sync(ALL, lane.state == LOW);
-    if (fine != ALL || lane.words != words + bases[part * (groups_most + 1) + group + 1] - bases[part * (groups_most + 1) + group])
-        own[FAULT] = 2;
+    return fine == ALL && words.at - begin == (u32)(bases[group + 1] - bases[group]);
+}
+
+extern "C" __global__ void __launch_bounds__(512) decode(
+    const u64 *streams, int *meta, const int *bases, const u8 *tables, const u32 *slots, const u32 *tails,
+    i64 groups_most, const u64 *targets, i64 head_stride, i64 heads, i64 tokens, const u64 *mantissas, u64 *sums,
+    i64 budget) {
+    extern __shared__ u32 shared[];  // rings of the warps, then tables
+    i64 part = blockIdx.y;
+    int *own = meta + part * META, bytes = own[SLOT_BYTES], warps = blockDim.x / 32;
+    if (own[FAULT] || own[MODE] != CODED) return;
+    Stream s = {own, tables + part * heads * DIMS, slots + part * (i64)MOST_TABLES * MOST_SLOTS,
+                tails + part * MOST_TABLES, tails + (gridDim.y + part) * MOST_TABLES,
+                mantissas ? (const u32 *)mantissas[part] : 0, (Item *)targets[part], head_stride, (int)heads * DIMS,
+                (int)tokens};
+    u32 *table = shared + warps * (RING / 2);
+    bool fits = bytes <= budget;
+    for (int i = threadIdx.x; fits && i < bytes / 4; i += blockDim.x) table[i] = s.slots[i];
+    __syncthreads();
+    int group = blockIdx.x * warps + threadIdx.x / 32;
+    if (group >= own[GROUPS]) return;
+    u16 *ring = (u16 *)shared + threadIdx.x / 32 * RING;
+    const u8 *stream = (const u8 *)streams[part];
+    bases += part * (groups_most + 1);
+    u64 sum = 0;
+    bool fine = fits ? run_group<true>(s, table, group, bases, stream, ring, sum)
+                     : run_group<false>(s, table, group, bases, stream, ring, sum);
+    if (!fine) own[FAULT] = 2;
 #if FLOATS
     sum = warp_sum(sum);
-    if (l == 0) atomicAdd(&digests[part], sum);
+    if (threadIdx.x % 32 == 0) atomicAdd(&sums[part], sum);
 #endif
 }

@@ -75,18 +75,31 @@ __device__ void pack_field(u8 *out, const Fields &fields, i64 count, int width) 
     }
 }
 
-// Grid (P, Y): block 0 of a part writes head and side information, the others copy the words of groups, a warp a group.
+// Words from where encode.cu left them; eight loads are under way before the first is stored.
+__device__ __forceinline__ void copy_words(u16 *__restrict__ to, const u16 *__restrict__ from, int count, int lane) {
+    for (int i = lane; i < count; i += 256) {
+        u16 v[8];
+#pragma unroll
+        for (int j = 0; j < 8; j++) v[j] = i + 32 * j < count ? from[i + 32 * j] : 0;
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            if (i + 32 * j < count) to[i + 32 * j] = v[j];
+    }
+}
+
+// Grid (Y, P): block 0 of a part writes head and side information, each other block copies four groups' words, two
+// warps a group.
 extern "C" __global__ void __launch_bounds__(256) emit(
     const int *meta, const int *lengths, i64 groups_most, i64 channels, i64 width, const u16 *symbols, const u8 *levels,
     const u8 *tables, const u32 *states, const u16 *scratch, i64 tokens, const i64 *places, u8 *arena) {
-    i64 part = blockIdx.x;
+    i64 part = blockIdx.y;
     const int *own = meta + part * META;
     u8 *out = arena + places[part];
     int groups = own[GROUPS], lanes = own[LANES], K = own[TABLES], A = own[ALPHABET];
     lengths += part * groups_most;
     if (own[MODE] != CODED) return;
     u8 *words = out + HEAD + 4ll * lanes;
-    if (blockIdx.y == 0) {
+    if (blockIdx.x == 0) {
         if (threadIdx.x == 0) {
             out[0] = CODED, out[1] = K - 1, out[2] = A - 1, out[3] = own[SPREAD];
             u32 *head = (u32 *)out;
@@ -104,36 +117,34 @@ extern "C" __global__ void __launch_bounds__(256) emit(
         }
         return;
     }
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, stride = (gridDim.y - 1) * 8;
-    i64 before = 0;
-    int from = 0;
-    for (int g = (blockIdx.y - 1) * 8 + warp; g < groups; g += stride) {
-        for (; from < g; from++) before += lengths[from];
-        const u16 *source = scratch + words_end(part, g, own[PER_LANE], groups_most) * tokens - lengths[g];
-        u16 *to = (u16 *)words + before;
-#pragma unroll 8
-        for (int i = lane; i < lengths[g]; i += 32) to[i] = source[i];
-    }
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = (blockIdx.x - 1) * 4 + warp / 2;
+    if (g >= groups) return;
+    int before = 0;
+    for (int i = lane; i < g; i += 32) before += lengths[i];
+    before = (int)warp_sum(before);
+    int half = (lengths[g] + 1) / 2, first = warp % 2 ? half : 0, count = warp % 2 ? lengths[g] - half : half;
+    const u16 *source = scratch + words_end(part, g, own[PER_LANE], groups_most) * tokens - lengths[g];
+    copy_words((u16 *)words + before + first, source + first, count, lane);
 }
 
-// Codes of parts in mode PACKED: a mode byte, then width bits a code in row-major order. Grid (P, Y).
+// Codes of parts in mode PACKED: a mode byte, then width bits a code in row-major order. Grid (Y, P).
 extern "C" __global__ void __launch_bounds__(256) pack(
     const u64 *sources, i64 head_stride, i64 heads, i64 tokens, i64 dims, i64 width, const int *meta,
     const i64 *places, u8 *arena) {
-    if (meta && meta[blockIdx.x * META + MODE] == CODED) return;
-    u8 *out = arena + places[blockIdx.x];
+    if (meta && meta[blockIdx.y * META + MODE] == CODED) return;
+    u8 *out = arena + places[blockIdx.y];
     i64 count = heads * tokens * dims, run = tokens * dims;
-    if (blockIdx.y == 0 && threadIdx.x == 0) out[0] = PACKED;
+    if (blockIdx.x == 0 && threadIdx.x == 0) out[0] = PACKED;
     u32 mask = (1u << width) - 1;
-    for (i64 byte = (i64)blockIdx.y * 256 + threadIdx.x; byte < packed_bytes(count, (int)width);
-         byte += (i64)gridDim.y * 256) {
+    for (i64 byte = (i64)blockIdx.x * 256 + threadIdx.x; byte < packed_bytes(count, (int)width);
+         byte += (i64)gridDim.x * 256) {
         u64 value = 0;
         for (i64 i = byte * 8 / width; i < count && i * width < byte * 8 + 8; i++) {
             i64 shift = i * width - byte * 8, at = i / run * head_stride + i % run;
 #if ITEM == 2
-            u64 code = ((const u16 *)sources[blockIdx.x])[at] >> SHIFT & mask;
+            u64 code = ((const u16 *)sources[blockIdx.y])[at] >> SHIFT & mask;
 #else
-            u64 code = ((const u8 *)sources[blockIdx.x])[at] >> SHIFT & mask;
+            u64 code = ((const u8 *)sources[blockIdx.y])[at] >> SHIFT & mask;
 #endif
             value |= shift < 0 ? code >> -shift : code << shift;
         }

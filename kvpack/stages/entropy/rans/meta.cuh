@@ -18,6 +18,7 @@
 #define MOST_TABLES 64
 #define MOST_SYMBOLS 256
 #define MOST_ENTRIES (MOST_TABLES * MOST_SYMBOLS)
+#define MOST_SLOTS 4352
 #define REST 63
 
 __device__ __forceinline__ int bits_for(u32 most) { return most ? 32 - __clz(most) : 0; }

@@ -1,9 +1,9 @@
 // Reads the heads and tables of streams for decode.cu: a block a part. Writes meta (FAULT where a stream is not sound),
-// bases [P, groups_most + 1] (first word of each group), tables [P, C], and the decoding tables of each table k:
-// entries [P, 64 * 256] (frequency, start << 16, code << 32), slots [P, 64 * 4352] (symbols: of runs of 16 slots below
-// tail, then of each slot), tails [P, 64] (tail | where its slots begin << 16; docs/format.md's order of starts makes it work).
+// bases [P, groups_most + 1] (first word of each group), tables [P, C], and slots [P, 64 * 4352]: of every table, for
+// each run of 16 slots below its tail, then for each slot from the tail on, the symbol as frequency - 1 | code << 12 |
+// delta << 24, where slot - start is delta, in runs 16 delta + slot % 16. tails [2, P, 64]: tails, and where in slots
+// a table begins. The order of starts (docs/format.md) makes the runs whole. entries [P, 64 * 256] is scratch.
 #include "meta.cuh"
-#define MOST_SLOTS 4352
 #define HEAD 16
 
 struct Side {
@@ -51,7 +51,7 @@ __device__ bool expand(const Side &levels, const u16 *values, int k, int A, cons
 
 extern "C" __global__ void __launch_bounds__(256) prepare(
     const u64 *streams, const i64 *sizes, i64 channels_, i64 tokens_, i64 width_, i64 groups_most, const u16 *values,
-    int *meta, int *bases, u8 *tables, u64 *entries, u8 *slots, u32 *tails) {
+    int *meta, int *bases, u8 *tables, u64 *entries, u32 *slots, u32 *tails) {
     __shared__ u16 symbols[MOST_SYMBOLS];
     __shared__ u32 tail_of[MOST_TABLES], first_of[MOST_TABLES + 1];
     __shared__ int fault;
@@ -106,20 +106,21 @@ extern "C" __global__ void __launch_bounds__(256) prepare(
         first_of[0] = 0;
         for (int k = 0; k < K; k++) first_of[k + 1] = first_of[k] + (tail_of[k] + 15) / 16 + 4096 - tail_of[k];
         own[TABLES] = K, own[ALPHABET] = A, own[PER_LANE] = (int)per_lane, own[GROUPS] = (int)groups;
-        own[LANES] = (int)lanes, own[WORDS] = (int)words, own[SLOT_BYTES] = first_of[K];
+        own[LANES] = (int)lanes, own[WORDS] = (int)words, own[SLOT_BYTES] = 4 * first_of[K];
     }
     __syncthreads();
+    int lane = threadIdx.x % 32;
     for (int k = threadIdx.x / 32; k < K; k += 8) {
-        u32 tail = tail_of[k], runs = (tail + 15) / 16;
-        u8 *own_slots = slots + first_of[k];
+        u32 tail = tail_of[k], *runs = slots + first_of[k], *singles = runs + (tail + 15) / 16;
         for (int s = 0; s < A; s++) {
-            u32 entry = (u32)entries[k * A + s], f = entry & 0xFFFF, start = entry >> 16;
+            u64 whole = entries[k * A + s];
+            u32 f = whole & 0xFFFF, start = (u32)whole >> 16, entry = (f - 1) & 0xFFF | (u32)(whole >> 32) << 12;
             if (start < tail)
-                for (u32 i = start / 16 + threadIdx.x % 32; i < (start + f + 15) / 16; i += 32) own_slots[i] = s;
+                for (u32 i = lane; i < (f + 15) / 16; i += 32) runs[start / 16 + i] = entry | i << 24;
             else
-                for (u32 i = threadIdx.x % 32; i < f; i += 32) own_slots[runs + start - tail + i] = s;
+                for (u32 i = lane; i < f; i += 32) singles[start - tail + i] = entry | i << 24;
         }
-        if (threadIdx.x % 32 == 0) tails[k] = tail, tails[MOST_TABLES * gridDim.x + k] = first_of[k];
+        if (lane == 0) tails[k] = tail, tails[MOST_TABLES * gridDim.x + k] = first_of[k];
     }
     if (threadIdx.x == 0) own[FAULT] = fault;
 }

@@ -1,59 +1,46 @@
-// The bank of tables of each part, by the k-means of tables.py: the same integers. A block a part.
-//
-// rows and present as scan.cu leaves them; nearest [4097], levels [REST] and cost [4097] are tables.py's own. Writes
-// counts [P, C, 256] (of symbols), symbols [P, 256], maps [P, BINS] (code to symbol), tables [P, C], codes [P, 64 * 256]
-// (frequency codes, A a table), entries [P, 64 * 256] for encode.cu, and meta. Parts with TABLES * ALPHABET outside
-// (least, most] are left alone, so that most parts need little shared memory and pass through a first launch.
+// The bank of tables of a part, by the k-means of tables.py: the same integers. A block a part.
 #include "meta.cuh"
 #define THREADS 512
 #define TOTAL 4096
 #define ROUNDS 3
 
 struct Bank {
-    int tables, alphabet;
-    int *sums;       // [K, A]
-    u16 *values;     // [A, K] cost, later [K, A] frequency
-    u8 *codes;       // [K, A]
+    int tables, alphabet, channels, stride;
+    const u16 *counts;  // [A, stride]: of each symbol, by channel
+    u8 *names;          // [C]: table of each channel
+    int *sums;          // [K, A]
+    u16 *values;        // [A, K] cost, later [K, A] frequency
+    u8 *codes;          // [K, A]
 };
-
-__device__ __forceinline__ u64 warp_max(u64 value) {
-    for (int step = 16; step; step >>= 1) {
-        u64 other = __shfl_xor_sync(ALL, value, step);
-        value = other > value ? other : value;
-    }
-    return value;
-}
 
 // Frequency codes of table k from its sums; returns what the symbols other than the rest take. A warp a table.
 __device__ int quantize(const Bank &bank, int k, const u8 *nearest, const u16 *levels) {
     int lane = threadIdx.x % 32, alphabet = bank.alphabet;
     const int *sums = bank.sums + k * alphabet;
     u8 *codes = bank.codes + k * alphabet;
-    u64 total = 0, largest = 0;
+    u32 total = 0, largest = 0, rest = ALL, used = 0;
     for (int s = lane; s < alphabet; s += 32) {
         total += sums[s];
-        u64 key = (u64)sums[s] << 8 | (255 - s);
-        largest = key > largest ? key : largest;
+        largest = sums[s] > largest ? sums[s] : largest;
     }
-    total = warp_sum(total);
+    total = __reduce_add_sync(ALL, total);
     total = total ? total : 1;
-    int rest = 255 - (int)(warp_max(largest) & 255);
-    u64 used = 0;
+    largest = __reduce_max_sync(ALL, largest);
+    for (int s = lane; s < alphabet; s += 32)
+        if (sums[s] == largest && s < rest) rest = s;
+    rest = __reduce_min_sync(ALL, rest);
     for (int s = lane; s < alphabet; s += 32) {
-        int code = nearest[((u64)sums[s] * (2 * TOTAL) + total) / (2 * total)];
+        int code = nearest[((u64)sums[s] * (2 * TOTAL) + total) / (2ull * total)];
         code = sums[s] > 0 && s != rest ? (code > 1 ? code : 1) : 0;
         codes[s] = code;
         used += levels[code];
     }
-    used = warp_sum(used);
+    used = __reduce_add_sync(ALL, used);
     while (used >= TOTAL) {
-        largest = 0;
-        for (int s = lane; s < alphabet; s += 32) {
-            u64 key = (u64)codes[s] << 8 | (255 - s);
-            largest = key > largest ? key : largest;
-        }
-        largest = warp_max(largest);
-        int code = (int)(largest >> 8), s = 255 - (int)(largest & 255);
+        u32 key = 0;
+        for (int s = lane; s < alphabet; s += 32) key = key > (codes[s] << 8 | 255 - s) ? key : codes[s] << 8 | 255 - s;
+        key = __reduce_max_sync(ALL, key);
+        int code = key >> 8, s = 255 - (int)(key & 255);
         used -= levels[code] - levels[code - 1];
         if (s % 32 == lane) codes[s] = code - 1;
         __syncwarp();
@@ -63,48 +50,48 @@ __device__ int quantize(const Bank &bank, int k, const u8 *nearest, const u16 *l
     return (int)used;
 }
 
-__device__ void sum_channels(const Bank &bank, const u16 *counts, const u8 *tables, int channels) {
+__device__ void sum_channels(const Bank &bank) {
     for (int i = threadIdx.x; i < bank.tables * bank.alphabet; i += THREADS) bank.sums[i] = 0;
     __syncthreads();
-    int lane = threadIdx.x % 32;
-    for (int c = threadIdx.x / 32; c < channels; c += THREADS / 32)
-        for (int s = lane; s < bank.alphabet; s += 32) {
-            int n = counts[c * MOST_SYMBOLS + s];
-            if (n) atomicAdd(&bank.sums[tables[c] * bank.alphabet + s], n);
-        }
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tiles = (bank.channels + 31) / 32;
+    for (int i = warp; i < tiles * bank.alphabet; i += THREADS / 32) {
+        int s = i / tiles, c = i % tiles * 32 + lane;
+        int n = c < bank.channels ? bank.counts[s * bank.stride + c] : 0;
+        if (n) atomicAdd(&bank.sums[bank.names[c] * bank.alphabet + s], n);
+    }
     __syncthreads();
 }
 
-// Every channel to the table that codes it shortest, the first of several. A warp takes four channels, a lane two tables.
-__device__ void assign(const Bank &bank, const u16 *counts, u8 *tables, int channels) {
+// Every channel to the table that codes it shortest, the first of several. A warp takes eight channels, a lane HALVES tables.
+template <int HALVES>
+__device__ void assign(const Bank &bank) {
     int lane = threadIdx.x % 32, K = bank.tables;
-    bool low = lane < K, high = lane + 32 < K;
-    for (int c = threadIdx.x / 32 * 4; c < channels; c += THREADS / 32 * 4) {
-        const u16 *own[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) own[i] = counts + (c + i < channels ? c + i : c) * MOST_SYMBOLS;
-        u32 bits[4] = {0, 0, 0, 0}, more[4] = {0, 0, 0, 0};
+    for (int c = threadIdx.x / 32 * 8; c < bank.channels; c += THREADS / 32 * 8) {
+        u32 bits[HALVES][8] = {};
+#pragma unroll 4
         for (int s = 0; s < bank.alphabet; s++) {
-            u32 a = low ? bank.values[s * K + lane] : 0, b = high ? bank.values[s * K + lane + 32] : 0;
+            const u64 *four = (const u64 *)(bank.counts + s * bank.stride + c);
+            u64 low = four[0], high = four[1];
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                u32 n = own[i][s];
-                bits[i] += n * a;
-                more[i] += n * b;
+            for (int h = 0; h < HALVES; h++) {
+                u32 cost = bank.values[s * K + (lane + 32 * h < K ? lane + 32 * h : 0)];
+#pragma unroll
+                for (int i = 0; i < 8; i++) bits[h][i] += (u32)((i < 4 ? low : high) >> 16 * (i % 4) & 0xFFFF) * cost;
             }
         }
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            u64 key = low ? (u64)bits[i] << 8 | lane : ~0ull, other = high ? (u64)more[i] << 8 | (lane + 32) : ~0ull;
-            key = ~warp_max(~(key < other ? key : other));
-            if (lane == 0 && c + i < channels) tables[c + i] = (u8)(key & 255);
+        for (int i = 0; i < 8; i++) {
+            u32 best = lane < K ? bits[0][i] : ALL, table = lane;
+            if (HALVES == 2 && lane + 32 < K && bits[HALVES - 1][i] < best) best = bits[HALVES - 1][i], table = lane + 32;
+            u32 least = __reduce_min_sync(ALL, best);
+            table = __reduce_min_sync(ALL, best == least ? table : ALL);
+            if (lane == 0 && c + i < bank.channels) bank.names[c + i] = (u8)table;
         }
     }
 }
 
-// Symbols that occur, ascending; counts [C, 256] of them; where each channel stands by its mean code, as first table.
-__device__ int gather(const u32 *rows, const u32 *present, int blocks, int channels, int tokens, int K, u16 *symbols,
-                      u8 *map, u16 *counts, u8 *tables, int *keys) {
+// Symbols that occur, ascending; returns how many.
+__device__ int list_symbols(const u32 *present, int blocks, u16 *symbols, u8 *map) {
     __shared__ u32 every[BINS / 32 + 1];
     __shared__ int alphabet;
     const int groups = (BINS + 31) / 32;
@@ -125,38 +112,45 @@ __device__ int gather(const u32 *rows, const u32 *present, int blocks, int chann
         if (bin == BINS - 1) alphabet = symbol + here;
     }
     __syncthreads();
-    if (alphabet > MOST_SYMBOLS) return alphabet;
+    return alphabet;
+}
+
+// counts [A, stride] from the blocks' rows; where each channel stands by its mean code, as first table.
+__device__ void gather(const Bank &bank, const u32 *rows, const u32 *present, const u16 *symbols, u16 *counts, int *keys) {
+    const int groups = (BINS + 31) / 32;
+    int lane = threadIdx.x % 32, blocks = bank.stride / 64, channels = bank.channels;
+    for (int i = threadIdx.x / 32; i < blocks * bank.alphabet; i += THREADS / 32) {
+        int b = i % blocks, s = i / blocks, code = symbols[s];
+        const u32 *bits = present + b * groups;
+        int row = __popc(bits[code / 32] & ((1u << code % 32) - 1));
+        u32 mine = lane < code / 32 && lane < groups ? __popc(bits[lane]) : 0;
+        row += __reduce_add_sync(ALL, mine);
+        u32 pair = bits[code / 32] >> code % 32 & 1 ? rows[((i64)b * BINS + row) * 32 + lane] : 0;
+        ((u32 *)(counts + s * bank.stride + b * 64))[lane] = pair;
+    }
+    __syncthreads();
     for (int c = threadIdx.x; c < channels; c += THREADS) {
-        const u32 *bits = present + c / 64 * groups;
-        const u32 *row = rows + (i64)(c / 64) * BINS * 32 + c % 64 / 2;
-        int symbol = 0, key = 0;
-        for (int g = 0; g < groups; g++)
-            for (u32 left = every[g]; left; left &= left - 1, symbol++) {
-                u32 n = 0;
-                if (bits[g] & left & -left) {
-                    n = c % 2 ? *row >> 16 : *row & 0xFFFF;
-                    row += 32;
-                }
-                counts[c * MOST_SYMBOLS + symbol] = (u16)n;
-                key += (int)n * symbol;
-            }
+        int key = 0;
+#pragma unroll 8
+        for (int s = 0; s < bank.alphabet; s++) key += (int)counts[s * bank.stride + c] * s;
         keys[c] = key;
     }
     __syncthreads();
     for (int c = threadIdx.x; c < channels; c += THREADS) {
         int rank = 0, key = keys[c];
+#pragma unroll 8
         for (int other = 0; other < channels; other++) rank += keys[other] < key || (keys[other] == key && other < c);
-        tables[c] = (u8)((i64)rank * K / channels);
+        bank.names[c] = (u8)((i64)rank * bank.tables / channels);
     }
     __syncthreads();
-    return alphabet;
 }
 
 // Where a symbol of this frequency stands in its table (docs/format.md): 0 first, 2 last.
 __device__ __forceinline__ int place_of(int f) { return f < 64 ? 2 : f % 16 != 0; }
 
-// Frequencies [K, A] into values, starts into sums; then the entries of encode.cu. A thread a table, then all.
-__device__ void entries_of(const Bank &bank, const u16 *levels, u64 *entries) {
+// Frequencies [K, A] into values, starts into sums; then the entries of encode.cu for the live tables in order. A thread
+// a table, then all.
+__device__ void entries_of(const Bank &bank, const u16 *levels, const int *order, int live, u64 *entries) {
     for (int k = threadIdx.x; k < bank.tables; k += THREADS) {
         const u8 *codes = bank.codes + k * bank.alphabet;
         u16 *values = bank.values + k * bank.alphabet;
@@ -177,11 +171,11 @@ __device__ void entries_of(const Bank &bank, const u16 *levels, u64 *entries) {
         }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < bank.tables * bank.alphabet; i += THREADS) {
-        u32 f = bank.values[i] ? bank.values[i] : 1;
-        u32 shift = bits_for(f - 1);
+    for (int to = threadIdx.x; to < live * bank.alphabet; to += THREADS) {
+        int i = order[to / bank.alphabet] * bank.alphabet + to % bank.alphabet;
+        u32 f = bank.values[i] ? bank.values[i] : 1, shift = bits_for(f - 1);
         u64 reciprocal = ((1ull << (31 + shift)) + f - 1) / f;
         u32 packed = (TOTAL - f) | (u32)bank.sums[i] << 12 | shift << 24;
-        entries[i] = bank.values[i] ? (u64)packed << 32 | reciprocal : 0;
+        entries[to] = bank.values[i] ? (u64)packed << 32 | reciprocal : 0;
     }
 }
