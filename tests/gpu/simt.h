@@ -22,7 +22,7 @@ static bool done[MOST];
 static int current;
 static Barrier block, warps[MOST / 32];
 static uint64_t values[MOST / 32][2][32];
-alignas(16) static char dynamic[256 << 10];
+alignas(1024) static char dynamic[256 << 10];
 static void *function;
 static const uint64_t *arguments;
 
@@ -128,6 +128,12 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     for (int i = 0; i < 4; i++) out |= (unsigned)(bytes >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
     return out;
 }
+
+inline unsigned shared_address(const void *at) { return (unsigned)((const char *)at - simt::dynamic); }
+inline unsigned shared_word(unsigned address) { return *(unsigned *)(simt::dynamic + address); }
+inline unsigned shared_half(unsigned address) { return *(unsigned short *)(simt::dynamic + address); }
+inline unsigned device_word(const unsigned *at) { return *at; }
+template <typename T> inline T kept(T value) { return value; }
 
 extern "C" void simt_launch(void *function, const unsigned *grid, const unsigned *block, const uint64_t *arguments) {
     if (!simt::stacks) simt::stacks = (char *)malloc((size_t)simt::MOST * simt::STACK);

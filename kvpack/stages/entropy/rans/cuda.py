@@ -34,7 +34,7 @@ MAX_TOKENS = 32768
 ENCODE_SHARED = 24 << 10
 RING_BYTES = 512
 """Shared memory a warp that decodes needs for words."""
-SLOTS_A_TABLE = 384
+SLOTS_A_TABLE = 456
 """Slots of a decoding table as a rule: 256 runs at most, and single slots of rare symbols (measured on SmolLM2-135M)."""
 
 
@@ -210,7 +210,7 @@ def decode(gpu: Launcher, streams: Tensor, sizes: Tensor, parts: Parts, mantissa
     gpu.launch("entropy/rans/prepare:prepare", defines, (count, 1), 256, 0, streams, sizes, channels, parts.shape[1],
                parts.width, groups, _rules(gpu.device)[1], meta, bases, names, entries, slots, tails)  # fmt: skip
     digests = torch.full((count,), parts.size * parts.item, dtype=torch.int64, device=gpu.device)
-    warps = min(16, groups)
+    warps = min(32, groups)
     gpu.launch("entropy/rans/decode:decode", parts.walk, (-(-groups // warps), count), 32 * warps,
                shared + RING_BYTES * warps, streams, meta, bases, names, slots, tails, groups, parts.addresses,
                *parts.geometry, mantissas, digests, shared)  # fmt: skip
@@ -218,6 +218,6 @@ def decode(gpu: Launcher, streams: Tensor, sizes: Tensor, parts: Parts, mantissa
 
 
 def shared_for(heads: list[Any]) -> int:
-    """Shared memory in bytes that decoding streams with these first 16 bytes wants, at most 96 KiB."""
+    """Shared memory in bytes that decoding streams with these first 16 bytes wants, at most 128 KiB."""
     most = max((head[1] + 1) * SLOTS_A_TABLE * 4 for head in heads) if heads else 0
-    return int(np.clip(-(-most // 1024) * 1024, 4096, 96 << 10))
+    return int(np.clip(-(-most // 1024) * 1024, 4096, 128 << 10))

@@ -20,7 +20,7 @@ struct Lane {
 // Division by a frequency f: q = umulhi(2 x, reciprocal) >> shift, exact for x < 2^31 (Alverson 1991).
 __device__ __forceinline__ void put(Lane &lane, u64 entry, bool live, u32 below, u16 *end) {
     u32 reciprocal = (u32)entry, packed = (u32)(entry >> 32);
-    u32 rest = packed & 0xFFF, start = packed >> 12 & 0xFFF, shift = packed >> 24;  // rest: 4096 - frequency
+    u32 rest = packed >> 20, start = packed >> 8 & 0xFFF;  // rest: 4096 - frequency; the low bits are the shift
     u32 x = lane.state;
     bool full = (x >> 19) + rest >= 4096 && live;
     u32 mask = __ballot_sync(ALL, full);
@@ -29,7 +29,7 @@ __device__ __forceinline__ void put(Lane &lane, u64 entry, bool live, u32 below,
         end[lane.at + (int)__popc(mask & below)] = (u16)x;
         x >>= 16;
     }
-    u32 quotient = __umulhi(2 * x, reciprocal) >> shift;
+    u32 quotient = __funnelshift_r(__umulhi(2 * x, reciprocal), 0, packed);
     if (live) lane.state = x + start + quotient * rest;
 }
 
@@ -82,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(256) encode(
     int group = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, l = threadIdx.x % 32;
     if (group >= own[GROUPS]) return;
     const Item *source = (const Item *)sources[part];
-    u16 *end = scratch + words_end(part, group, per_lane, groups_most) * tokens;
+    u16 *end = kept(scratch + words_end(part, group, per_lane, groups_most) * tokens);
     tables += part * channels;
     Lane lane = fits ? run<true>(table, shared, map, tables, source, head_stride, group, per_lane, channels, tokens, alphabet, end)
                      : run<false>(table, shared, map, tables, source, head_stride, group, per_lane, channels, tokens, alphabet, end);

@@ -19,69 +19,108 @@ struct Sums {
 };
 
 #if FLOATS
+// The checksum's keys of a lane's words, and where its word of mantissas goes.
+struct Place {
+    u64 key, packed_key;
+    u64 *packed;
+};
+
+__device__ __forceinline__ u64 seven_bits(u64 word) {  // mantissas of four bf16
+    return word & 127 | word >> 9 & 127 << 7 | word >> 18 & 127 << 14 | word >> 27 & 127 << 21;
+}
+
+__device__ __forceinline__ u32 last_bits(u32 pair) { return pair >> 6 & 1 | (pair >> 16 & 127) << 1; }
+
 // Four rows of 64 bf16: two words of the digest a lane, then 56 bits of mantissas, then whole words of the stream.
-// before: the two elements before this lane's row, for lanes 0 to 3.
-__device__ __forceinline__ void four_rows(
-    const u32 *v, u32 before, int lane, i64 element, int rows, u64 last, u64 *mantissas, Sums &sums) {
+// before: the two elements before this lane's row, for lanes 0 to 3. rows of them are there.
+__device__ __forceinline__ void four_rows(const u32 *v, u32 before, const Place &place, int rows, Sums &sums) {
+    int lane = threadIdx.x % 32, octet = lane / 4, row = lane & 3;
     bool odd = lane & 1, upper = lane & 2;
     u32 a = __shfl_xor_sync(ALL, odd ? v[0] : v[1], 1), b = __shfl_xor_sync(ALL, odd ? v[2] : v[3], 1);
-    u64 first = odd ? ((u64)v[1] << 32 | a) : ((u64)a << 32 | v[0]);
-    u64 second = odd ? ((u64)v[3] << 32 | b) : ((u64)b << 32 | v[2]);
-    u64 word = element / 4 + lane / 2 + odd * (DIMS / 4);
-    if (odd < rows) sums.original += mixed(first, word);
-    if (2 + odd < rows) sums.original += mixed(second, word + 2 * (DIMS / 4));
-    u32 low = first & 127 | first >> 9 & 127 << 7 | first >> 18 & 127 << 14 | first >> 27 & 127 << 21;
-    u32 high = second & 127 | second >> 9 & 127 << 7 | second >> 18 & 127 << 14 | second >> 27 & 127 << 21;
+    u64 first = (u64)(odd ? v[1] : a) << 32 | (odd ? a : v[0]);
+    u64 second = (u64)(odd ? v[3] : b) << 32 | (odd ? b : v[2]);
+    if (odd < rows) sums.original += mixed_by(first, place.key);
+    if (2 + odd < rows) sums.original += mixed_by(second, place.key + 2 * (DIMS / 4) * GOLDEN);
+    u32 low = (u32)seven_bits(first), high = (u32)seven_bits(second);
     u32 other = __shfl_xor_sync(ALL, upper ? low : high, 2);
-    u64 m = upper ? ((u64)high << 28 | other) : ((u64)other << 28 | low);
+    u64 m = (u64)(upper ? high : other) << 28 | (upper ? other : low);
     u64 next = __shfl_down_sync(ALL, m, 4);
-    int octet = lane / 4, row = lane & 3;
     u64 out = m >> 8 * octet | next << (56 - 8 * octet);
     u32 top = __shfl_up_sync(ALL, (u32)(out >> 56), 4);
-    if (octet == 0) top = before >> 6 & 1 | (before >> 16 & 127) << 1;
+    top = octet == 0 ? last_bits(before) : top;
     if (octet == 7 || row >= rows) return;
-    u64 at = (u64)(element / 64 + row * (DIMS / 64)) * 7 + octet;
-    mantissas[at] = out;
-    sums.mantissas += mixed(out << 8 | top, at);
-    if (at == last) sums.mantissas += mixed(out >> 56, at + 1);
+    *place.packed = out;
+    sums.mantissas += mixed_by(out << 8 | top, place.packed_key);
 }
 #endif
 
-// Counts of 64 channels' codes over all tokens; with FLOATS also the sums and the packed mantissas.
+// Counts of 64 channels' codes over eight tokens, of which `left` are there; with FLOATS sums and packed mantissas.
+template <bool FULL>
+__device__ __forceinline__ void eight_rows(const u8 *rows, bool live, int left, u32 *counts, u32 before, bool above
+#if FLOATS
+                                           , Place place, Sums &sums
+#endif
+) {
+    u32 v[8], prior[2] = {before, 0};
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int r = 0; r < 8; r++) v[r] = live && (FULL || r < left) ? *(const Pair *)(rows + r * (DIMS * ITEM)) : 0;
+#if FLOATS
+    const u8 *mine = rows + (lane & 3) * (DIMS * ITEM) - 4 * lane - 4;  // the row's first element is 2 lane before ours
+    if (lane < 4 && above && (FULL || lane < left)) prior[0] = *(const u32 *)mine;
+    if (lane < 4 && (FULL || lane + 4 < left)) prior[1] = *(const u32 *)(mine + 4 * DIMS * ITEM);
+#endif
+#pragma unroll
+    for (int r = 0; r < 8; r++) {
+        if (!live || !(FULL || r < left)) continue;
+        atomicAdd(&counts[((v[r] & MASK) >> SHIFT) * 32 + lane], 1u);
+        atomicAdd(&counts[(v[r] >> (8 * ITEM + SHIFT)) * 32 + lane], 65536u);
+    }
+#if FLOATS
+    four_rows(v, prior[0], place, FULL ? 4 : left, sums);
+    place.key += 4 * (DIMS / 4) * GOLDEN, place.packed_key += 4 * (DIMS / 64) * 7 * GOLDEN;
+    place.packed += 4 * (DIMS / 64) * 7;
+    four_rows(v + 4, prior[1], place, FULL ? 4 : left - 4, sums);
+#endif
+}
+
+// All tokens of 64 channels: a warp takes eight rows at a time.
 __device__ __forceinline__ Sums count(
     const u8 *source, bool live, i64 head_stride, int heads, int tokens, u32 *counts, u64 *mantissas) {
-    int lane = threadIdx.x % 32;
+    int lane = threadIdx.x % 32, t = threadIdx.x / 32 * 8;
+    const int step = THREADS / 32 * 8;
+    const u8 *rows = kept(source + (i64)t * (DIMS * ITEM));
     Sums sums = {0, 0};
-    for (int t = threadIdx.x / 32 * 8; t < tokens; t += THREADS / 32 * 8) {
-        u32 v[8];
-        const u8 *rows = source + (i64)t * (DIMS * ITEM);
-#pragma unroll
-        for (int r = 0; r < 8; r++) v[r] = live && t + r < tokens ? *(const Pair *)(rows + r * (DIMS * ITEM)) : 0;
+    u32 before = 0;
+    bool above = true;
 #if FLOATS
-        u32 before[2] = {0, 0};
-#pragma unroll
-        for (int q = 0; q < 2; q++) {  // the elements before a row of 64: in the row, in the row above, or in the head above
-            int row = t + 4 * q + lane, head = blockIdx.x * 64 / DIMS;
-            bool inside = blockIdx.x * 64 % DIMS || row;
-            i64 back = inside ? 2 : head_stride - (i64)(tokens - 1) * DIMS - DIMS + 2;
-            if (lane < 4 && row < tokens && (inside || head))
-                before[q] = *(const u32 *)(source + ((i64)row * DIMS - back - 2 * lane) * 2);
-        }
+    int first = blockIdx.x * 64;
+    i64 element = ((i64)(first / DIMS) * tokens + t) * DIMS + first % DIMS;
+    i64 packed = (element / 64 + (lane & 3) * (DIMS / 64)) * 7 + lane / 4;
+    Place place = {(u64)(element / 4 + lane / 2 + (lane & 1) * (DIMS / 4) + 1) * GOLDEN, (u64)(packed + 1) * GOLDEN,
+                   kept(mantissas + packed)};
+    above = t + lane || first % DIMS;  // else the row above is in the head above, or there is none
+    if (!above && first) before = *(const u32 *)(source + ((i64)tokens * DIMS - head_stride - 2) * ITEM);
 #endif
-#pragma unroll
-        for (int r = 0; r < 8; r++) {
-            if (!live || t + r >= tokens) continue;
-            atomicAdd(&counts[((v[r] & MASK) >> SHIFT) * 32 + lane], 1u);
-            atomicAdd(&counts[(v[r] >> (8 * ITEM + SHIFT)) * 32 + lane], 65536u);
-        }
+    for (; t < tokens; t += step, rows += step * (DIMS * ITEM)) {
 #if FLOATS
-        int first = blockIdx.x * 64;
-        i64 element = ((i64)(first / DIMS) * tokens + t) * DIMS + first % DIMS;
-        u64 last = (u64)heads * tokens * (DIMS / 64) * 7 - 1;
-        four_rows(v, before[0], lane, element, tokens - t, last, mantissas, sums);
-        four_rows(v + 4, before[1], lane, element + 4 * DIMS, tokens - t - 4, last, mantissas, sums);
+        if (t + 8 <= tokens) eight_rows<true>(rows, live, 8, counts, before, above, place, sums);
+        else eight_rows<false>(rows, live, tokens - t, counts, before, above, place, sums);
+        place.key += step * (DIMS / 4) * GOLDEN, place.packed_key += step * (DIMS / 64) * 7 * GOLDEN;
+        place.packed += step * (DIMS / 64) * 7;
+        above = true;
+#else
+        if (t + 8 <= tokens) eight_rows<true>(rows, live, 8, counts, before, above);
+        else eight_rows<false>(rows, live, tokens - t, counts, before, above);
 #endif
     }
+#if FLOATS
+    if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 31) {  // the stream's last byte, alone in its word
+        u32 pair = *(const u32 *)(source + (i64)(tokens - 1) * (DIMS * ITEM));
+        u64 words = (u64)heads * tokens * (DIMS / 64) * 7;
+        sums.mantissas += mixed(last_bits(pair), words);
+    }
+#endif
     return sums;
 }
 
@@ -110,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(
     extern __shared__ u32 counts[];  // [BINS, 32], then BINS / 32 words of present
     u32 *seen = counts + BINS * 32;
     int lane = threadIdx.x % 32, channel = blockIdx.x * 64 + 2 * lane;
-    bool live = channel < (int)heads * DIMS;
+    bool live = FLOATS || channel < (int)heads * DIMS;
     const u8 *source = (const u8 *)sources[blockIdx.y];
     if (live) source += channel_offset(channel, DIMS, head_stride) * ITEM;
     for (int i = threadIdx.x; i < BINS * 32 + (BINS + 31) / 32; i += THREADS) counts[i] = 0;

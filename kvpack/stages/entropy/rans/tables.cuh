@@ -175,7 +175,7 @@ __device__ void entries_of(const Bank &bank, const u16 *levels, const int *order
         int i = order[to / bank.alphabet] * bank.alphabet + to % bank.alphabet;
         u32 f = bank.values[i] ? bank.values[i] : 1, shift = bits_for(f - 1);
         u64 reciprocal = ((1ull << (31 + shift)) + f - 1) / f;
-        u32 packed = (TOTAL - f) | (u32)bank.sums[i] << 12 | shift << 24;
+        u32 packed = (TOTAL - f) << 20 | (u32)bank.sums[i] << 8 | shift;
         entries[to] = bank.values[i] ? (u64)packed << 32 | reciprocal : 0;
     }
 }

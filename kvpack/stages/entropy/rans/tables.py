@@ -22,7 +22,7 @@ PRECISION = 12
 REST = 63
 """The frequency code of the one symbol a table that takes what the others leave."""
 
-SYMBOLS_A_TABLE = 12288
+SYMBOLS_A_TABLE = 16384
 """One more table pays for its side information about every so many symbols (measured on SmolLM2-135M)."""
 
 MAX_TABLES = 64
