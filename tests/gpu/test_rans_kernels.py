@@ -5,7 +5,6 @@ Runs on a GPU where there is one, else on the CPU through ``simt.py`` (g++), whi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,19 +16,6 @@ from kvpack.stages.base import Part, PlaneSpec
 from kvpack.stages.entropy.bitpack import pack
 from kvpack.stages.entropy.rans import Rans, cuda
 from kvpack.stages.quantizers.float_split import FloatSplit
-import simt
-
-
-@pytest.fixture(scope="module")
-def gpu() -> Iterator[Any]:
-    if torch.cuda.is_available():
-        from kvpack.stages.device.launch import Gpu
-
-        yield Gpu()
-    elif simt.COMPILER:
-        yield simt.Emulator()
-    else:
-        pytest.skip("neither a GPU nor g++")
 
 
 def on_device(gpu: Any, arrays: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:

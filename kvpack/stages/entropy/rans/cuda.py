@@ -31,6 +31,7 @@ SMALL_BANK, LARGE_BANK = 4096, MOST_ENTRIES
 BANK_BYTES = 7
 MAX_TOKENS = 32768
 """Counts of a channel are 16 bits, codes of a part below 2**31."""
+MAX_PAYLOAD = (1 << 31) - 1
 ENCODE_SHARED = 24 << 10
 RING_BYTES = 512
 """Shared memory a warp that decodes needs for words."""
