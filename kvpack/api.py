@@ -217,7 +217,9 @@ class _Encoder:
         from kvpack import device
 
         def ours(group: tuple[PartPlan, ...]) -> bool:
-            return len(group) == 1 and device.takes(group[0], chain_of(self.codecs[self._chosen(group)], group[0].tensor.name))
+            return len(group) == 1 and device.takes(
+                group[0], chain_of(self.codecs[self._chosen(group)], group[0].tensor.name)
+            )
 
         encoder = device.Encoder(gpu, self.capture)
         for on_gpu, run in groupby(groups, key=ours):

@@ -192,7 +192,9 @@ class Encoder:
             rows = host.numpy().view(np.uint16).reshape(len(batch), *shape)
             for row, plan in zip(rows, batch, strict=True):
                 bits = self._capture.read(plan.tensor.name)
-                row[:] = bits[:, plan.first : plan.first + plan.tokens] if plan.layer is not None else bits.reshape(shape)
+                row[:] = (
+                    bits[:, plan.first : plan.first + plan.tokens] if plan.layer is not None else bits.reshape(shape)
+                )
             sent = slot.send(host)
             addresses = torch.arange(len(batch), device=slot.device) * rows[0].nbytes + sent.data_ptr()
             parts = cuda.Parts(addresses, shape, shape[1] * shape[2], item=2, shift=7, width=9, floats=True)

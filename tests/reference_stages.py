@@ -340,7 +340,11 @@ def rans(data: bytes, shape: tuple[int, ...], width: int) -> np.ndarray:
                 x = state[: len(channel)]
                 slot = x & 4095
                 s = ((start <= slot[:, None]) & (slot[:, None] < start + f)).argmax(1)
-                x = np.take_along_axis(f, s[:, None], 1)[:, 0] * (x >> 12) + slot - np.take_along_axis(start, s[:, None], 1)[:, 0]
+                x = (
+                    np.take_along_axis(f, s[:, None], 1)[:, 0] * (x >> 12)
+                    + slot
+                    - np.take_along_axis(start, s[:, None], 1)[:, 0]
+                )
                 short = x < 1 << 15
                 need(taken + short.sum() <= len(mine), "group words")
                 x[short] = (x[short] << 16) | mine[taken : taken + short.sum()]

@@ -100,9 +100,7 @@ def _decompress_one(
                 with common.writable(target, force) as sink:
                     selection = api.Selection(*chosen)
                     gpu = common.gpu(device, source, quiet)
-                    left_out = api.decompress(
-                        archive, sink, selection, threads=threads, progress=progress, gpu=gpu
-                    )
+                    left_out = api.decompress(archive, sink, selection, threads=threads, progress=progress, gpu=gpu)
         except KvpackError as error:
             text = str(error).replace(str(source), str(path))
             raise type(error)(text if text.startswith(str(path)) else f"{path}: {text}") from None

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 FOLDER = Path(tempfile.gettempdir()) / "kvpack-simt"
 
 
-@lru_cache(maxsize=None)
+@cache
 def library(name: str, defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     text = source_of(name)
     text = re.sub(r"extern __shared__ (\w+) (\w+)\[\];", r"\1 *\2 = (\1 *)simt::dynamic;", text)
@@ -32,7 +32,18 @@ def library(name: str, defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
         code.write_text(text)
         flags = [f"-D{key}={value}" for key, value in defines]
         subprocess.run(
-            [str(COMPILER), "-O1", "-fno-strict-aliasing", "-w", "-shared", "-fPIC", *flags, "-o", str(built), str(code)],
+            [
+                str(COMPILER),
+                "-O1",
+                "-fno-strict-aliasing",
+                "-w",
+                "-shared",
+                "-fPIC",
+                *flags,
+                "-o",
+                str(built),
+                str(code),
+            ],
             check=True,
         )
     return ctypes.CDLL(str(built))
@@ -52,5 +63,8 @@ class Emulator:
         words = [a if isinstance(a, int) else a.data_ptr() if a is not None else 0 for a in arguments]
         values = (ctypes.c_uint64 * 24)(*(word & (1 << 64) - 1 for word in words))
         built.simt_launch(
-            ctypes.cast(built[entry], ctypes.c_void_p), (ctypes.c_uint * 3)(*grid, 1), (ctypes.c_uint * 3)(block, 1, 1), values
+            ctypes.cast(built[entry], ctypes.c_void_p),
+            (ctypes.c_uint * 3)(*grid, 1),
+            (ctypes.c_uint * 3)(block, 1, 1),
+            values,
         )

@@ -116,7 +116,9 @@ def test_bf16_has_the_same_streams(gpu: Any, shape: tuple[int, int, int], kind: 
     assert coded.mantissas is not None
     assert coded.mantissa_checksums is not None
     assert coded.digests is not None
-    assert [row[15 : 16 + len(m) - 1].tobytes() for row, m in zip(host(coded.mantissas), mantissas, strict=True)] == mantissas
+    assert [
+        row[15 : 16 + len(m) - 1].tobytes() for row, m in zip(host(coded.mantissas), mantissas, strict=True)
+    ] == mantissas
     assert [int(c) % (1 << 64) for c in host(coded.mantissa_checksums)] == [checksum(m) for m in mantissas]
     digests = [checksum(bits) for bits in every]
     assert [int(d) % (1 << 64) for d in host(coded.digests)] == digests

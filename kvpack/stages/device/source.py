@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 STAGES = Path(__file__).parent.parent
 _INCLUDE = re.compile(r'^#include "([a-z_]+\.cuh)"$', re.MULTILINE)
 
 
-@lru_cache(maxsize=None)
+@cache
 def source_of(name: str) -> str:
     """The source ``name`` (``entropy/rans/encode``, below ``kvpack/stages``) behind what every kernel shares."""
     path = STAGES / f"{name}.cu"

@@ -32,7 +32,8 @@ BANK_BYTES = 7
 MAX_TOKENS = 32768
 """Counts of a channel are 16 bits, codes of a part below 2**31."""
 MAX_PAYLOAD = (1 << 31) - 1
-ENCODE_SHARED = 24 << 10
+ENCODE_SHARED, ENCODE_ENTRIES = 32 << 10, 56
+"""Most shared memory in bytes for a block's encoding tables, and symbols a table as a rule."""
 RING_BYTES = 512
 """Shared memory a warp that decodes needs for words."""
 SLOTS_A_TABLE = 456
@@ -149,7 +150,8 @@ def encode(gpu: Launcher, parts: Parts) -> Coded:
     packed_size = mantissa_size(parts)
     stride = (packed_size + 31) // 16 * 16 + 16 if parts.floats else 0
     mantissas = empty(torch.uint8, count, stride)
-    sums = torch.tensor([parts.size * parts.item, 1 + packed_size], device=gpu.device).repeat(count, 1)
+    sums = empty(torch.int64, count, 2)
+    sums[:, 0], sums[:, 1] = parts.size * parts.item, 1 + packed_size
     if parts.floats:
         mantissas[:, 15] = 0
     packed = mantissas.data_ptr() + 16 if parts.floats else 0
@@ -159,7 +161,7 @@ def encode(gpu: Launcher, parts: Parts) -> Coded:
     maps, names = empty(torch.uint8, count, bins), empty(torch.uint8, count, channels)
     codes, entries = empty(torch.uint8, count, MOST_ENTRIES), empty(torch.int64, count, MOST_ENTRIES)
     keys, meta = empty(torch.int32, count, channels), empty(torch.int32, count, META)
-    bank = int(np.clip(parts.size // tables.SYMBOLS_A_TABLE, 1, min(tables.MAX_TABLES, channels)))
+    bank = tables.bank_size(parts.size, channels)
     for least, most in ((0, SMALL_BANK), (SMALL_BANK, LARGE_BANK)):
         if bank * min(bins, MOST_SYMBOLS) > least:
             gpu.launch("entropy/rans/bank:bank", defines, (count, 1), 512, BANK_BYTES * most, rows, present, blocks,
@@ -167,10 +169,9 @@ def encode(gpu: Launcher, parts: Parts) -> Coded:
                        LANE_BYTES)  # fmt: skip
     scratch = empty(torch.int16, count, groups * 32 * parts.shape[1])
     lengths, states = empty(torch.int32, count, groups), empty(torch.int32, count, channels)
-    warps = min(8, groups)
-    gpu.launch("entropy/rans/encode:encode", walk, (-(-groups // warps), count), 32 * warps, ENCODE_SHARED,
-               parts.addresses, *parts.geometry, meta, entries, maps, names, scratch, groups, lengths, states,
-               ENCODE_SHARED)  # fmt: skip
+    warps, room = min(8, groups), min(ENCODE_SHARED, 8 * ENCODE_ENTRIES * bank)
+    gpu.launch("entropy/rans/encode:encode", walk, (-(-groups // warps), count), 32 * warps, room,
+               parts.addresses, *parts.geometry, meta, entries, maps, names, scratch, groups, lengths, states, room)  # fmt: skip
     places, sizes = empty(torch.int64, count + 1), empty(torch.int64, count)
     gpu.launch("entropy/rans/emit:layout", defines, (1, 1), 1024, 0, meta, lengths, count, groups, channels,
                parts.width, parts.size, places, sizes)  # fmt: skip

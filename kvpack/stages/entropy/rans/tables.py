@@ -120,6 +120,11 @@ def coded_size(counts: Ints, values: Ints) -> int:
     return int((counts * _COST[values]).sum()) // (64 * 8)
 
 
+def bank_size(symbols: int, channels: int) -> int:
+    """Tables to begin with for so many symbols and channels."""
+    return max(1, min((symbols + SYMBOLS_A_TABLE * 3 // 4) // SYMBOLS_A_TABLE, MAX_TABLES, channels))
+
+
 def cluster(histogram: Ints) -> tuple[Ints, Ints]:
     """Group channels by alike statistics.
 
@@ -127,7 +132,7 @@ def cluster(histogram: Ints) -> tuple[Ints, Ints]:
     and the counts of each table ``[K, A]``.
     """
     channels, alphabet = histogram.shape
-    tables = int(np.clip(histogram.sum() // SYMBOLS_A_TABLE, 1, min(MAX_TABLES, channels)))
+    tables = bank_size(int(histogram.sum()), channels)
     order = np.argsort(histogram @ np.arange(alphabet), kind="stable")
     assigned = np.empty(channels, np.int64)
     assigned[order] = np.arange(channels) * tables // channels
