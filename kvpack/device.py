@@ -22,6 +22,7 @@ from kvpack.codecs import Chain
 from kvpack.container import PartEntry, layer_of
 from kvpack.container.layout import PartPlan
 from kvpack.errors import CorruptError, UnsupportedError, UsageError
+from kvpack.parallel import ordered_map
 from kvpack.pipeline import Bits, chain_of
 from kvpack.stages.entropy.rans import Rans
 from kvpack.stages.quantizers.float_split import FloatSplit
@@ -103,6 +104,7 @@ class _Slot:
         self.torch, self.device = torch, gpu.device
         self.on_gpu = gpu.device != "cpu"
         self.stream = torch.cuda.Stream(gpu.device) if self.on_gpu else None
+        self._staging: torch.Tensor | None = None
 
     def __enter__(self) -> _Slot:
         if self.stream is not None:
@@ -115,8 +117,10 @@ class _Slot:
             self._context.__exit__(*error)
 
     def pinned(self, size: int) -> torch.Tensor:
-        """Bytes that the device can be sent from and to."""
-        return self.torch.empty(size, dtype=self.torch.uint8, pin_memory=self.on_gpu)
+        """Bytes that the device can be sent from, the same every time: their last use must be over."""
+        if self._staging is None or len(self._staging) < size:
+            self._staging = self.torch.empty(size * 5 // 4, dtype=self.torch.uint8, pin_memory=self.on_gpu)
+        return self._staging[:size]
 
     def send(self, host: torch.Tensor) -> torch.Tensor:
         """To the device, without waiting."""
@@ -188,6 +192,7 @@ class Encoder:
 
         shape = batch[0].shape
         with slot:
+            slot.wait()
             host = slot.pinned(2 * int(np.prod(shape)) * len(batch))
             rows = host.numpy().view(np.uint16).reshape(len(batch), *shape)
             for row, plan in zip(rows, batch, strict=True):
@@ -322,10 +327,15 @@ class Decoder:
             at = -(-at // 16) * 16 + (15 if i % 2 else 0)  # packed mantissas are aligned behind their mode byte
             places.append(at)
             at += len(data)
+        slot.wait()  # the slot's last batch, or its last chunk of tokens, may still be on its way
         host = slot.pinned(at)
         memory = host.numpy()
-        for place, (_, data, _) in zip(places, streams, strict=True):
-            memory[place : place + len(data)] = np.frombuffer(data, np.uint8)
+
+        def stage(i: int) -> None:
+            data = streams[i][1]
+            memory[places[i] : places[i] + len(data)] = np.frombuffer(data, np.uint8)
+
+        deque(ordered_map(stage, range(len(streams))), maxlen=0)
         targets = [batch.tensors[part.plan.tensor.name].data_ptr() + 2 * first * shape[2] for part in parts]
         columns = [places, [len(data) for _, data, _ in streams], [_signed(total) for _, _, total in streams]]
         table = slot.send(torch.tensor(columns))

@@ -36,7 +36,7 @@ ENCODE_SHARED, ENCODE_ENTRIES = 32 << 10, 56
 """Most shared memory in bytes for a block's encoding tables, and symbols a table as a rule."""
 RING_BYTES = 512
 """Shared memory a warp that decodes needs for words."""
-SLOTS_A_TABLE = 456
+SLOTS_A_TABLE = 464
 """Slots of a decoding table as a rule: 256 runs at most, and single slots of rare symbols (measured on SmolLM2-135M)."""
 
 

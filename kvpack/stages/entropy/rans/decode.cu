@@ -86,13 +86,18 @@ __device__ __forceinline__ u64 run(Lane &lane, Words &words, const u32 *slots, b
 #if FLOATS
     const u32 lower = (1u << SHIFT) - 1, codes = ~(lower << 16 | lower);
     u64 first = element - (l & 3) + (l & 3) * DIMS;  // of the lane's four codes
-    const u32 *bits = packed + (first * SHIFT >> 5);
+    const u32 *bits = packed + ((tokens < 4 ? element : first) * SHIFT >> 5);
     u32 bit = (u32)(first * SHIFT) & 31;  // rows are whole words long
     Item *mine = kept(out + (l & 3) * (DIMS - 1));
     u64 key = (first / 4 + 1) * GOLDEN;
-    for (; t + 4 <= tokens; t += 4, bits += DIMS * SHIFT / 8, mine += 4 * DIMS, key += DIMS * GOLDEN) {
+    u32 low_bits = device_word(bits), high_bits = device_word(bits + 1);  // ahead by four rows: main memory is far
+    for (; t + 4 <= tokens; t += 4, mine += 4 * DIMS, key += DIMS * GOLDEN) {
         u32 v[4];
-        u32 m = __funnelshift_r(device_word(bits), device_word(bits + 1), bit);
+        u32 m = __funnelshift_r(low_bits, high_bits, bit);
+        if (t + 8 <= tokens) {
+            bits += DIMS * SHIFT / 8;
+            low_bits = device_word(bits), high_bits = device_word(bits + 1);
+        }
 #pragma unroll
         for (int r = 0; r < 4; r++) v[r] = get<FITS>(lane, words, slots, live, below);
         refill(words);

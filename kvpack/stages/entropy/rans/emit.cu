@@ -63,12 +63,12 @@ struct Fields {  // side information as a function of the position: what docs/fo
     }
 };
 
-__device__ void pack_field(u8 *out, const Fields &fields, i64 count, int width) {
-    for (i64 byte = threadIdx.x; byte < packed_bytes(count, width); byte += blockDim.x) {
+__device__ void pack_field(u8 *out, const Fields &fields, u32 count, u32 width) {
+    u32 bytes = (u32)packed_bytes(count, width);  // no field has 2^27 entries
+    for (u32 byte = threadIdx.x; byte < bytes; byte += blockDim.x) {
         u64 value = 0;
-        i64 first = byte * 8 / width;
-        for (i64 i = first; i < count && i * width < byte * 8 + 8; i++) {
-            i64 shift = i * width - byte * 8;
+        for (u32 i = byte * 8 / width; i < count && i * width < byte * 8 + 8; i++) {
+            int shift = (int)(i * width - byte * 8);
             value |= shift < 0 ? (u64)fields.at(i) >> -shift : (u64)fields.at(i) << shift;
         }
         out[byte] = (u8)value;
@@ -112,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(256) emit(
         int widths[4] = {(int)width, 6, bits_for(K - 1), own[SPREAD]};
         u8 *at = words + 2ll * own[WORDS];
         for (fields.kind = 0; fields.kind < 4; fields.kind++) {
-            pack_field(at, fields, counts[fields.kind], widths[fields.kind]);
+            pack_field(at, fields, (u32)counts[fields.kind], widths[fields.kind]);
             at += packed_bytes(counts[fields.kind], widths[fields.kind]);
         }
         return;

@@ -23,10 +23,10 @@ struct Side {
 __device__ __forceinline__ i64 packed_bytes(i64 count, int width) { return (count * width + 7) / 8; }
 
 // Entries of table k, and where its frequencies below 64 begin: false where its codes are not sound. A thread a table.
-__device__ bool expand(const Side &levels, const u16 *values, int k, int A, const u16 *symbols, u64 *entries, u32 *tail) {
+__device__ bool expand(const u8 *codes, const u16 *values, int A, const u16 *symbols, u64 *entries, u32 *tail) {
     int sum = 0, rest = -1, first = 0;
     for (int s = 0; s < A; s++) {
-        u32 code = levels.at((i64)k * A + s, 6);
+        u32 code = codes[s];
         if (code >= 44 && (code != REST || rest >= 0)) return false;
         if (code == REST) rest = s;
         int f = code == REST ? 0 : values[code];
@@ -39,20 +39,36 @@ __device__ bool expand(const Side &levels, const u16 *values, int k, int A, cons
     starts[2] = first + (left >= 64 ? left : 0);
     *tail = starts[2];
     for (int s = 0; s < A; s++) {
-        int f = s == rest ? left : values[levels.at((i64)k * A + s, 6)];
+        int f = s == rest ? left : values[codes[s]];
         int start = f < 64 ? starts[2] : f % 16 ? starts[1] : starts[0];
         starts[0] += f >= 64 && f % 16 == 0 ? f : 0;
         starts[1] += f >= 64 && f % 16 ? f : 0;
         starts[2] += f < 64 ? f : 0;
-        entries[k * A + s] = (u64)symbols[s] << 32 | (u32)start << 16 | f;
+        entries[s] = (u64)symbols[s] << 32 | (u32)start << 16 | f;
     }
     return true;
 }
 
+// The slots of one table. A warp a table; a lane holds every 32nd entry, and hands it to all.
+__device__ void fill(const u64 *entries, int A, u32 tail, u32 *runs) {
+    u32 *singles = runs + (tail + 15) / 16;
+    int lane = threadIdx.x % 32;
+    for (int first = 0; first < A; first += 32) {
+        u64 held = first + lane < A ? entries[first + lane] : 0;
+        for (int s = 0; s < 32 && first + s < A; s++) {
+            u64 whole = __shfl_sync(ALL, held, s);
+            u32 f = whole & 0xFFFF, start = (u32)whole >> 16, entry = (f - 1) & 0xFFF | (u32)(whole >> 32) << 12;
+            u32 count = start < tail ? (f + 15) / 16 : f, *to = start < tail ? runs + start / 16 : singles + start - tail;
+            for (u32 i = lane; i < count; i += 32) to[i] = entry | i << 24;
+        }
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(256) prepare(
-    const u64 *streams, const i64 *sizes, i64 channels_, i64 tokens_, i64 width_, i64 groups_most, const u16 *values,
+    const u64 *streams, const i64 *sizes, i64 channels_, i64 tokens_, i64 width_, i64 groups_most, const u16 *levels_,
     int *meta, int *bases, u8 *tables, u64 *entries, u32 *slots, u32 *tails) {
-    __shared__ u16 symbols[MOST_SYMBOLS];
+    __shared__ u16 symbols[MOST_SYMBOLS], values[48];
+    __shared__ u8 codes[MOST_ENTRIES];
     __shared__ u32 tail_of[MOST_TABLES], first_of[MOST_TABLES + 1];
     __shared__ int fault;
     i64 part = blockIdx.x, size = sizes[part];
@@ -82,11 +98,13 @@ extern "C" __global__ void __launch_bounds__(256) prepare(
          lengths = {stream + lengths_at};
     if (threadIdx.x == 0) fault = 0;
     for (int s = threadIdx.x; s < A; s += 256) symbols[s] = symbol_codes.at(s, width);
+    for (int i = threadIdx.x; i < K * A; i += 256) codes[i] = (u8)levels.at(i, 6);
+    if (threadIdx.x < 44) values[threadIdx.x] = levels_[threadIdx.x];
     __syncthreads();
     for (int s = threadIdx.x + 1; s < A; s += 256)
         if (symbols[s - 1] >= symbols[s]) fault = 1;
     for (int k = threadIdx.x; k < K; k += 256)
-        if (!expand(levels, values, k, A, symbols, entries, &tail_of[k])) fault = 1;
+        if (!expand(codes + k * A, values, A, symbols, entries + k * A, &tail_of[k])) fault = 1;
     for (int c = threadIdx.x; c < channels; c += 256) {
         u32 table = names.at(c, table_width);
         if (table >= K) fault = 1;
@@ -109,18 +127,7 @@ extern "C" __global__ void __launch_bounds__(256) prepare(
         own[LANES] = (int)lanes, own[WORDS] = (int)words, own[SLOT_BYTES] = 4 * first_of[K];
     }
     __syncthreads();
-    int lane = threadIdx.x % 32;
-    for (int k = threadIdx.x / 32; k < K; k += 8) {
-        u32 tail = tail_of[k], *runs = slots + first_of[k], *singles = runs + (tail + 15) / 16;
-        for (int s = 0; s < A; s++) {
-            u64 whole = entries[k * A + s];
-            u32 f = whole & 0xFFFF, start = (u32)whole >> 16, entry = (f - 1) & 0xFFF | (u32)(whole >> 32) << 12;
-            if (start < tail)
-                for (u32 i = lane; i < (f + 15) / 16; i += 32) runs[start / 16 + i] = entry | i << 24;
-            else
-                for (u32 i = lane; i < f; i += 32) singles[start - tail + i] = entry | i << 24;
-        }
-        if (lane == 0) tails[k] = tail, tails[MOST_TABLES * gridDim.x + k] = first_of[k];
-    }
+    for (int k = threadIdx.x / 32; k < K; k += 8) fill(entries + k * A, A, tail_of[k], slots + first_of[k]);
+    for (int k = threadIdx.x; k < K; k += 256) tails[k] = tail_of[k], tails[MOST_TABLES * gridDim.x + k] = first_of[k];
     if (threadIdx.x == 0) own[FAULT] = fault;
 }

@@ -143,7 +143,7 @@ __device__ void write_rows(const u32 *counts, u32 *seen, u32 *rows, u32 *present
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) scan(
+extern "C" __global__ void __launch_bounds__(THREADS, 3) scan(
     const u64 *sources, i64 head_stride, i64 heads, i64 tokens, u32 *rows, u32 *present, u8 *mantissas,
     i64 mantissa_stride, u64 *sums) {
     extern __shared__ u32 counts[];  // [BINS, 32], then BINS / 32 words of present

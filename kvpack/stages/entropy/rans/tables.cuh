@@ -68,15 +68,23 @@ __device__ void assign(const Bank &bank) {
     int lane = threadIdx.x % 32, K = bank.tables;
     for (int c = threadIdx.x / 32 * 8; c < bank.channels; c += THREADS / 32 * 8) {
         u32 bits[HALVES][8] = {};
-#pragma unroll 4
-        for (int s = 0; s < bank.alphabet; s++) {
-            const u64 *four = (const u64 *)(bank.counts + s * bank.stride + c);
-            u64 low = four[0], high = four[1];
+        for (int first = 0; first < bank.alphabet; first += 4) {
+            u64 low[4], high[4];
 #pragma unroll
-            for (int h = 0; h < HALVES; h++) {
-                u32 cost = bank.values[s * K + (lane + 32 * h < K ? lane + 32 * h : 0)];
+            for (int j = 0; j < 4; j++) {
+                const u64 *four = (const u64 *)(bank.counts + (first + j) * bank.stride + c);
+                low[j] = first + j < bank.alphabet ? four[0] : 0, high[j] = first + j < bank.alphabet ? four[1] : 0;
+            }
 #pragma unroll
-                for (int i = 0; i < 8; i++) bits[h][i] += (u32)((i < 4 ? low : high) >> 16 * (i % 4) & 0xFFFF) * cost;
+            for (int j = 0; j < 4; j++) {
+                if (!(low[j] | high[j])) continue;  // the same for all lanes, and often so
+#pragma unroll
+                for (int h = 0; h < HALVES; h++) {
+                    u32 cost = bank.values[(first + j) * K + (lane + 32 * h < K ? lane + 32 * h : 0)];
+#pragma unroll
+                    for (int i = 0; i < 8; i++)
+                        bits[h][i] += (u32)((i < 4 ? low[j] : high[j]) >> 16 * (i % 4) & 0xFFFF) * cost;
+                }
             }
         }
 #pragma unroll
@@ -117,7 +125,9 @@ __device__ int list_symbols(const u32 *present, int blocks, u16 *symbols, u8 *ma
 
 // counts [A, stride] from the blocks' rows; where each channel stands by its mean code, as first table.
 __device__ void gather(const Bank &bank, const u32 *rows, const u32 *present, const u16 *symbols, u16 *counts, int *keys) {
+    __shared__ int near[2048];  // the keys of most parts
     const int groups = (BINS + 31) / 32;
+    if (bank.channels <= 2048) keys = near;
     int lane = threadIdx.x % 32, blocks = bank.stride / 64, channels = bank.channels;
     for (int i = threadIdx.x / 32; i < blocks * bank.alphabet; i += THREADS / 32) {
         int b = i % blocks, s = i / blocks, code = symbols[s];
