@@ -344,12 +344,12 @@ class Decoder:
         arena = torch.empty(at + cuda.slack(goal), dtype=torch.uint8, device=slot.device)
         arena[:at].copy_(host, non_blocking=True)
         starts = table[0] + arena.data_ptr()
-        wrong = cuda.checksums(self._gpu, starts, table[1]) != table[2]
         heads = [bytes(data[:16]) for _, data, _ in streams[::2]]
-        meta, digests = cuda.decode(
+        meta, digests, sums = cuda.decode(
             self._gpu, starts[::2].contiguous(), table[1][::2].contiguous(), goal, (starts[1::2] + 1).contiguous(),
-            cuda.shared_for(heads),
+            cuda.shared_for(heads), (starts, table[1]),
         )  # fmt: skip
+        wrong = sums != table[2]
         faults = torch.stack([wrong[::2] | wrong[1::2], meta[:, cuda.FAULT] != 0, digests != wanted[1]])
         batch.checks.append((parts, slot.fetch(faults)))
         batch.alive += [host, arena, table, wanted, starts]

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,12 @@ class Emulator:
 
     def __init__(self) -> None:
         self.device = "cpu"
+
+    def beside(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def join(self) -> None:
+        pass
 
     def launch(
         self, name: str, defines: dict[str, int], grid: tuple[int, int], block: int, shared: int, *arguments: Any

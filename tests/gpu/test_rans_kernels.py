@@ -74,7 +74,7 @@ def assert_decodes(gpu: Any, streams: list[bytes], planes: list[np.ndarray], par
     arena, places = on_device(gpu, [*padded, np.zeros(2 * planes[0].size + 4096, np.uint8)])
     sizes = torch.tensor([len(s) for s in streams], device=gpu.device)
     target = cuda.Parts(targets, parts.shape, parts.head_stride, item, parts.shift, parts.width, parts.floats)
-    meta, _ = cuda.decode(gpu, places[: len(planes)], sizes, target)
+    meta, _, _ = cuda.decode(gpu, places[: len(planes)], sizes, target)
     del arena
     assert not host(meta)[:, cuda.FAULT].any()
     for i, plane in enumerate(planes):
@@ -126,7 +126,7 @@ def test_bf16_has_the_same_streams(gpu: Any, shape: tuple[int, int, int], kind: 
     targets = torch.arange(len(every), device=gpu.device) * out.shape[1] + out.data_ptr()
     packed = torch.arange(len(every), device=gpu.device) * coded.mantissas.shape[1] + (coded.mantissas.data_ptr() + 16)
     back = cuda.Parts(targets, shape, run, item=2, shift=7, width=9, floats=True)
-    meta, sums = cuda.decode(gpu, coded.places[:-1] + coded.arena.data_ptr(), coded.sizes, back, packed)
+    meta, sums, _ = cuda.decode(gpu, coded.places[:-1] + coded.arena.data_ptr(), coded.sizes, back, packed)
     assert not host(meta)[:, cuda.FAULT].any()
     for i, bits in enumerate(every):
         if host(meta)[i, cuda.MODE]:
@@ -166,6 +166,6 @@ def test_unsound_streams_are_found(gpu: Any, where: str) -> None:
     arena, places = on_device(gpu, [padded, np.zeros(2 * plane.size + 4096, np.uint8)])
     out = torch.zeros(plane.size, dtype=torch.uint8, device=gpu.device)
     target = cuda.Parts(torch.tensor([out.data_ptr()], device=gpu.device), shape, plane.size)
-    meta, _ = cuda.decode(gpu, places[:1], torch.tensor([len(changed)], device=gpu.device), target)
+    meta, _, _ = cuda.decode(gpu, places[:1], torch.tensor([len(changed)], device=gpu.device), target)
     del arena
     assert host(meta)[0, cuda.FAULT]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +33,12 @@ class Launcher(Protocol):
         self, name: str, defines: dict[str, int], grid: tuple[int, int], block: int, shared: int, *arguments: Any
     ) -> None:
         """Run ``folder/file:function`` on ``grid`` blocks of ``block`` threads; arguments are tensors or integers."""
+
+    def beside(self) -> AbstractContextManager[Any]:
+        """What is launched within runs beside what the current stream is given next, until :meth:`join`."""
+
+    def join(self) -> None:
+        """The current stream waits for all that was launched within :meth:`beside`."""
 
 
 def _nvrtc_candidates() -> Iterator[str]:
@@ -104,7 +111,25 @@ class Gpu:
         self._torch = torch
         self._functions: dict[tuple[str, tuple[tuple[str, int], ...]], ctypes.c_void_p] = {}
         self._granted: dict[int, int] = {}
+        self._sides: dict[int, Any] = {}
         torch.zeros(1, device=self.device)  # makes the device's context
+
+    def beside(self) -> AbstractContextManager[Any]:
+        """See :class:`Launcher`: a second stream that first waits for the current one."""
+        side = self._side()
+        side.wait_stream(self._torch.cuda.current_stream(self.index))
+        context: AbstractContextManager[Any] = self._torch.cuda.stream(side)
+        return context
+
+    def join(self) -> None:
+        """See :class:`Launcher`."""
+        self._torch.cuda.current_stream(self.index).wait_stream(self._side())
+
+    def _side(self) -> Any:
+        current = self._torch.cuda.current_stream(self.index).cuda_stream
+        if current not in self._sides:
+            self._sides[current] = self._torch.cuda.Stream(self.device)
+        return self._sides[current]
 
     @cached_property
     def _architecture(self) -> str:

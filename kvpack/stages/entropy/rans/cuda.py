@@ -176,7 +176,7 @@ def encode(gpu: Launcher, parts: Parts) -> Coded:
     gpu.launch("entropy/rans/emit:layout", defines, (1, 1), 1024, 0, meta, lengths, count, groups, channels,
                parts.width, parts.size, places, sizes)  # fmt: skip
     arena = empty(torch.uint8, count * ((parts.size * parts.width + 7) // 8 + 32) + slack(parts))
-    gpu.launch("entropy/rans/emit:emit", defines, (1 + -(-groups // 4), count), 256, 0, meta, lengths, groups,
+    gpu.launch("entropy/rans/emit:emit", defines, (1 + groups, count), 256, 0, meta, lengths, groups,
                channels, parts.width, symbols, codes, names, states, scratch, parts.shape[1], places,
                arena)  # fmt: skip
     gpu.launch("entropy/rans/emit:pack", defines, (8, count), 256, 0, parts.addresses, *parts.geometry, parts.shape[2],
@@ -193,13 +193,14 @@ def slack(parts: Parts) -> int:
 
 
 def decode(gpu: Launcher, streams: Tensor, sizes: Tensor, parts: Parts, mantissas: Tensor | None = None,
-           shared: int = 48 << 10) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Decode rANS streams into ``parts``; returns meta ``[P, 16]`` and digests ``[P]`` (of floats).
+           shared: int = 48 << 10, ranges: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Decode rANS streams into ``parts``; returns meta ``[P, 16]``, digests ``[P]`` (of floats), and checksums of ``ranges``.
 
     ``streams`` and ``mantissas`` (of floats: packed codes, without the mode byte) are int64 addresses ``[P]`` divisible
     by 4, ``sizes`` int64 bytes ``[P]``. Memory must be readable for :func:`slack` beyond any stream. ``shared`` is
     shared memory a block for its tables; parts that need more are slower. ``meta[:, FAULT]`` is not zero where a stream
-    is unsound; streams of mode PACKED are left to the caller (``meta[:, MODE]``).
+    is unsound; streams of mode PACKED are left to the caller (``meta[:, MODE]``). ``ranges`` (addresses and sizes of
+    streams) are summed beside the reading of tables, before a code is decoded.
     """
 
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -209,14 +210,20 @@ def decode(gpu: Launcher, streams: Tensor, sizes: Tensor, parts: Parts, mantissa
     meta, bases = empty(torch.int32, count, META), empty(torch.int32, count, groups + 1)
     names, entries = empty(torch.uint8, count, channels), empty(torch.int64, count, MOST_ENTRIES)
     slots, tails = empty(torch.int32, count, MOST_SLOTS), empty(torch.int32, 2, count, tables.MAX_TABLES)
+    sums = None
+    if ranges is not None:
+        sums = torch.zeros(len(ranges[0]), dtype=torch.int64, device=gpu.device)
+        with gpu.beside():
+            gpu.launch("device/checksum:checksum", {}, (8, len(sums)), 256, 0, *ranges, sums)
     gpu.launch("entropy/rans/prepare:prepare", defines, (count, 1), 256, 0, streams, sizes, channels, parts.shape[1],
                parts.width, groups, _rules(gpu.device)[1], meta, bases, names, entries, slots, tails)  # fmt: skip
     digests = torch.full((count,), parts.size * parts.item, dtype=torch.int64, device=gpu.device)
     warps = min(32, groups)
+    gpu.join()
     gpu.launch("entropy/rans/decode:decode", parts.walk, (-(-groups // warps), count), 32 * warps,
                shared + RING_BYTES * warps, streams, meta, bases, names, slots, tails, groups, parts.addresses,
                *parts.geometry, mantissas, digests, shared)  # fmt: skip
-    return meta, digests
+    return meta, digests, sums
 
 
 def shared_for(heads: list[Any]) -> int:

@@ -76,19 +76,18 @@ __device__ void pack_field(u8 *out, const Fields &fields, u32 count, u32 width) 
 }
 
 // Words from where encode.cu left them; eight loads are under way before the first is stored.
-__device__ __forceinline__ void copy_words(u16 *__restrict__ to, const u16 *__restrict__ from, int count, int lane) {
-    for (int i = lane; i < count; i += 256) {
+__device__ __forceinline__ void copy_words(u16 *__restrict__ to, const u16 *__restrict__ from, int count) {
+    for (int i = threadIdx.x; i < count; i += 8 * 256) {
         u16 v[8];
 #pragma unroll
-        for (int j = 0; j < 8; j++) v[j] = i + 32 * j < count ? from[i + 32 * j] : 0;
+        for (int j = 0; j < 8; j++) v[j] = i + 256 * j < count ? from[i + 256 * j] : 0;
 #pragma unroll
         for (int j = 0; j < 8; j++)
-            if (i + 32 * j < count) to[i + 32 * j] = v[j];
+            if (i + 256 * j < count) to[i + 256 * j] = v[j];
     }
 }
 
-// Grid (Y, P): block 0 of a part writes head and side information, each other block copies four groups' words, two
-// warps a group.
+// Grid (Y, P): block 0 of a part writes head and side information, each other block copies one group's words.
 extern "C" __global__ void __launch_bounds__(256) emit(
     const int *meta, const int *lengths, i64 groups_most, i64 channels, i64 width, const u16 *symbols, const u8 *levels,
     const u8 *tables, const u32 *states, const u16 *scratch, i64 tokens, const i64 *places, u8 *arena) {
@@ -117,14 +116,13 @@ extern "C" __global__ void __launch_bounds__(256) emit(
         }
         return;
     }
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = (blockIdx.x - 1) * 4 + warp / 2;
+    int lane = threadIdx.x % 32, g = blockIdx.x - 1;
     if (g >= groups) return;
-    int before = 0;
+    int before = 0, length = lengths[g];
     for (int i = lane; i < g; i += 32) before += lengths[i];
-    before = (int)warp_sum(before);
-    int half = (lengths[g] + 1) / 2, first = warp % 2 ? half : 0, count = warp % 2 ? lengths[g] - half : half;
-    const u16 *source = scratch + words_end(part, g, own[PER_LANE], groups_most) * tokens - lengths[g];
-    copy_words((u16 *)words + before + first, source + first, count, lane);
+    before = (int)__reduce_add_sync(ALL, before);
+    const u16 *source = scratch + words_end(part, g, own[PER_LANE], groups_most) * tokens - length;
+    copy_words((u16 *)words + before, source, length);
 }
 
 // Codes of parts in mode PACKED: a mode byte, then width bits a code in row-major order. Grid (Y, P).

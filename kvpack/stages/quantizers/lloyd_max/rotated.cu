@@ -35,21 +35,27 @@ __device__ __forceinline__ void load_matrix(const u32 *matrix, u32 *held) {
 }
 
 // sums [TILES][4] of 16 vectors times both matrices: of row g = lane / 4 columns 8 j + 2 t, + 1 (t = lane % 4), then row g + 8.
-template <typename Vectors>
+// vectors(k, a, low) gives fragments of elements 16 k on, with TWO as two bf16 matrices; they are asked for one k ahead.
+template <bool TWO, typename Vectors>
 __device__ __forceinline__ void rotate(Vectors vectors, const u32 *held, float (*sums)[4]) {
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    u32 a[4], low[4], next[4], next_low[4];
+    vectors(0, a, low);
 #pragma unroll
     for (int j = 0; j < TILES; j++) sums[j][0] = sums[j][1] = sums[j][2] = sums[j][3] = 0;
+#pragma unroll 2
     for (int k = 0; k < DIMS / 16; k++) {
-        u32 a[4], low[4];
-        bool two = vectors(k, a, low);
+        if (k + 1 < DIMS / 16) vectors(k + 1, next, next_low);
 #pragma unroll
         for (int j = 0; j < TILES; j++) {
             const u32 *b = held + (8 * j + g) * (PADDED / 2) + 8 * k + t, *rest = b + DIMS * (PADDED / 2);
-            multiply(sums[j], a, b[0], b[4]);
+            u32 b0 = b[0], b1 = b[4];
+            multiply(sums[j], a, b0, b1);
+            if (TWO) multiply(sums[j], low, b0, b1);
             multiply(sums[j], a, rest[0], rest[4]);
-            if (two) multiply(sums[j], low, b[0], b[4]);
         }
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[i] = next[i], low[i] = next_low[i];
     }
 }
 
@@ -88,9 +94,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) compress(
         i64 rows[2] = {first + g, first + g + 8};
         const u32 *x = vectors + (rows[0] < count ? rows[0] : 0) * (DIMS / 2), *y = vectors + (rows[1] < count ? rows[1] : 0) * (DIMS / 2);
         float sums[TILES][4];
-        rotate([&](int k, u32 *a, u32 *) {
+        rotate<false>([&](int k, u32 *a, u32 *) {
             a[0] = x[8 * k + t], a[1] = y[8 * k + t], a[2] = x[8 * k + t + 4], a[3] = y[8 * k + t + 4];
-            return false;
         }, held, sums);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -128,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) decompress(
             i64 row = rows[r] < count ? rows[r] : 0;
             from[r] = codes + row * WORDS, scales[r] = from_half(norms[row]);
         }
-        rotate([&](int k, u32 *a, u32 *low) {
+        rotate<true>([&](int k, u32 *a, u32 *low) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {  // rows g, g + 8 at 16 k + 2 t, then at 16 k + 8 + 2 t
                 int bit = 48 * k + 24 * (i / 2) + 6 * t;
@@ -137,7 +142,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) decompress(
                 u64 pair = pairs[__funnelshift_r(word[0], next, bit) & 63];
                 a[i] = (u32)pair, low[i] = (u32)(pair >> 32);
             }
-            return true;
         }, held, sums);
 #pragma unroll
         for (int r = 0; r < 2; r++)
