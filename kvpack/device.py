@@ -39,7 +39,7 @@ AHEAD = 2
 """Batches under way at a time."""
 
 AUTO_BYTES = 256 << 20
-"""Files below this size are the CPU's with ``auto``: a process that starts a GPU spends longer on that than it saves."""
+"""Files below this size are the CPU's with ``auto``: starting a GPU takes longer than it saves."""
 
 EncodedPart = tuple[int, list[tuple[str, Any, int]]]
 """Digest of the original; streams: name, bytes, checksum."""
@@ -101,14 +101,16 @@ class _Slot:
     def __init__(self, gpu: Launcher) -> None:
         import torch
 
+        cuda: Any = torch.cuda
         self.torch, self.device = torch, gpu.device
         self.on_gpu = gpu.device != "cpu"
-        self.stream = torch.cuda.Stream(gpu.device) if self.on_gpu else None
+        self.stream = cuda.Stream(gpu.device) if self.on_gpu else None
         self._staging: torch.Tensor | None = None
 
     def __enter__(self) -> _Slot:
         if self.stream is not None:
-            self._context: Any = self.torch.cuda.stream(self.stream)
+            cuda: Any = self.torch.cuda
+            self._context = cuda.stream(self.stream)
             self._context.__enter__()
         return self
 
@@ -220,13 +222,14 @@ class Encoder:
             slot.wait()
         sizes = batch.numbers[1].tolist()
         sums, mantissa_sums, digests = map(_unsigned, batch.numbers[2:])
-        streams, mantissas = memoryview(arena.numpy()), batch.mantissas.numpy()
+        streams: Any = memoryview(arena.numpy().data)
+        mantissas = batch.mantissas.numpy()
         for i in range(batch.count):
             yield (
                 digests[i],
                 [
                     ("sign_exponent", streams[places[i] : places[i] + sizes[i]], sums[i]),
-                    ("mantissa", memoryview(mantissas[i, 15 : 15 + batch.mantissa_size]), mantissa_sums[i]),
+                    ("mantissa", mantissas[i, 15 : 15 + batch.mantissa_size].data, mantissa_sums[i]),
                 ],
             )
 
@@ -349,7 +352,8 @@ class Decoder:
             self._gpu, starts[::2].contiguous(), table[1][::2].contiguous(), goal, (starts[1::2] + 1).contiguous(),
             cuda.shared_for(heads), (starts, table[1]),
         )  # fmt: skip
-        wrong = sums != table[2]
+        assert sums is not None
+        wrong = sums.ne(table[2])
         faults = torch.stack([wrong[::2] | wrong[1::2], meta[:, cuda.FAULT] != 0, digests != wanted[1]])
         batch.checks.append((parts, slot.fetch(faults)))
         batch.alive += [host, arena, table, wanted, starts]
@@ -403,6 +407,7 @@ def to_device(archive: Archive, device: str = "cuda") -> dict[str, torch.Tensor]
     for name, data in Decoder(gpu, archive).read(names, fetch=False):
         if isinstance(data, np.ndarray):
             signed = np.ascontiguousarray(data).view(np.dtype(f"i{data.itemsize}"))
-            data = torch.from_numpy(signed).view(dtypes[archive.tensors[name].dtype]).to(gpu.device)
-        out[name] = data
+            out[name] = torch.from_numpy(signed).view(dtypes[archive.tensors[name].dtype]).to(gpu.device)
+        else:
+            out[name] = data
     return out

@@ -43,7 +43,9 @@ def test_codes_norms_and_values(gpu: Any, count: int, dims: int) -> None:
     levels = centroids(3, dims)
     bounds = (levels[1:] + levels[:-1]) / 2
     unit = rotated[0] / norms[:, None].astype(np.float32)
-    assert np.abs(unit[differ][:, None] - bounds).min(axis=1).max(initial=0) < 5e-4  # a unit in norm's last place, at most
+    assert (
+        np.abs(unit[differ][:, None] - bounds).min(axis=1).max(initial=0) < 5e-4
+    )  # a unit in norm's last place, at most
     packed = np.frombuffer(pack(expected.astype(np.uint8), 3), np.uint8).reshape(count, -1)
     back = cuda.decompress(
         gpu, torch.from_numpy(packed.copy()).to(gpu.device), torch.from_numpy(norms.copy()).to(gpu.device), seed=1

@@ -128,7 +128,8 @@ class Gpu:
     def _side(self) -> Any:
         current = self._torch.cuda.current_stream(self.index).cuda_stream
         if current not in self._sides:
-            self._sides[current] = self._torch.cuda.Stream(self.device)
+            cuda: Any = self._torch.cuda
+            self._sides[current] = cuda.Stream(self.device)
         return self._sides[current]
 
     @cached_property

@@ -22,7 +22,7 @@ __device__ void cluster(const Bank &bank, const u8 *nearest, const u16 *levels, 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) bank(
+extern "C" __global__ void __launch_bounds__(THREADS, 4) bank(
     const u32 *rows, const u32 *present, i64 blocks, i64 channels_, i64 tables, const u8 *nearest, const u16 *levels,
     const int *cost, u16 *counts, u16 *symbols, u8 *maps, u8 *names, u8 *codes, u64 *entries, int *keys, int *meta,
     i64 least, i64 most, i64 lane_bytes) {

@@ -1,9 +1,9 @@
 """rANS lanes compiled for the CPU; the same words and states as ``reference.py``.
 
 The lanes of a group run side by side in one loop: each lane is a chain of dependent steps, and the chains of 32
-fill the processor; only where to read or write the next word passes from one to the next. Indices are unsigned, because numba checks signed ones for being negative. Division by a frequency is
-a multiplication by its rounded-up reciprocal, exact for states below 2**31 (Alverson 1991; Giesen,
-https://github.com/rygorous/ryg_rans).
+fill the processor; only where to read or write the next word passes from one to the next. Indices are unsigned,
+because numba checks signed ones for being negative. Division by a frequency is a multiplication by its rounded-up
+reciprocal, exact for states below 2**31 (Alverson 1991; Giesen, https://github.com/rygorous/ryg_rans).
 """
 
 from __future__ import annotations

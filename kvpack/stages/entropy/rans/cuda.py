@@ -37,7 +37,7 @@ ENCODE_SHARED, ENCODE_ENTRIES = 32 << 10, 56
 RING_BYTES = 512
 """Shared memory a warp that decodes needs for words."""
 SLOTS_A_TABLE = 464
-"""Slots of a decoding table as a rule: 256 runs at most, and single slots of rare symbols (measured on SmolLM2-135M)."""
+"""Slots of a decoding table as a rule: 256 runs at most, and the rare symbols' (measured on SmolLM2-135M)."""
 
 
 @dataclass(frozen=True)
@@ -164,14 +164,15 @@ def encode(gpu: Launcher, parts: Parts) -> Coded:
     bank = tables.bank_size(parts.size, channels)
     for least, most in ((0, SMALL_BANK), (SMALL_BANK, LARGE_BANK)):
         if bank * min(bins, MOST_SYMBOLS) > least:
-            gpu.launch("entropy/rans/bank:bank", defines, (count, 1), 512, BANK_BYTES * most, rows, present, blocks,
+            gpu.launch("entropy/rans/bank:bank", defines, (count, 1), 256, BANK_BYTES * most, rows, present, blocks,
                        channels, bank, *rules, counts, symbols, maps, names, codes, entries, keys, meta, least, most,
                        LANE_BYTES)  # fmt: skip
     scratch = empty(torch.int16, count, groups * 32 * parts.shape[1])
     lengths, states = empty(torch.int32, count, groups), empty(torch.int32, count, channels)
     warps, room = min(8, groups), min(ENCODE_SHARED, 8 * ENCODE_ENTRIES * bank)
     gpu.launch("entropy/rans/encode:encode", walk, (-(-groups // warps), count), 32 * warps, room,
-               parts.addresses, *parts.geometry, meta, entries, maps, names, scratch, groups, lengths, states, room)  # fmt: skip
+               parts.addresses, *parts.geometry, meta, entries, maps, names, scratch, groups, lengths, states,
+               room)  # fmt: skip
     places, sizes = empty(torch.int64, count + 1), empty(torch.int64, count)
     gpu.launch("entropy/rans/emit:layout", defines, (1, 1), 1024, 0, meta, lengths, count, groups, channels,
                parts.width, parts.size, places, sizes)  # fmt: skip
@@ -193,8 +194,9 @@ def slack(parts: Parts) -> int:
 
 
 def decode(gpu: Launcher, streams: Tensor, sizes: Tensor, parts: Parts, mantissas: Tensor | None = None,
-           shared: int = 48 << 10, ranges: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Decode rANS streams into ``parts``; returns meta ``[P, 16]``, digests ``[P]`` (of floats), and checksums of ``ranges``.
+           shared: int = 48 << 10,
+           ranges: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Decode rANS streams into ``parts``; returns meta ``[P, 16]``, digests ``[P]`` (of floats), sums of ``ranges``.
 
     ``streams`` and ``mantissas`` (of floats: packed codes, without the mode byte) are int64 addresses ``[P]`` divisible
     by 4, ``sizes`` int64 bytes ``[P]``. Memory must be readable for :func:`slack` beyond any stream. ``shared`` is

@@ -1,6 +1,6 @@
 // The bank of tables of a part, by the k-means of tables.py: the same integers. A block a part.
 #include "meta.cuh"
-#define THREADS 512
+#define THREADS 256
 #define TOTAL 4096
 #define ROUNDS 3
 

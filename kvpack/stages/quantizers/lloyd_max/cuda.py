@@ -1,8 +1,8 @@
 """TurboQuant's 3-bit codes on a GPU: rotation, norms and codes of bf16 vectors in one kernel, and back.
 
 The rotation is multiplied as two bf16 matrices that hold 16 of its bits, by tensor cores, with float32 sums. So a code
-may differ from the CPU's where a coordinate lies within about 1e-5 of a bound between two levels, and a norm by one unit
-in fp16's last place; ``tests/gpu/test_rotated_kernels.py`` bounds both.
+may differ from the CPU's where a coordinate lies next to a bound between two levels, and a norm by one unit in fp16's
+last place; ``tests/gpu/test_rotated_kernels.py`` bounds both.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def decompress(gpu: Launcher, codes: Tensor, norms: Tensor, seed: int) -> Tensor
     """bf16 vectors ``[N, D]`` from :func:`compress`'s results."""
     count, dims = codes.shape[0], codes.shape[1] * 8 // BITS
     matrix = _two(torch.from_numpy(rotation_matrix(dims, seed).T.copy()).to(gpu.device))
-    levels = _two(torch.from_numpy(centroids(BITS, dims).copy())).view(torch.int16).numpy().view(np.uint16).astype(np.uint64)
+    levels = (
+        _two(torch.from_numpy(centroids(BITS, dims).copy())).view(torch.int16).numpy().view(np.uint16).astype(np.uint64)
+    )
     pair = np.arange(64)
     low, high = levels[:, pair & 7], levels[:, pair >> 3]
     pairs = low[0] | high[0] << np.uint64(16) | low[1] << np.uint64(32) | high[1] << np.uint64(48)
