@@ -103,7 +103,7 @@ def compress_capture(
     progress: Progress | None,
     gpu: Launcher | None = None,
 ) -> Compressed:
-    """:func:`compress` for an open capture; ``gpu`` is :func:`kvpack.device.find_gpu`'s."""
+    """:func:`compress` for an open capture; ``gpu`` is :func:`kvpack.stages.device.host.find_gpu`'s."""
     kept, dropped = _without(capture.file.header, drop)
     plans = plan_parts(kept, chunk_tokens)
     if not codec.lossless and not any(layer_of(spec) is not None for spec in kept.tensors):

@@ -8,7 +8,6 @@ parts that do not compress) goes the CPU's way.
 
 from __future__ import annotations
 
-import ctypes
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ from kvpack.archive import Archive, Capture
 from kvpack.codecs import Chain
 from kvpack.container import PartEntry, layer_of
 from kvpack.container.layout import PartPlan
-from kvpack.errors import CorruptError, UnsupportedError, UsageError
+from kvpack.errors import CorruptError, UsageError
 from kvpack.parallel import ordered_map
 from kvpack.pipeline import Bits, chain_of
+from kvpack.stages.device.host import AUTO_BYTES, Slot, find_gpu
 from kvpack.stages.entropy.rans import Rans
 from kvpack.stages.quantizers.float_split import FloatSplit
 from kvpack.tensorfile import TensorSpec
@@ -38,50 +38,8 @@ BATCH_PARTS = 512
 AHEAD = 2
 """Batches under way at a time."""
 
-AUTO_BYTES = 256 << 20
-"""Files below this size are the CPU's with ``auto``: starting a GPU takes longer than it saves."""
-
 EncodedPart = tuple[int, list[tuple[str, Any, int]]]
 """Digest of the original; streams: name, bytes, checksum."""
-
-
-def find_gpu(device: str, size: int) -> tuple[Launcher | None, str | None]:
-    """The GPU that ``device`` (``auto``, ``cpu``, ``cuda``, ``cuda:1``) asks for work on ``size`` bytes, and why not.
-
-    A reason comes only where a GPU was asked for and the CPU has to do; ``auto`` falls back in silence.
-
-    Raises:
-        UsageError: another device.
-
-    """
-    kind, _, index = device.partition(":")
-    if device not in ("auto", "cpu") and (kind != "cuda" or (index and not index.isdecimal())):
-        raise UsageError(f"--device is auto, cpu, cuda or cuda:N, not {device!r}")
-    if device == "cpu" or (device == "auto" and size < AUTO_BYTES):
-        return None, None
-    reason = _why_not(int(index or 0))
-    if reason is None:
-        from kvpack.stages.device.launch import Gpu
-
-        try:
-            return Gpu(int(index or 0)), None
-        except (RuntimeError, UnsupportedError) as error:
-            reason = str(error).splitlines()[0]
-    return None, None if device == "auto" else f"{reason}: using the CPU"
-
-
-def _why_not(index: int) -> str | None:
-    try:
-        ctypes.CDLL("libcuda.so.1")  # before torch, which takes a second to import
-    except OSError:
-        return "no NVIDIA driver"
-    import torch
-
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
-    if index >= torch.cuda.device_count():
-        return f"there are {torch.cuda.device_count()} GPUs, none is number {index}"
-    return None
 
 
 def _is_ours(chain: Chain) -> bool:
@@ -93,50 +51,6 @@ def takes(plan: PartPlan, chain: Chain) -> bool:
     from kvpack.stages.entropy.rans.cuda import supports
 
     return plan.tensor.dtype == "BF16" and _is_ours(chain) and supports(plan.shape, 9, floats=True)
-
-
-class _Slot:
-    """A stream, so that batches overlap; on a stand-in for a GPU, nothing."""
-
-    def __init__(self, gpu: Launcher) -> None:
-        import torch
-
-        cuda: Any = torch.cuda
-        self.torch, self.device = torch, gpu.device
-        self.on_gpu = gpu.device != "cpu"
-        self.stream = cuda.Stream(gpu.device) if self.on_gpu else None
-        self._staging: torch.Tensor | None = None
-
-    def __enter__(self) -> _Slot:
-        if self.stream is not None:
-            cuda: Any = self.torch.cuda
-            self._context = cuda.stream(self.stream)
-            self._context.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.stream is not None:
-            self._context.__exit__(*error)
-
-    def pinned(self, size: int) -> torch.Tensor:
-        """Bytes that the device can be sent from, the same every time: their last use must be over."""
-        if self._staging is None or len(self._staging) < size:
-            self._staging = self.torch.empty(size * 5 // 4, dtype=self.torch.uint8, pin_memory=self.on_gpu)
-        return self._staging[:size]
-
-    def send(self, host: torch.Tensor) -> torch.Tensor:
-        """To the device, without waiting."""
-        return host.to(self.device, non_blocking=True)
-
-    def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
-        """To pinned memory, without waiting."""
-        host = self.torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.on_gpu)
-        return host.copy_(tensor, non_blocking=True)
-
-    def wait(self) -> None:
-        """For all that was asked of the stream."""
-        if self.stream is not None:
-            self.stream.synchronize()
 
 
 def _unsigned(values: torch.Tensor) -> list[int]:
@@ -160,7 +74,7 @@ def _batches(plans: Iterable[PartPlan]) -> Iterator[list[PartPlan]]:
 class _Encoding:
     """A batch under way: what must stay alive, and what is known when its stream is done."""
 
-    slot: _Slot
+    slot: Slot
     count: int
     alive: Any
     coded: Any
@@ -175,7 +89,7 @@ class Encoder:
     def __init__(self, gpu: Launcher, capture: Capture) -> None:
         """Of ``capture``'s parts."""
         self._gpu, self._capture = gpu, capture
-        self._slots = [_Slot(gpu) for _ in range(AHEAD)]
+        self._slots = [Slot(gpu) for _ in range(AHEAD)]
 
     def encode(self, plans: Iterable[PartPlan]) -> Iterator[EncodedPart]:
         """The plans' digests and streams, in their order."""
@@ -187,7 +101,7 @@ class Encoder:
         while under_way:
             yield from self._finish(under_way.popleft())
 
-    def _start(self, batch: list[PartPlan], slot: _Slot) -> _Encoding:
+    def _start(self, batch: list[PartPlan], slot: Slot) -> _Encoding:
         import torch
 
         from kvpack.stages.entropy.rans import cuda
@@ -236,7 +150,7 @@ class Encoder:
 
 @dataclass
 class _Decoding:
-    slot: _Slot
+    slot: Slot
     names: list[str]
     alive: list[Any]
     tensors: dict[str, torch.Tensor]
@@ -250,7 +164,7 @@ class Decoder:
     def __init__(self, gpu: Launcher, archive: Archive) -> None:
         """Of ``archive``."""
         self._gpu, self._archive = gpu, archive
-        self._slots = [_Slot(gpu) for _ in range(AHEAD)]
+        self._slots = [Slot(gpu) for _ in range(AHEAD)]
         self._parts: dict[str, list[PartEntry]] = {}
         for part in archive.parts:
             self._parts.setdefault(part.plan.tensor.name, []).append(part)
@@ -302,7 +216,7 @@ class Decoder:
                 batch.append(name)
             yield ours, batch
 
-    def _start(self, names: list[str], slot: _Slot, fetch: bool) -> _Decoding:
+    def _start(self, names: list[str], slot: Slot, fetch: bool) -> _Decoding:
         import torch
 
         specs = [self._archive.tensors[name] for name in names]

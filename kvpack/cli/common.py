@@ -57,7 +57,7 @@ def open_profile(path: Path | None) -> Profile | None:
 
 def gpu(device: str, source: Path, quiet: bool) -> Launcher | None:
     """The GPU for work on a file, as ``--device`` says; a line on stderr where it was asked for and is not there."""
-    from kvpack.device import find_gpu
+    from kvpack.stages.device.host import find_gpu
 
     found, reason = find_gpu(device, source.stat().st_size)
     if reason:

@@ -15,6 +15,7 @@ from kvpack.archive import Archive
 from kvpack.codecs import CODECS
 from kvpack.container import Container
 from kvpack.errors import CorruptError, UsageError
+from kvpack.stages.device.host import find_gpu
 from kvpack.tensorfile import build_header
 
 SMALL = Path(__file__).parents[2] / "fixtures" / "smollm2-160.safetensors"
@@ -91,12 +92,12 @@ def test_tensors_on_the_device(gpu: Any, tmp_path: Path) -> None:
 
 
 def test_devices_are_named() -> None:
-    assert device.find_gpu("cpu", 1 << 40) == (None, None)
-    assert device.find_gpu("auto", 1) == (None, None)
+    assert find_gpu("cpu", 1 << 40) == (None, None)
+    assert find_gpu("auto", 1) == (None, None)
     with pytest.raises(UsageError, match="auto, cpu, cuda"):
-        device.find_gpu("tpu", 1)
+        find_gpu("tpu", 1)
     if not torch.cuda.is_available():
-        found, reason = device.find_gpu("cuda", 1)
+        found, reason = find_gpu("cuda", 1)
         assert found is None
         assert reason is not None
         assert reason.endswith("using the CPU")
