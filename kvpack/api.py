@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import groupby
+from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import kvpack
 from kvpack.archive import Archive, Capture, as_bytes, side_of
@@ -18,11 +20,15 @@ from kvpack.container.layout import FLOAT_DTYPES, PartPlan
 from kvpack.errors import FormatError, UsageError
 from kvpack.floats import Bits
 from kvpack.parallel import ordered_map
+from kvpack.pipeline import chain_of
 from kvpack.profile import Profile
 from kvpack.stages.base import Side, UnrepresentableError
 from kvpack.tensorfile import Header as SourceHeader
 from kvpack.tensorfile import TensorFile, TensorSpec, build_header
 from kvpack.units import Unit, units
+
+if TYPE_CHECKING:
+    from kvpack.stages.device.launch import Launcher
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
@@ -54,6 +60,7 @@ def compress(
     drop: Sequence[str] = (),
     threads: int | None = None,
     progress: Progress | None = None,
+    gpu: Launcher | None = None,
 ) -> Compressed:
     """Compress the capture ``source`` into ``output`` (written once, in order: may be a pipe).
 
@@ -80,6 +87,7 @@ def compress(
         drop=drop,
         threads=threads,
         progress=progress,
+        gpu=gpu,
     )
 
 
@@ -93,8 +101,9 @@ def compress_capture(
     drop: Sequence[str],
     threads: int | None,
     progress: Progress | None,
+    gpu: Launcher | None = None,
 ) -> Compressed:
-    """:func:`compress` for an open capture."""
+    """:func:`compress` for an open capture; ``gpu`` is :func:`kvpack.stages.device.host.find_gpu`'s."""
     kept, dropped = _without(capture.file.header, drop)
     plans = plan_parts(kept, chunk_tokens)
     if not codec.lossless and not any(layer_of(spec) is not None for spec in kept.tensors):
@@ -121,7 +130,7 @@ def compress_capture(
     writer = ContainerWriter(output, header)
     carried: list[str] = []
     done, total = 0, sum(spec.nbytes for spec in kept.tensors)
-    for group, encoded in zip(groups, ordered_map(encoder, groups, threads), strict=True):
+    for group, encoded in zip(groups, encoder.run(groups, threads, gpu), strict=True):
         for plan, part in zip(group, encoded, strict=True):
             writer.add(part.codec, part.digest, part.streams)
             if part.fallback:
@@ -201,6 +210,30 @@ class _Encoder:
             for one, mine in zip(bits, streams, strict=True)
         ]
 
+    def run(
+        self, groups: list[tuple[PartPlan, ...]], threads: int | None, gpu: Launcher | None
+    ) -> Iterator[list[_EncodedPart]]:
+        """All groups in order, each on the GPU if it takes it."""
+        if gpu is None:
+            yield from ordered_map(self, groups, threads)
+            return
+        from kvpack import device
+
+        def ours(group: tuple[PartPlan, ...]) -> bool:
+            return len(group) == 1 and device.takes(
+                group[0], chain_of(self.codecs[self._chosen(group)], group[0].tensor.name)
+            )
+
+        encoder = device.Encoder(gpu, self.capture)
+        for on_gpu, run in groupby(groups, key=ours):
+            if not on_gpu:
+                yield from ordered_map(self, run, threads)
+                continue
+            plans = [plan for (plan,) in run]
+            for plan, (digest, streams) in zip(plans, encoder.encode(plans), strict=True):
+                size = plan.tensor.itemsize * prod(plan.shape)
+                yield [_EncodedPart(self._chosen((plan,)), digest, streams, size, False)]
+
     def _encode(self, codec: int, bits: list[Bits], plans: tuple[PartPlan, ...]) -> list[list[tuple[str, bytes]]]:
         given = dict(zip(plans, bits, strict=True))
         return [
@@ -230,6 +263,7 @@ def decompress(
     *,
     threads: int | None = None,
     progress: Progress | None = None,
+    gpu: Launcher | None = None,
 ) -> list[str]:
     """Write the capture that ``archive`` holds to ``output`` (in order: may be a pipe).
 
@@ -252,7 +286,13 @@ def decompress(
     total = sum(spec.nbytes for spec in header.tensors)
     done = 0
     names = [spec.name for spec in header.tensors]
-    for bits in ordered_map(lambda name: archive.read(name, chosen[name]), names, threads):
+    if gpu is None or left_out or any(cut is not None for cut in chosen.values()):
+        read = ordered_map(lambda name: archive.read(name, chosen[name]), names, threads)
+    else:
+        from kvpack.device import Decoder
+
+        read = (bits for _, bits in Decoder(gpu, archive).read(names))
+    for bits in read:
         output.write(as_bytes(bits))
         done += bits.nbytes
         if progress:

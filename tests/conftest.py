@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,6 +62,22 @@ def small(tmp_path: Path) -> Path:
     path = tmp_path / "small.safetensors"
     path.write_bytes(SMALL.read_bytes())
     return path
+
+
+@pytest.fixture(scope="session")
+def gpu() -> Iterator[Any]:
+    """A GPU where there is one; else its kernels run on the CPU, compiled by g++ (``gpu/simt.py``)."""
+    import simt  # on the path with the tests of ``gpu/``, which alone ask for it
+    import torch
+
+    if torch.cuda.is_available():
+        from kvpack.stages.device.launch import Gpu
+
+        yield Gpu()
+    elif simt.COMPILER:
+        yield simt.Emulator()
+    else:
+        pytest.skip("neither a GPU nor g++")
 
 
 def write_tensors(

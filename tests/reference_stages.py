@@ -303,7 +303,8 @@ def rans(data: bytes, shape: tuple[int, ...], width: int) -> np.ndarray:
     mode, tables, alphabet, spread, per_lane, shortest, used = struct.unpack_from("<BBBBIII", data)
     need(mode == 1, "rans mode")
     tables, alphabet, channels = tables + 1, alphabet + 1, heads * dims
-    lanes = -(-channels // per_lane)
+    groups = -(-channels // (32 * per_lane))
+    lanes = 32 * (groups - 1) + min(32, channels - 32 * per_lane * (groups - 1))
     sections = []
     at = 16
     for size in (
@@ -312,39 +313,57 @@ def rans(data: bytes, shape: tuple[int, ...], width: int) -> np.ndarray:
         (alphabet * width + 7) // 8,
         (tables * alphabet * 6 + 7) // 8,
         (channels * (tables - 1).bit_length() + 7) // 8,
-        (lanes * spread + 7) // 8,
+        (groups * spread + 7) // 8,
     ):
         sections.append(data[at : at + size])
         at += size
     need(at == len(data), "rans sections")
-    state = np.frombuffer(sections[0], "<u4").astype(np.int64)
-    words = np.concatenate([np.frombuffer(sections[1], "<u2").astype(np.int64), np.zeros(per_lane * tokens, np.int64)])
+    states = np.frombuffer(sections[0], "<u4").astype(np.int64)
+    words = np.frombuffer(sections[1], "<u2").astype(np.int64)
     symbols = bitpack(sections[2], (alphabet,), width)
     frequencies = frequency_tables(bitpack(sections[3], (tables, alphabet), 6).astype(np.int64))
     table = bitpack(sections[4], (channels,), (tables - 1).bit_length()).astype(np.int64)
-    lengths = bitpack(sections[5], (lanes,), spread).astype(np.int64) + shortest
+    lengths = bitpack(sections[5], (groups,), spread).astype(np.int64) + shortest
     ends = np.cumsum(lengths)
-    need(ends[-1] == used, "lane lengths")
-    next_word = ends - lengths
-    stop = np.cumsum(frequencies, axis=1)
-    symbol_of_slot = (np.arange(4096)[None, :, None] >= stop[:, None, :]).sum(2)
+    need(ends[-1] == used, "group lengths")
+    starts = symbol_starts(frequencies)
     codes = np.zeros((heads, tokens, dims), np.uint64)
-    for i in range(per_lane):
-        channel = np.arange(lanes) * per_lane + i
-        live = channel < channels
-        channel = np.where(live, channel, 0)
-        for t in range(tokens):
-            slot = state & 4095
-            s = symbol_of_slot[table[channel], slot]
-            f = frequencies[table[channel], s]
-            x = f * (state >> 12) + slot - (stop[table[channel], s] - f)
-            short = x < 1 << 15
-            x = np.where(short, (x << 16) | words[next_word], x)
-            next_word = next_word + (short & live)
-            state = np.where(live, x, state)
-            codes[channel[live] // dims, t, channel[live] % dims] = symbols[s[live]]
-    need(bool((state == 1 << 15).all() and (next_word == ends).all()), "lane ends")
+    for group in range(groups):
+        state = states[32 * group : 32 * group + 32].copy()
+        mine = words[ends[group] - lengths[group] : ends[group]]
+        taken = 0
+        for i in range(per_lane):
+            first = 32 * (group * per_lane + i)
+            channel = np.arange(first, min(first + 32, channels))
+            f, start = frequencies[table[channel]], starts[table[channel]]
+            for t in range(tokens):
+                x = state[: len(channel)]
+                slot = x & 4095
+                s = ((start <= slot[:, None]) & (slot[:, None] < start + f)).argmax(1)
+                x = (
+                    np.take_along_axis(f, s[:, None], 1)[:, 0] * (x >> 12)
+                    + slot
+                    - np.take_along_axis(start, s[:, None], 1)[:, 0]
+                )
+                short = x < 1 << 15
+                need(taken + short.sum() <= len(mine), "group words")
+                x[short] = (x[short] << 16) | mine[taken : taken + short.sum()]
+                taken += short.sum()
+                state[: len(channel)] = x
+                codes[channel // dims, t, channel % dims] = symbols[s]
+        need(bool((state == 1 << 15).all()) and taken == len(mine), "group ends")
     return codes
+
+
+def symbol_starts(frequencies: np.ndarray) -> np.ndarray:
+    starts = np.zeros_like(frequencies)
+    for row, f in zip(starts, frequencies, strict=True):
+        at = 0
+        for kind in ((f >= 64) & (f % 16 == 0), (f >= 64) & (f % 16 > 0), f < 64):
+            for s in np.flatnonzero(kind):
+                row[s] = at
+                at += f[s]
+    return starts
 
 
 def frequency_tables(codes: np.ndarray) -> np.ndarray:

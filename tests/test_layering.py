@@ -16,7 +16,7 @@ LAYERS: list[set[str]] = [
     {"pipeline", "profile"},
     {"units", "inspection", "capture", "claims"},
     {"archive", "calibration"},
-    {"fidelity"},
+    {"fidelity", "device"},
     {"api"},
     {"demo", "bench"},
     {"cli"},

@@ -42,6 +42,10 @@ def bench(
             help="Say what moved between two results, and run nothing.", metavar="OLD NEW", show_default=False
         ),
     ] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Measure GB/s on a GPU, stage by stage, and judge no codec.")
+    ] = False,
+    gib: Annotated[float, typer.Option(min=0.01, help="GiB of cache that --speed makes of the captures.")] = 1.0,
     dtype: common.Dtype = "auto",
     device: common.Device = "auto",
     force: common.Force = False,
@@ -57,6 +61,9 @@ def bench(
         return
     if not captures:
         raise UsageError("name at least one capture, or --compare OLD NEW")
+    if speed:
+        _speed(captures, gib, as_json=as_json)
+        return
     for path in (report, plot):
         if path is not None:
             check_output(path, force=True)
@@ -96,6 +103,19 @@ def bench(
         common.print_json(shown.to_json())
     elif not quiet:
         _print(shown)
+
+
+def _speed(captures: list[Path], gib: float, *, as_json: bool) -> None:
+    from kvpack.bench.speed import measure, to_json
+
+    lines = []
+    for line in measure(captures, gib):
+        lines.append(line)
+        if not as_json:
+            spread = f"({line.slow:.1f} to {line.fast:.1f})"
+            common.say(f"{line.what:30} {line.data:30} {line.gb_per_s:8.1f} GB/s {spread:20} {line.remark}".rstrip())
+    if as_json:
+        common.print_json(to_json(lines))
 
 
 def _print(results: Results) -> None:

@@ -18,6 +18,7 @@ from kvpack.files import atomic_output
 
 if TYPE_CHECKING:
     from kvpack.profile import Profile
+    from kvpack.stages.device.launch import Launcher
 
 STDIO = Path("-")
 
@@ -38,6 +39,7 @@ Threads = Annotated[
 
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own; bf16 for GGUF), bf16, fp16 or fp32.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Gpu = Annotated[str, typer.Option("--device", help="Where the lossless codec works: auto, cpu, cuda, cuda:1, ...")]
 ProfileFile = Annotated[
     Path | None,
     typer.Option("-D", "--profile", help="The .kvprofile that calibrated codecs need.", show_default=False),
@@ -51,6 +53,16 @@ def open_profile(path: Path | None) -> Profile | None:
     from kvpack.profile import Profile
 
     return Profile.open(path)
+
+
+def gpu(device: str, source: Path, quiet: bool) -> Launcher | None:
+    """The GPU for work on a file, as ``--device`` says; a line on stderr where it was asked for and is not there."""
+    from kvpack.stages.device.host import find_gpu
+
+    found, reason = find_gpu(device, source.stat().st_size)
+    if reason:
+        say(f"kvpack: {reason}", quiet=quiet, to_stderr=True)
+    return found
 
 
 def check_inputs(inputs: list[Path], output: Path | None, *, keep: bool, remove: bool, as_json: bool) -> None:

@@ -51,6 +51,7 @@ def compress(
     keep: common.Keep = False,
     remove: common.Remove = False,
     threads: common.Threads = None,
+    device: common.Gpu = "auto",
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
     as_json: common.Json = False,
@@ -71,7 +72,7 @@ def compress(
     for path in inputs:
         target = output or (common.STDIO if path == common.STDIO else path.with_name(path.name + ".kvp"))
         common.check_distinct(path, target)
-        row = _compress_one(path, target, codec, opened, chunk_tokens, patterns, force, threads, quiet)
+        row = _compress_one(path, target, codec, opened, chunk_tokens, patterns, force, threads, device, quiet)
         rows.append(row)
         if remove:
             _remove_verified(path, target, opened)
@@ -93,6 +94,7 @@ def _compress_one(
     drop: list[str],
     force: bool,
     threads: int | None,
+    device: str,
     quiet: bool,
 ) -> dict[str, Any]:
     from kvpack import api
@@ -113,6 +115,7 @@ def _compress_one(
                 drop=drop,
                 threads=threads,
                 progress=progress,
+                gpu=common.gpu(device, source, quiet),
             )
         except FormatError as error:
             raise type(error)(str(error).replace(str(source), str(path))) from None

@@ -29,6 +29,7 @@ def decompress(
     keep: common.Keep = False,
     remove: common.Remove = False,
     threads: common.Threads = None,
+    device: common.Gpu = "auto",
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
     as_json: common.Json = False,
@@ -45,7 +46,7 @@ def decompress(
         target = _target(path, output, partial, test)
         if target is not None:
             common.check_distinct(path, target)
-        rows.append(_decompress_one(path, target, opened, chosen, force, threads, quiet))
+        rows.append(_decompress_one(path, target, opened, chosen, force, threads, device, quiet))
         row = rows[-1]
         if remove:
             path.unlink()
@@ -82,6 +83,7 @@ def _decompress_one(
     chosen: tuple[frozenset[int] | None, tuple[int, int] | None],
     force: bool,
     threads: int | None,
+    device: str,
     quiet: bool,
 ) -> dict[str, Any]:
     from kvpack import api
@@ -97,7 +99,8 @@ def _decompress_one(
             else:
                 with common.writable(target, force) as sink:
                     selection = api.Selection(*chosen)
-                    left_out = api.decompress(archive, sink, selection, threads=threads, progress=progress)
+                    gpu = common.gpu(device, source, quiet)
+                    left_out = api.decompress(archive, sink, selection, threads=threads, progress=progress, gpu=gpu)
         except KvpackError as error:
             text = str(error).replace(str(source), str(path))
             raise type(error)(text if text.startswith(str(path)) else f"{path}: {text}") from None

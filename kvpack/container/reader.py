@@ -90,6 +90,11 @@ class Container:
         """The name of a stream's kind."""
         return self.header.streams[record.kind]
 
+    def streams(self, part: PartEntry) -> list[tuple[str, memoryview, int]]:
+        """Names, bytes and checksums of a part's streams; nothing is verified."""
+        every = [(record, self._view[offset : offset + record.size]) for record, offset in part.streams]
+        return [(self.stream_name(record), data, record.checksum) for record, data in every]
+
     def read(self, part: PartEntry) -> list[tuple[str, memoryview]]:
         """Names and bytes of a part's streams, their checksums verified.
 
@@ -100,10 +105,8 @@ class Container:
         from kvpack.checksum import checksum  # here, because it takes numba and inspect reads no streams
 
         streams = []
-        for record, offset in part.streams:
-            data = self._view[offset : offset + record.size]
-            name = self.stream_name(record)
-            if checksum(data) != record.checksum:
+        for name, data, expected in self.streams(part):
+            if checksum(data) != expected:
                 raise CorruptError(f"corrupt: the checksum of {part.plan.name}, stream {name!r}, does not match")
             streams.append((name, data))
         return streams

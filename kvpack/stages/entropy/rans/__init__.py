@@ -1,8 +1,8 @@
 """``rans``: interleaved range asymmetric numeral systems over a bank of 12-bit frequency tables.
 
-A **channel** is one (head, dimension) of a plane over its tokens; a **lane** is a rANS state that walks a run
-of channels. Lanes are independent, so a processor runs as many side by side as it can; their number follows
-from the payload, so that a lane's own cost stays near one percent.
+A **channel** is one (head, dimension) of a plane over its tokens; a **lane** is a rANS state that walks
+channels; a **group** is 32 lanes that step together and share one stream of words, a warp of a GPU. The number of
+lanes follows from the payload, so that a lane's own cost stays near one percent.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ Array = NDArray[Any]
 
 PACKED, CODED = 0, 1
 LANE_BYTES = 400
-"""Payload bytes a lane aims at: its state and length cost about 6."""
+"""Payload bytes a lane aims at: its state costs 4."""
+
+GROUP = 32
+"""Lanes that share a stream of words."""
 
 MAX_WIDTH = 12
 MAX_SYMBOLS = 256
@@ -35,7 +38,7 @@ class Rans(EntropyCoder):
     """rANS for planes with a model, bit packing for the others and wherever packing is smaller."""
 
     name: ClassVar[str] = "rans"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def encode(self, codes: Codes, spec: PlaneSpec) -> bytes:
         """One mode byte, then packed codes or lanes, whichever is smaller."""
@@ -68,9 +71,9 @@ def _encode(codes: Codes, spec: PlaneSpec) -> bytes | None:
     frequencies = tables.frequencies(levels)
     payload = max(tables.coded_size(sums, frequencies), 1)
     per_lane = min(len(assigned), max(1, -(-LANE_BYTES * len(assigned) // payload)))
-    lanes = -(-len(assigned) // per_lane)
-    words = np.empty(spec.size + 4, np.uint16)
-    lengths, states = np.zeros(lanes, np.int64), np.zeros(lanes, np.uint32)
+    groups, lanes = _layout(len(assigned), per_lane)
+    words = np.empty(spec.size, np.uint16)
+    lengths, states = np.zeros(groups, np.int64), np.zeros(lanes, np.uint32)
     entries = cpu.encode_entries(frequencies, symbols, spec.width)
     used = cpu.encode(codes, per_lane, assigned, entries, words, lengths, states)
     shortest = int(lengths.min())
@@ -85,20 +88,26 @@ def _encode(codes: Codes, spec: PlaneSpec) -> bytes | None:
     return b"".join((head, states.tobytes(), words[:used].tobytes(), *side))
 
 
+def _layout(channels: int, per_lane: int) -> tuple[int, int]:
+    """Groups and lanes of a plane of so many channels."""
+    groups = -(-channels // (GROUP * per_lane))
+    return groups, (groups - 1) * GROUP + min(GROUP, channels - (groups - 1) * GROUP * per_lane)
+
+
 def _decode(data: memoryview, spec: PlaneSpec) -> Codes:
     heads, _, dims = spec.shape
     _, last_table, last_symbol, spread, per_lane, shortest, used = _HEAD.unpack_from(data)
     count, alphabet, channels = last_table + 1, last_symbol + 1, heads * dims
     if not 1 <= per_lane <= channels or spread > 32 or used > spec.size:
         raise CorruptError("rans stream: head out of range")
-    lanes = -(-channels // per_lane)
+    groups, lanes = _layout(channels, per_lane)
     fields = _Fields(data)
     states = np.frombuffer(fields.take(4 * lanes), "<u4")
     words = np.frombuffer(fields.take(2 * used), "<u2")
     symbols = fields.codes(alphabet, spec.width)
     levels = fields.codes(count * alphabet, 6).reshape(count, alphabet)
     assigned = fields.codes(channels, last_table.bit_length())
-    lengths = fields.codes(lanes, spread) + shortest
+    lengths = fields.codes(groups, spread) + shortest
     if fields.rest() or lengths.sum() != used or (assigned >= count).any() or (np.diff(symbols) <= 0).any():
         raise CorruptError("rans stream: lengths, tables or symbols out of range")
     try:
@@ -106,10 +115,10 @@ def _decode(data: memoryview, spec: PlaneSpec) -> Codes:
     except ValueError as error:
         raise CorruptError(f"rans stream: {error}") from None
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    padded = np.concatenate([words, np.zeros(per_lane * spec.shape[1] + 1, np.uint16)])
+    padded = np.concatenate([words, np.zeros(GROUP * per_lane * spec.shape[1] + 1, np.uint16)])
     codes = np.empty(spec.shape, spec.code_dtype)
     if not cpu.decode(codes, per_lane, assigned, slots, entries, padded, starts, states.astype(np.uint32)):
-        raise CorruptError("rans stream: a lane does not end where it must")
+        raise CorruptError("rans stream: a group does not end where it must")
     return codes
 
 

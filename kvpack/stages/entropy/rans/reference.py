@@ -1,74 +1,83 @@
-"""rANS lanes in plain numpy, in the words of ``docs/format.md``: all lanes step together.
+"""rANS lanes in plain numpy, in the words of ``docs/format.md``: the lanes of a group step together.
 
-Duda, "Asymmetric numeral systems", arXiv 1311.2540; interleaving after Giesen, arXiv 1402.3392. A state lies
-in [2**15, 2**31) and is renormalised by 16-bit words.
+Duda, "Asymmetric numeral systems", arXiv 1311.2540; interleaving after Giesen, arXiv 1402.3392; 32 lanes to a
+stream of words as in DietGPU, https://github.com/facebookresearch/dietgpu. A state lies in [2**15, 2**31) and is
+renormalised by 16-bit words.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpack.stages.entropy.rans.tables import starts_of
+
 Array = NDArray[Any]
 LOW = 1 << 15
+GROUP = 32
 
 
-def _lanes(codes_shape: tuple[int, int, int], per_lane: int) -> tuple[Array, Array]:
-    """Flat position ``[S, N]`` of each lane's symbols in decoding order (-1: none) and their channels."""
-    heads, tokens, dims = codes_shape
-    channels = heads * dims
-    lanes = -(-channels // per_lane)
-    channel = np.arange(lanes)[None, :] * per_lane + np.repeat(np.arange(per_lane), tokens)[:, None]
-    token = np.tile(np.arange(tokens), per_lane)[:, None]
-    position = (channel // dims) * tokens * dims + token * dims + channel % dims
-    return np.where(channel < channels, position, -1), np.minimum(channel, channels - 1)
+def _steps(shape: tuple[int, int, int], per_lane: int, group: int) -> Iterator[tuple[Array, Array]]:
+    """Of a group, step by step in decoding order: the channels of its live lanes, and their places in the plane."""
+    heads, tokens, dims = shape
+    for row in range(per_lane):
+        first = (group * per_lane + row) * GROUP
+        channel = np.arange(first, min(first + GROUP, heads * dims))
+        for token in range(tokens):
+            yield channel, (channel // dims) * tokens * dims + token * dims + channel % dims
 
 
 def encode(codes: Array, per_lane: int, tables: Array, frequencies: Array) -> tuple[Array, Array, Array]:
-    """``codes`` are symbol indices ``[H, T, D]``; returns words, words a lane ``[N]``, final states ``[N]``."""
-    position, channel = _lanes(codes.shape, per_lane)
-    starts = np.cumsum(frequencies, 1) - frequencies
-    lanes = position.shape[1]
-    states = np.full(lanes, LOW, np.int64)
-    words: list[list[int]] = [[] for _ in range(lanes)]
-    for where, which in zip(position[::-1], channel[::-1], strict=True):
-        for lane in np.flatnonzero(where >= 0):
-            symbol, table = codes.reshape(-1)[where[lane]], tables[which[lane]]
-            frequency, start = int(frequencies[table, symbol]), int(starts[table, symbol])
-            x = int(states[lane])
-            if x >= frequency << 19:
-                words[lane].append(x & 0xFFFF)
-                x >>= 16
-            states[lane] = (x // frequency << 12) + start + x % frequency
-    lengths = np.array([len(w) for w in words], np.int64)
-    return np.array([v for w in words for v in reversed(w)], np.uint16), lengths, states
+    """``codes`` are symbol indices ``[H, T, D]``; returns words, words a group ``[G]``, final states ``[N]``."""
+    heads, _, dims = codes.shape
+    starts = starts_of(frequencies)
+    words: list[int] = []
+    lengths, states = [], []
+    for group in range(-(-heads * dims // (GROUP * per_lane))):
+        steps = list(_steps(codes.shape, per_lane, group))
+        state = [LOW] * len(steps[0][0])
+        mine: list[int] = []
+        for channel, place in reversed(steps):
+            for lane in reversed(range(len(channel))):
+                symbol, table = codes.reshape(-1)[place[lane]], tables[channel[lane]]
+                frequency, start, x = int(frequencies[table, symbol]), int(starts[table, symbol]), state[lane]
+                if x >= frequency << 19:
+                    mine.append(x & 0xFFFF)
+                    x >>= 16
+                state[lane] = (x // frequency << 12) + start + x % frequency
+        words += reversed(mine)
+        lengths.append(len(mine))
+        states += state
+    return np.array(words, np.uint16), np.array(lengths, np.int64), np.array(states, np.int64)
 
 
 def decode(shape: tuple[int, int, int], per_lane: int, tables: Array, frequencies: Array,
            words: Array, starts: Array, states: Array) -> Array:  # fmt: skip
-    """The symbol indices ``[H, T, D]``.
+    """The symbol indices ``[H, T, D]``; ``starts`` ``[G + 1]`` is where each group's words begin.
 
     Raises:
-        ValueError: a lane does not end where and as it must.
+        ValueError: a group does not end where and as it must.
 
     """
-    position, channel = _lanes(shape, per_lane)
     symbols = np.zeros(int(np.prod(shape)), np.int64)
-    bounds = np.cumsum(frequencies, 1)
-    x, at = states.astype(np.int64), starts[:-1].astype(np.int64)
-    padded = np.concatenate([words.astype(np.int64), np.zeros(len(position) + 1, np.int64)])
-    for where, which in zip(position, channel, strict=True):
-        slot, table = x & 0xFFF, tables[which]
-        symbol = (bounds[table] <= slot[:, None]).sum(1)
-        frequency = frequencies[table, symbol]
-        y = frequency * (x >> 12) + slot - (bounds[table, symbol] - frequency)
-        due = y < LOW
-        y = np.where(due, (y << 16) | padded[at], y)
-        live = where >= 0
-        symbols[where[live]] = symbol[live]
-        x, at = np.where(live, y, x), at + (due & live)
-    if (x != LOW).any() or (at != starts[1:]).any():
-        raise ValueError("a lane does not end where and as it must")
+    begin = starts_of(frequencies)
+    padded = np.concatenate([words.astype(np.int64), np.zeros(symbols.size + 1, np.int64)])
+    for group in range(len(starts) - 1):
+        at, x = int(starts[group]), states[group * GROUP : (group + 1) * GROUP].astype(np.int64)
+        for channel, place in _steps(shape, per_lane, group):
+            lanes = slice(0, len(channel))
+            slot, table = x[lanes] & 0xFFF, tables[channel]
+            inside = (begin[table] <= slot[:, None]) & (slot[:, None] < begin[table] + frequencies[table])
+            symbol = inside.argmax(1)
+            y = frequencies[table, symbol] * (x[lanes] >> 12) + slot - begin[table, symbol]
+            due = y < LOW
+            y[due] = (y[due] << 16) | padded[at : at + due.sum()]
+            at += int(due.sum())
+            x[lanes] = y
+            symbols[place] = symbol
+        if (x != LOW).any() or at != starts[group + 1]:
+            raise ValueError("a group does not end where and as it must")
     return symbols.reshape(shape)

@@ -1,0 +1,57 @@
+// What all kernels share: types, the checksum's mix, positions in a part. Compiled by NVRTC, so without headers.
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+#define ALL 0xFFFFFFFFu
+#define GOLDEN 0x9E3779B97F4A7C15ull
+
+// SplitMix64's finaliser of word + key, for the key (index + 1) * GOLDEN: a word's share of the checksum (docs/format.md).
+__device__ __forceinline__ u64 mixed_by(u64 word, u64 key) {
+    u64 z = word + key;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    return z ^ (z >> 31);
+}
+
+__device__ __forceinline__ u64 mixed(u64 word, u64 index) { return mixed_by(word, (index + 1) * GOLDEN); }
+
+__device__ __forceinline__ u64 warp_sum(u64 value) {
+    for (int step = 16; step; step >>= 1) value += __shfl_xor_sync(ALL, value, step);
+    return value;
+}
+
+// Position of a channel's first token in a part whose heads lie head_stride elements apart.
+__device__ __forceinline__ i64 channel_offset(int channel, int dims, i64 head_stride) {
+    return (i64)(channel / dims) * head_stride + channel % dims;
+}
+
+// Loads by address space: of shared memory by 32-bit address, of device memory that no one writes meanwhile.
+#ifdef __CUDA_ARCH__
+__device__ __forceinline__ u32 shared_address(const void *at) { return (u32)__cvta_generic_to_shared(at); }
+__device__ __forceinline__ u32 shared_word(u32 address) {
+    u32 value;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address));
+    return value;
+}
+__device__ __forceinline__ u32 shared_half(u32 address) {
+    u32 value;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+    return value;
+}
+__device__ __forceinline__ u32 device_word(const u32 *at) {
+    u32 value;
+    asm("ld.global.nc.u32 %0, [%1];" : "=r"(value) : "l"(at));
+    return value;
+}
+template <typename T> __device__ __forceinline__ T *kept(T *at) {  // keeps an address in a register: not summed anew
+    asm("" : "+l"(at));
+    return at;
+}
+__device__ __forceinline__ u32 kept(u32 value) {
+    asm("" : "+r"(value));
+    return value;
+}
+#endif

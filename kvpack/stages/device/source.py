@@ -1,0 +1,21 @@
+"""CUDA sources as one text: what they include is put in its place, as the run-time compiler reads no files."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+STAGES = Path(__file__).parent.parent
+_INCLUDE = re.compile(r'^#include "([a-z_]+\.cuh)"$', re.MULTILINE)
+
+
+@cache
+def source_of(name: str) -> str:
+    """The source ``name`` (``entropy/rans/encode``, below ``kvpack/stages``) behind what every kernel shares."""
+    path = STAGES / f"{name}.cu"
+
+    def included(match: re.Match[str]) -> str:
+        return _INCLUDE.sub(included, (path.parent / match[1]).read_text())
+
+    return (STAGES / "device/common.cuh").read_text() + _INCLUDE.sub(included, path.read_text())

@@ -1,0 +1,234 @@
+"""rANS on a GPU: the same streams as ``cpu.py``, many parts of one shape a launch, nothing waited for.
+
+Encoding: one pass counts codes (``scan.cu``; for bf16 it packs mantissas and sums the digest on the way), a block a
+part makes the bank of tables (``bank.cu``), a warp encodes a group (``encode.cu``), then streams are placed one behind
+another and filled (``emit.cu``). Decoding: ``prepare.cu`` reads heads and tables, ``decode.cu`` runs the groups.
+
+A context-modelled coder can build on the same pieces: the loop around ``put`` and ``get``, the words of a group, and
+``layout`` and ``emit`` do not know where a symbol's table comes from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvpack.stages.device.launch import Launcher
+from kvpack.stages.entropy.rans import LANE_BYTES, MAX_WIDTH, tables
+
+Tensor = torch.Tensor
+
+META, MODE, TABLES, ALPHABET, SLOT_BYTES, FAULT = 16, 0, 1, 2, 9, 10
+"""Ints of ``meta.cuh`` a part, and positions."""
+MOST_SYMBOLS, MOST_ENTRIES, MOST_SLOTS = 256, 64 * 256, 64 * 4352
+HEAD = 16
+SMALL_BANK, LARGE_BANK = 4096, MOST_ENTRIES
+"""Entries (tables times symbols) of a bank that the first and the second launch of ``bank.cu`` have room for."""
+BANK_BYTES = 7
+MAX_TOKENS = 32768
+"""Counts of a channel are 16 bits, codes of a part below 2**31."""
+MAX_PAYLOAD = (1 << 31) - 1
+ENCODE_SHARED, ENCODE_ENTRIES = 32 << 10, 56
+"""Most shared memory in bytes for a block's encoding tables, and symbols a table as a rule."""
+RING_BYTES = 512
+"""Shared memory a warp that decodes needs for words."""
+SLOTS_A_TABLE = 464
+"""Slots of a decoding table as a rule: 256 runs at most, and the rare symbols' (measured on SmolLM2-135M)."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parts ``[H, T, D]`` of one shape in device memory.
+
+    ``addresses`` int64 ``[P]``; rows are contiguous, heads ``head_stride`` elements of ``item`` bytes apart. A code is
+    the ``width`` bits above ``shift``; with ``floats`` (bf16) the bits below are the mantissa.
+    """
+
+    addresses: Tensor
+    shape: tuple[int, int, int]
+    head_stride: int
+    item: int = 1
+    shift: int = 0
+    width: int = 8
+    floats: bool = False
+
+    @property
+    def count(self) -> int:
+        """Number of parts."""
+        return len(self.addresses)
+
+    @property
+    def channels(self) -> int:
+        """Channels a part."""
+        return self.shape[0] * self.shape[2]
+
+    @property
+    def size(self) -> int:
+        """Codes a part."""
+        return self.channels * self.shape[1]
+
+    @property
+    def groups(self) -> int:
+        """Groups a part at most."""
+        return -(-self.channels // 32)
+
+    @property
+    def geometry(self) -> tuple[int, int, int]:
+        """Head stride, heads and tokens, as kernels take them."""
+        return (self.head_stride, *self.shape[:2])
+
+    @property
+    def defines(self) -> dict[str, int]:
+        """What kernels are compiled for."""
+        return {"ITEM": self.item, "SHIFT": self.shift, "BINS": 1 << self.width}
+
+    @property
+    def walk(self) -> dict[str, int]:
+        """What kernels that walk over parts are compiled for."""
+        return {**self.defines, "DIMS": self.shape[2], "FLOATS": int(self.floats)}
+
+
+def supports(shape: tuple[int, int, int], width: int, floats: bool) -> bool:
+    """Whether the kernels take parts of this shape: even D (64 a multiple for bf16), no more than 32,768 tokens."""
+    heads, tokens, dims = shape
+    multiple = 64 if floats else 2
+    return 0 < tokens <= MAX_TOKENS and dims > 0 and heads > 0 and dims % multiple == 0 and width <= MAX_WIDTH
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Streams in device memory: part p's rANS stream is ``arena[places[p]:][:sizes[p]]``, its mantissas' (with floats)
+    ``mantissas[p, 15 : 16 + ...]``, both with their mode byte; checksums and digests as in ``docs/format.md``.
+    """  # fmt: skip
+
+    arena: Tensor
+    places: Tensor
+    sizes: Tensor
+    checksums: Tensor
+    meta: Tensor
+    mantissas: Tensor | None
+    mantissa_checksums: Tensor | None
+    digests: Tensor | None
+
+
+@lru_cache(maxsize=8)
+def _rules(device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """``tables.py``'s nearest level, levels, and cost of frequencies, on the device."""
+    return (
+        torch.from_numpy(tables._NEAREST.astype(np.uint8)).to(device),
+        torch.from_numpy(tables.LEVELS.astype(np.int16)).to(device),
+        torch.from_numpy(tables._COST.astype(np.int32)).to(device),
+    )
+
+
+def mantissa_size(parts: Parts) -> int:
+    """Bytes of a part's packed mantissas."""
+    return (parts.size * parts.shift + 7) // 8
+
+
+def checksums(gpu: Launcher, starts: Tensor, sizes: Tensor) -> Tensor:
+    """Checksums ``[S]`` (int64, the bits of the unsigned value) of byte ranges in device memory."""
+    sums = torch.zeros(len(starts), dtype=torch.int64, device=gpu.device)
+    gpu.launch("device/checksum:checksum", {}, (8, len(starts)), 256, 0, starts, sizes, sums)
+    return sums
+
+
+def encode(gpu: Launcher, parts: Parts) -> Coded:
+    """Streams of ``parts``; waits for nothing."""
+
+    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=gpu.device)
+
+    count, channels, groups, defines, walk = parts.count, parts.channels, parts.groups, parts.defines, parts.walk
+    bins, blocks, rules = 1 << parts.width, -(-parts.channels // 64), _rules(gpu.device)
+    masks = -(-bins // 32)
+    rows, present = empty(torch.int32, count, blocks, bins, 32), empty(torch.int32, count, blocks, masks)
+    packed_size = mantissa_size(parts)
+    stride = (packed_size + 31) // 16 * 16 + 16 if parts.floats else 0
+    mantissas = empty(torch.uint8, count, stride)
+    sums = empty(torch.int64, count, 2)
+    sums[:, 0], sums[:, 1] = parts.size * parts.item, 1 + packed_size
+    if parts.floats:
+        mantissas[:, 15] = 0
+    packed = mantissas.data_ptr() + 16 if parts.floats else 0
+    gpu.launch("entropy/rans/scan:scan", walk, (blocks, count), 512, 128 * bins + 4 * masks, parts.addresses,
+               *parts.geometry, rows, present, packed, stride, sums)  # fmt: skip
+    counts, symbols = empty(torch.int16, count, MOST_SYMBOLS, 64 * blocks), empty(torch.int16, count, MOST_SYMBOLS)
+    maps, names = empty(torch.uint8, count, bins), empty(torch.uint8, count, channels)
+    codes, entries = empty(torch.uint8, count, MOST_ENTRIES), empty(torch.int64, count, MOST_ENTRIES)
+    keys, meta = empty(torch.int32, count, channels), empty(torch.int32, count, META)
+    bank = tables.bank_size(parts.size, channels)
+    for least, most in ((0, SMALL_BANK), (SMALL_BANK, LARGE_BANK)):
+        if bank * min(bins, MOST_SYMBOLS) > least:
+            gpu.launch("entropy/rans/bank:bank", defines, (count, 1), 256, BANK_BYTES * most, rows, present, blocks,
+                       channels, bank, *rules, counts, symbols, maps, names, codes, entries, keys, meta, least, most,
+                       LANE_BYTES)  # fmt: skip
+    scratch = empty(torch.int16, count, groups * 32 * parts.shape[1])
+    lengths, states = empty(torch.int32, count, groups), empty(torch.int32, count, channels)
+    warps, room = min(8, groups), min(ENCODE_SHARED, 8 * ENCODE_ENTRIES * bank)
+    gpu.launch("entropy/rans/encode:encode", walk, (-(-groups // warps), count), 32 * warps, room,
+               parts.addresses, *parts.geometry, meta, entries, maps, names, scratch, groups, lengths, states,
+               room)  # fmt: skip
+    places, sizes = empty(torch.int64, count + 1), empty(torch.int64, count)
+    gpu.launch("entropy/rans/emit:layout", defines, (1, 1), 1024, 0, meta, lengths, count, groups, channels,
+               parts.width, parts.size, places, sizes)  # fmt: skip
+    arena = empty(torch.uint8, count * ((parts.size * parts.width + 7) // 8 + 32) + slack(parts))
+    gpu.launch("entropy/rans/emit:emit", defines, (1 + groups, count), 256, 0, meta, lengths, groups,
+               channels, parts.width, symbols, codes, names, states, scratch, parts.shape[1], places,
+               arena)  # fmt: skip
+    gpu.launch("entropy/rans/emit:pack", defines, (8, count), 256, 0, parts.addresses, *parts.geometry, parts.shape[2],
+               parts.width, meta, places, arena)  # fmt: skip
+    own = checksums(gpu, places[:count] + arena.data_ptr(), sizes)
+    if not parts.floats:
+        return Coded(arena, places, sizes, own, meta, None, None, None)
+    return Coded(arena, places, sizes, own, meta, mantissas, sums[:, 1], sums[:, 0])
+
+
+def slack(parts: Parts) -> int:
+    """Bytes that must be readable behind streams that are decoded: what an unsound one could ask for."""
+    return 2 * parts.size + 4096
+
+
+def decode(gpu: Launcher, streams: Tensor, sizes: Tensor, parts: Parts, mantissas: Tensor | None = None,
+           shared: int = 48 << 10,
+           ranges: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Decode rANS streams into ``parts``; returns meta ``[P, 16]``, digests ``[P]`` (of floats), sums of ``ranges``.
+
+    ``streams`` and ``mantissas`` (of floats: packed codes, without the mode byte) are int64 addresses ``[P]`` divisible
+    by 4, ``sizes`` int64 bytes ``[P]``. Memory must be readable for :func:`slack` beyond any stream. ``shared`` is
+    shared memory a block for its tables; parts that need more are slower. ``meta[:, FAULT]`` is not zero where a stream
+    is unsound; streams of mode PACKED are left to the caller (``meta[:, MODE]``). ``ranges`` (addresses and sizes of
+    streams) are summed beside the reading of tables, before a code is decoded.
+    """
+
+    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=gpu.device)
+
+    count, channels, groups, defines = parts.count, parts.channels, parts.groups, parts.defines
+    meta, bases = empty(torch.int32, count, META), empty(torch.int32, count, groups + 1)
+    names, entries = empty(torch.uint8, count, channels), empty(torch.int64, count, MOST_ENTRIES)
+    slots, tails = empty(torch.int32, count, MOST_SLOTS), empty(torch.int32, 2, count, tables.MAX_TABLES)
+    sums = None
+    if ranges is not None:
+        sums = torch.zeros(len(ranges[0]), dtype=torch.int64, device=gpu.device)
+        with gpu.beside():
+            gpu.launch("device/checksum:checksum", {}, (8, len(sums)), 256, 0, *ranges, sums)
+    gpu.launch("entropy/rans/prepare:prepare", defines, (count, 1), 256, 0, streams, sizes, channels, parts.shape[1],
+               parts.width, groups, _rules(gpu.device)[1], meta, bases, names, entries, slots, tails)  # fmt: skip
+    digests = torch.full((count,), parts.size * parts.item, dtype=torch.int64, device=gpu.device)
+    warps = min(32, groups)
+    gpu.join()
+    gpu.launch("entropy/rans/decode:decode", parts.walk, (-(-groups // warps), count), 32 * warps,
+               shared + RING_BYTES * warps, streams, meta, bases, names, slots, tails, groups, parts.addresses,
+               *parts.geometry, mantissas, digests, shared)  # fmt: skip
+    return meta, digests, sums
+
+
+def shared_for(heads: list[Any]) -> int:
+    """Shared memory in bytes that decoding streams with these first 16 bytes wants, at most 128 KiB."""
+    most = max((head[1] + 1) * SLOTS_A_TABLE * 4 for head in heads) if heads else 0
+    return int(np.clip(-(-most // 1024) * 1024, 4096, 128 << 10))

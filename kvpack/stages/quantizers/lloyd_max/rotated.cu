@@ -1,0 +1,156 @@
+// TurboQuant on tensor cores (mma.sync m16n8k16, bf16 in, float32 out): rotation and 3-bit Lloyd-Max codes in one pass.
+//
+// DIMS 64 or 128, BITS 3. The rotation is given as two bf16 matrices whose sum it is to 16 bits, [2, DIMS, DIMS] row-major:
+// for compress R (rows are outputs), for decompress its transpose. A warp takes 16 vectors. codes: DIMS * 3 / 8 bytes a
+// vector (bitpack), 4 bytes aligned. (arXiv 2504.19874, algorithm 1.)
+#define PADDED (DIMS + 8)
+#define TILES (DIMS / 8)
+#define WORDS (DIMS * 3 / 32)
+#define WARPS 8
+
+__device__ __forceinline__ void multiply(float *sum, const u32 *a, u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ u16 to_half(float value) {
+    u16 half;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+    return half;
+}
+
+__device__ __forceinline__ float from_half(u16 half) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+    return value;
+}
+
+__device__ __forceinline__ void load_matrix(const u32 *matrix, u32 *held) {
+    for (int i = threadIdx.x; i < DIMS * DIMS; i += WARPS * 32) {  // words: two elements each, both matrices
+        int row = i / (DIMS / 2), column = i % (DIMS / 2);
+        held[row * (PADDED / 2) + column] = matrix[i];
+    }
+    __syncthreads();
+}
+
+// sums [TILES][4] of 16 vectors times both matrices: of row g = lane / 4 columns 8 j + 2 t, + 1 (t = lane % 4), then row g + 8.
+// vectors(k, a, low) gives fragments of elements 16 k on, with TWO as two bf16 matrices; they are asked for one k ahead.
+template <bool TWO, typename Vectors>
+__device__ __forceinline__ void rotate(Vectors vectors, const u32 *held, float (*sums)[4]) {
+    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    u32 a[4], low[4], next[4], next_low[4];
+    vectors(0, a, low);
+#pragma unroll
+    for (int j = 0; j < TILES; j++) sums[j][0] = sums[j][1] = sums[j][2] = sums[j][3] = 0;
+#pragma unroll 2
+    for (int k = 0; k < DIMS / 16; k++) {
+        if (k + 1 < DIMS / 16) vectors(k + 1, next, next_low);
+#pragma unroll
+        for (int j = 0; j < TILES; j++) {
+            const u32 *b = held + (8 * j + g) * (PADDED / 2) + 8 * k + t, *rest = b + DIMS * (PADDED / 2);
+            u32 b0 = b[0], b1 = b[4];
+            multiply(sums[j], a, b0, b1);
+            if (TWO) multiply(sums[j], low, b0, b1);
+            multiply(sums[j], a, rest[0], rest[4]);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[i] = next[i], low[i] = next_low[i];
+    }
+}
+
+__device__ __forceinline__ u32 code_of(float value, const float *bounds) {
+    u32 code = 0;
+#pragma unroll
+    for (int i = 0; i < 7; i++) code += value > bounds[i];
+    return code;
+}
+
+// Codes of one row, 6 bits a lane and tile: a quad's lanes make whole words of four tiles' 96 bits.
+__device__ __forceinline__ void store_codes(const u32 *pairs, u32 *out, bool live) {
+    int t = threadIdx.x % 4;
+#pragma unroll
+    for (int j = 0; j < TILES; j += 4) {
+        u32 b[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            b[i] = pairs[j + i] << 6 * t;
+            b[i] |= __shfl_xor_sync(ALL, b[i], 1);
+            b[i] |= __shfl_xor_sync(ALL, b[i], 2);
+        }
+        u32 word = t == 0 ? b[0] | b[1] << 24 : t == 1 ? b[1] >> 8 | b[2] << 16 : b[2] >> 16 | b[3] << 8;
+        if (live && t < 3) out[j / 4 * 3 + t] = word;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32) compress(
+    const u32 *vectors, i64 count, const u32 *matrix, const float *bounds_, u32 *codes, u16 *norms) {
+    extern __shared__ u32 held[];
+    load_matrix(matrix, held);
+    float bounds[7];
+    for (int i = 0; i < 7; i++) bounds[i] = bounds_[i];
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    for (i64 first = ((i64)blockIdx.x * WARPS + threadIdx.x / 32) * 16; first < count; first += (i64)gridDim.x * WARPS * 16) {
+        i64 rows[2] = {first + g, first + g + 8};
+        const u32 *x = vectors + (rows[0] < count ? rows[0] : 0) * (DIMS / 2), *y = vectors + (rows[1] < count ? rows[1] : 0) * (DIMS / 2);
+        float sums[TILES][4];
+        rotate<false>([&](int k, u32 *a, u32 *) {
+            a[0] = x[8 * k + t], a[1] = y[8 * k + t], a[2] = x[8 * k + t + 4], a[3] = y[8 * k + t + 4];
+        }, held, sums);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float square = 0;
+#pragma unroll
+            for (int j = 0; j < TILES; j++) square += sums[j][2 * r] * sums[j][2 * r] + sums[j][2 * r + 1] * sums[j][2 * r + 1];
+            square += __shfl_xor_sync(ALL, square, 1);
+            square += __shfl_xor_sync(ALL, square, 2);
+            u16 norm = to_half(sqrtf(square));
+            float scale = norm ? 1 / from_half(norm) : 1;
+            u32 pairs[TILES];
+#pragma unroll
+            for (int j = 0; j < TILES; j++)
+                pairs[j] = code_of(sums[j][2 * r] * scale, bounds) | code_of(sums[j][2 * r + 1] * scale, bounds) << 3;
+            bool live = rows[r] < count;
+            store_codes(pairs, codes + rows[r] * WORDS, live);
+            if (live && t == 0) norms[rows[r]] = norm;
+        }
+    }
+}
+
+// pairs_ [64, 2]: for two codes (6 bits) their levels as two bf16 pairs, the nearest and what it leaves.
+extern "C" __global__ void __launch_bounds__(WARPS * 32) decompress(
+    const u32 *codes, const u16 *norms, i64 count, const u32 *matrix, const u64 *pairs_, u32 *vectors) {
+    extern __shared__ u32 held[];
+    __shared__ u64 pairs[64];
+    if (threadIdx.x < 64) pairs[threadIdx.x] = pairs_[threadIdx.x];
+    load_matrix(matrix, held);
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    for (i64 first = ((i64)blockIdx.x * WARPS + threadIdx.x / 32) * 16; first < count; first += (i64)gridDim.x * WARPS * 16) {
+        i64 rows[2] = {first + g, first + g + 8};
+        float sums[TILES][4], scales[2];
+        const u32 *from[2];
+        for (int r = 0; r < 2; r++) {
+            i64 row = rows[r] < count ? rows[r] : 0;
+            from[r] = codes + row * WORDS, scales[r] = from_half(norms[row]);
+        }
+        rotate<true>([&](int k, u32 *a, u32 *low) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {  // rows g, g + 8 at 16 k + 2 t, then at 16 k + 8 + 2 t
+                int bit = 48 * k + 24 * (i / 2) + 6 * t;
+                const u32 *word = from[i % 2] + bit / 32;
+                u32 next = bit % 32 > 26 ? word[1] : 0;
+                u64 pair = pairs[__funnelshift_r(word[0], next, bit) & 63];
+                a[i] = (u32)pair, low[i] = (u32)(pair >> 32);
+            }
+        }, held, sums);
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+            if (rows[r] < count)
+#pragma unroll
+                for (int j = 0; j < TILES; j++) {
+                    u32 pair;
+                    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(sums[j][2 * r + 1] * scales[r]), "f"(sums[j][2 * r] * scales[r]));
+                    vectors[rows[r] * (DIMS / 2) + 4 * j + t] = pair;
+                }
+    }
+}

@@ -1,0 +1,144 @@
+// Runs CUDA kernels on a CPU, a block at a time, a fiber a thread: for tests of their logic, not of races or speed.
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <ucontext.h>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+
+struct Dim { unsigned x, y, z; };
+static Dim gridDim, blockDim, blockIdx, threadIdx;
+
+namespace simt {
+struct Barrier { int arrived = 0, alive = 0; unsigned generation = 0; };
+static const int MOST = 1024, STACK = 64 << 10;
+static ucontext_t scheduler, fibers[MOST];
+static char *stacks;
+static bool done[MOST];
+static int current;
+static Barrier block, warps[MOST / 32];
+static uint64_t values[MOST / 32][2][32];
+alignas(1024) static char dynamic[256 << 10];
+static void *function;
+static const uint64_t *arguments;
+
+inline void release(Barrier &barrier) {
+    if (barrier.arrived && barrier.arrived == barrier.alive) barrier.arrived = 0, barrier.generation++;
+}
+inline void wait(Barrier &barrier) {
+    unsigned generation = barrier.generation;
+    barrier.arrived++;
+    release(barrier);
+    while (barrier.generation == generation) {
+        swapcontext(&fibers[current], &scheduler);
+    }
+}
+inline uint64_t *exchange(uint64_t value) {  // all lanes' values
+    Barrier &warp = warps[current / 32];
+    uint64_t *mine = values[current / 32][warp.generation % 2];
+    mine[current % 32] = value;
+    wait(warp);
+    return mine;
+}
+inline void body() {
+    const uint64_t *a = arguments;
+    ((void (*)(uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t,
+               uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t,
+               uint64_t, uint64_t, uint64_t, uint64_t))function)(
+        a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13], a[14], a[15], a[16],
+        a[17], a[18], a[19], a[20], a[21], a[22], a[23]);
+    done[current] = true;
+    block.alive--, warps[current / 32].alive--;
+    release(block), release(warps[current / 32]);
+    swapcontext(&fibers[current], &scheduler);
+}
+inline void run_block() {
+    int threads = blockDim.x;
+    memset(dynamic, 0xA5, sizeof dynamic);
+    block = Barrier(), block.alive = threads;
+    for (int w = 0; w < (threads + 31) / 32; w++) warps[w] = Barrier(), warps[w].alive = threads - w * 32 < 32 ? threads - w * 32 : 32;
+    for (int i = 0; i < threads; i++) {
+        done[i] = false;
+        getcontext(&fibers[i]);
+        fibers[i].uc_stack.ss_sp = stacks + (size_t)i * STACK;
+        fibers[i].uc_stack.ss_size = STACK;
+        makecontext(&fibers[i], (void (*)())body, 0);
+    }
+    while (block.alive)
+        for (int i = 0; i < threads; i++)
+            if (!done[i]) {
+                current = i;
+                threadIdx = {(unsigned)i, 0, 0};
+                swapcontext(&scheduler, &fibers[i]);
+            }
+}
+}  // namespace simt
+
+inline void __syncthreads() { simt::wait(simt::block); }
+inline void __syncwarp() { simt::wait(simt::warps[simt::current / 32]); }
+inline unsigned __ballot_sync(unsigned, bool value) {
+    uint64_t *all = simt::exchange(value);
+    unsigned mask = 0;
+    for (int i = 0; i < 32; i++) mask |= (unsigned)(all[i] & 1) << i;
+    return mask;
+}
+template <typename T> inline T __shfl_xor_sync(unsigned, T value, int step) {
+    return (T)simt::exchange((uint64_t)value)[(simt::current % 32) ^ step];
+}
+template <typename T> inline T __shfl_down_sync(unsigned, T value, int step) {
+    int from = simt::current % 32 + step;
+    return (T)simt::exchange((uint64_t)value)[from < 32 ? from : simt::current % 32];
+}
+template <typename T> inline T __shfl_up_sync(unsigned, T value, int step) {
+    int from = simt::current % 32 - step;
+    return (T)simt::exchange((uint64_t)value)[from >= 0 ? from : simt::current % 32];
+}
+inline unsigned __reduce_add_sync(unsigned, unsigned value) {
+    uint64_t *all = simt::exchange(value);
+    unsigned sum = 0;
+    for (int i = 0; i < 32; i++) sum += (unsigned)all[i];
+    return sum;
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+    uint64_t *all = simt::exchange(value);
+    for (int i = 0; i < 32; i++) value = (unsigned)all[i] > value ? (unsigned)all[i] : value;
+    return value;
+}
+inline unsigned __reduce_min_sync(unsigned, unsigned value) {
+    uint64_t *all = simt::exchange(value);
+    for (int i = 0; i < 32; i++) value = (unsigned)all[i] < value ? (unsigned)all[i] : value;
+    return value;
+}
+template <typename T> inline T __shfl_sync(unsigned, T value, int lane) { return (T)simt::exchange((uint64_t)value)[lane]; }
+template <typename T, typename U> inline T atomicAdd(T *at, U value) { T old = *at; *at += value; return old; }
+template <typename T, typename U> inline T atomicOr(T *at, U value) { T old = *at; *at |= value; return old; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
+inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+    return (unsigned)(((uint64_t)high << 32 | low) >> (shift & 31));
+}
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+    uint64_t bytes = (uint64_t)b << 32 | a;
+    unsigned out = 0;
+    for (int i = 0; i < 4; i++) out |= (unsigned)(bytes >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+    return out;
+}
+
+inline unsigned shared_address(const void *at) { return (unsigned)((const char *)at - simt::dynamic); }
+inline unsigned shared_word(unsigned address) { return *(unsigned *)(simt::dynamic + address); }
+inline unsigned shared_half(unsigned address) { return *(unsigned short *)(simt::dynamic + address); }
+inline unsigned device_word(const unsigned *at) { return *at; }
+template <typename T> inline T kept(T value) { return value; }
+
+extern "C" void simt_launch(void *function, const unsigned *grid, const unsigned *block, const uint64_t *arguments) {
+    if (!simt::stacks) simt::stacks = (char *)malloc((size_t)simt::MOST * simt::STACK);
+    simt::function = function, simt::arguments = arguments;
+    gridDim = {grid[0], grid[1], grid[2]}, blockDim = {block[0], 1, 1};
+    for (unsigned y = 0; y < grid[1]; y++)
+        for (unsigned x = 0; x < grid[0]; x++) blockIdx = {x, y, 0}, simt::run_block();
+}
