@@ -85,11 +85,9 @@ def _fisher(model: Model, sample: Sample, options: FisherOptions, tell: Say) -> 
     for what, found in token_klt.learn(sample, learnt, information, sinks, table, *sizes):
         tell(f"fisher: {what}")
         arrays |= {f"fisher.{name}": array for name, array in found.items()}
-    tell(f"fisher: scatter on {len(held)} sequences held back")
-    arrays |= {
-        f"fisher.{name}": array
-        for name, array in scales.scatter(sample, held[:: -(-len(held) // SCATTER_SEQUENCES)], arrays).items()
-    }
+    some = held[:: -(-len(held) // SCATTER_SEQUENCES)]
+    tell(f"fisher: scatter on {len(some)} sequences held back")
+    arrays |= {f"fisher.{name}": array for name, array in scales.scatter(sample, some, arrays).items()}
     rows = []
     for level, row in scales.curve(network, sample, held[:: -(-len(held) // CURVE_SEQUENCES)], arrays):
         tell(f"fisher-{level}: KL {row[1]:.4f} plain, {row[3]:.4f} repeat")

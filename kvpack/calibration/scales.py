@@ -63,13 +63,20 @@ def scatter(sample: Sample, sequences: list[int], profile: Mapping[str, NDArray[
             scaled = np.abs(z) / np.exp2(log_step / 32 + levels / 4)[:, None].astype(np.float32)
             magnitude = np.floor(scaled + np.float32(ROUNDING)).astype(np.int64)
             symbols, _, _ = split(np.minimum(2 * magnitude, 60000).reshape(-1).astype(np.uint16))
-            np.add.at(counts, (classes.reshape(-1), symbols), 1.0)
+            counts += _histogram(classes, symbols.reshape(classes.shape), ALPHABET)
             bins = np.minimum(magnitude, 3)
-            np.add.at(offsets, (classes, bins), scaled - magnitude)
-            np.add.at(weights, (classes, bins), 1.0)
+            offsets += _histogram(classes, bins, 4, scaled - magnitude)
+            weights += _histogram(classes, bins, 4)
     centroids = np.where(weights > 100, offsets / np.maximum(weights, 1), 0).astype(np.float32)
     centroids[:, 0] = 0
     return {"columns": columns, "tables": tables(counts), "centroids": centroids}
+
+
+def _histogram(classes: NDArray[Any], bins: NDArray[Any], width: int, values: Floats | None = None) -> NDArray[Any]:
+    """How often, or with what sum of ``values``, each class meets each bin: ``[CLASSES, width]``."""
+    place = (classes * width + bins).reshape(-1)
+    given = None if values is None else values.reshape(-1)
+    return np.bincount(place, given, CLASSES * width).reshape(CLASSES, width)
 
 
 def laplace(width: float) -> NDArray[np.float64]:

@@ -32,7 +32,7 @@ EMBEDDED = 1024
 
 ITERATIONS = 3
 OVERSAMPLED = 64
-BASIS_TOKENS = 49152
+BASIS_TOKENS = 65536
 REFERENCE_STEP = 2.0 ** (-234 / 32)
 """What rounding of basis and table is held against: the step of ``fisher-4``."""
 
@@ -168,17 +168,13 @@ def learn(
     ``budget`` is how many bytes the token table may take.
     """
     white = whitening(sample, sequences, fisher, sinks)
-    scale = white.whiten.abs().amax((1, 2)).clamp_min(1e-30)
-    whiten = (white.whiten / scale[:, None, None]).half()
-    white = Whitened(white.mean, whiten.float() * scale[:, None, None])
-    yield (
-        "means and whitening",
-        {
-            "mean": white.mean.half().cpu().numpy(),
-            "whiten": whiten.cpu().numpy(),
-            "whiten_scale": scale.cpu().numpy(),
-        },
-    )
+    dims = white.whiten.shape[1]
+    step = (white.whiten.abs().amax(1) / 127).clamp_min(1e-30).cpu().numpy()
+    codes = pack_matrix(white.whiten.reshape(-1, dims).cpu().numpy(), step)
+    packed = {f"whiten.{name}": array for name, array in codes.items()}
+    rounded = torch.from_numpy(_unpacked(packed, "whiten")).to(fisher.device)
+    white = Whitened(white.mean, rounded.reshape(white.whiten.shape))
+    yield "means and whitening", {"mean": white.mean.half().cpu().numpy(), **packed}
     first = Ridge()
     for s in sequences:
         first.add(_first_inputs(table, sample.tokens[s]), white.rows(sample, s))
@@ -213,7 +209,8 @@ def _span(
     leading = leading_directions([(rows / unit).to(torch.bfloat16) for rows in rest], rank, seed=0)
     own = weights[: table.shape[1]]
     both = torch.cat([leading, torch.linalg.qr(own.T).Q], dim=1)
-    return torch.linalg.qr(both[:, : both.shape[0]]).Q
+    span: torch.Tensor = torch.linalg.qr(both[:, : both.shape[0]]).Q
+    return span
 
 
 def _principal_axes(
@@ -241,13 +238,12 @@ def _spread(sample: Sample, sequences: list[int]) -> Floats:
         x = rows_of(sample, s, "cpu").numpy()[SKIPPED:].astype(np.float64)
         power += np.square(x).mean(0) / len(sequences)
         total += x.mean(0) / len(sequences)
-    spread: Floats = np.sqrt(np.maximum(power - np.square(total), 1e-12)).astype(np.float32)
-    return spread
+    return np.asarray(np.sqrt(np.maximum(power - np.square(total), 1e-12)), np.float32)
 
 
 def _rounded_basis(synthesis: torch.Tensor, spread: Floats, deviations: torch.Tensor) -> Arrays:
     """Directions ``[P, R]``, over each element's deviation, rounded the finer the more their coordinates deviate."""
-    shares: Floats = synthesis.cpu().numpy() / spread[:, None]
+    shares = np.asarray(synthesis.cpu().numpy() / spread[:, None], np.float32)
     step = np.maximum(BASIS_STEP / deviations.cpu().numpy(), np.abs(shares).max(0) / 127)[None].astype(np.float32)
     return {"spread": spread, **{f"basis.{name}": array for name, array in pack_matrix(shares, step).items()}}
 

@@ -58,13 +58,13 @@ class TokenModel:
     def coordinates(self, flat: Floats, part: Part) -> Floats:
         """What is coded of rows ``[T, P]``, which are overwritten: ``[T, R]``, 0 for sinks."""
         flat -= self.means(part.first, len(flat))
-        found: Floats = flat @ self.analysis - self.predict(part)
+        found = np.asarray(flat @ self.analysis - self.predict(part), np.float32)
         found[: max(self.sinks - part.first, 0)] = 0
         return found
 
     def rows(self, coordinates: Floats, part: Part) -> Floats:
         """The inverse: ``[T, P]``."""
-        flat: Floats = (coordinates + self.predict(part)) @ self.synthesis
+        flat = np.asarray((coordinates + self.predict(part)) @ self.synthesis, np.float32)
         flat += self.means(part.first, len(flat))
         return flat
 
