@@ -65,7 +65,7 @@ def scatter(sample: Sample, sequences: list[int], profile: Mapping[str, NDArray[
             symbols, _, _ = split(np.minimum(2 * magnitude, 60000).reshape(-1).astype(np.uint16))
             counts += _histogram(classes, symbols.reshape(classes.shape), ALPHABET)
             bins = np.minimum(magnitude, 3)
-            offsets += _histogram(classes, bins, 4, scaled - magnitude)
+            offsets += _histogram(classes, bins, 4, np.asarray(scaled - magnitude, np.float32))
             weights += _histogram(classes, bins, 4)
     centroids = np.where(weights > 100, offsets / np.maximum(weights, 1), 0).astype(np.float32)
     centroids[:, 0] = 0
