@@ -11,9 +11,12 @@ import numpy as np
 
 from kvpack.archive import Capture
 from kvpack.calibration.aquakv import gaussian_grid
+from kvpack.calibration.scales import ALPHABET, CLASSES, UNIT_CLASS, tables
 from kvpack.codecs import AQUAKV_BITS, CODECS, KVTC_RATES, Codec
 from kvpack.container import layer_of
 from kvpack.profile import Profile, write_profile
+from kvpack.stages.packed import pack_matrix
+from kvpack.stages.transforms.token_klt.model import DECAYS, LAGS, PLACES
 from kvpack.tensorfile import TensorFile, build_header
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -28,11 +31,15 @@ STACKED = [name for name, codec in CODECS.items() if codec.stacked]
 
 
 def tiny_capture(path: Path) -> Path:
-    """Head 0 of the small capture's two layers, its tokens and metadata: 160 tokens of 2 x 64 channels."""
+    """Head 0 of the small capture's two layers and its metadata: 160 tokens of 2 x 64 channels.
+
+    Token ids are their ranks among the capture's own, so that a table of tokens is small.
+    """
     source = Capture(TensorFile.open(FIXTURES / "smollm2-160.safetensors"))
     names = [name for name, spec in source.tensors.items() if layer_of(spec) is not None]
     arrays = {name: np.ascontiguousarray(source.read(name)[:1]) for name in names}
-    arrays["tokens"] = source.read("tokens")
+    ranks = np.unique(source.read("tokens").view(np.int32), return_inverse=True)[1]
+    arrays["tokens"] = ranks.astype(np.int32)
     header = build_header([(n, source.tensors[n].dtype, a.shape) for n, a in arrays.items()], source.metadata)
     data = b"".join(array.tobytes() for array in arrays.values())
     path.write_bytes(len(header.raw).to_bytes(8, "little") + header.raw + data)
@@ -42,6 +49,41 @@ def tiny_capture(path: Path) -> Path:
 @cache
 def grids() -> dict[str, np.ndarray]:
     return {f"higgs.{4**bits}": gaussian_grid(4**bits) for bits in AQUAKV_BITS}
+
+
+VOCABULARY = 49152
+"""Token ids that :func:`fisher_arrays` knows: SmolLM2's."""
+
+
+def matrix(name: str, values: np.ndarray, groups: int) -> dict[str, np.ndarray]:
+    """A packed matrix under ``name``; ``groups`` groups of rows have steps of their own."""
+    blocks = np.abs(values).reshape(groups, -1, values.shape[1])
+    packed = pack_matrix(values.astype(np.float32), np.maximum(blocks.max(1) / 127, 1e-30).astype(np.float32))
+    return {f"{name}.{field}": array for field, array in packed.items()}
+
+
+@cache
+def fisher_arrays(layers: int, heads: int, dims: int) -> dict[str, np.ndarray]:
+    """No whitening, a random basis of everything, 16 random token vectors, small random weights; one sink."""
+    rng = np.random.default_rng(1)
+    blocks, size = 2 * layers * heads, 2 * layers * heads * dims
+    own, reach = 3, 2
+    inputs = own + (LAGS + len(DECAYS)) * reach + PLACES
+    centroids = np.zeros((CLASSES, 4), np.float32)
+    centroids[:, 1:] = [-0.05, -0.02, -0.01]
+    section = {
+        "mean": np.zeros((2, size), np.float16),
+        "spread": np.ones(size, np.float32),
+        "order": (np.arange(VOCABULARY) % 16).astype(np.int32),
+        "columns": np.full(size, 8 * UNIT_CLASS + 4, np.int32),
+        "tables": tables(np.zeros((CLASSES, ALPHABET))),
+        "centroids": centroids,
+        **matrix("whiten", np.tile(np.eye(dims), (blocks, 1)), blocks),
+        **matrix("basis", np.linalg.qr(rng.standard_normal((size, size)))[0], 1),
+        **matrix("table", rng.standard_normal((16, own)), 4),
+        **matrix("weights", 0.05 * rng.standard_normal((inputs, size)), 1),
+    }
+    return {f"fisher.{name}": array for name, array in section.items()}
 
 
 @cache
@@ -63,7 +105,7 @@ def arrays_for(layers: int, heads: int, dims: int) -> dict[str, np.ndarray]:
             weight = 0.1 * rng.standard_normal((max(layers - 1, 0), inputs, channels)) / np.sqrt(max(inputs, 1))
             arrays[f"aquakv-{bits}.{kind}.weight"] = weight.astype(np.float16)
             arrays[f"aquakv-{bits}.{kind}.bias"] = np.zeros((max(layers - 1, 0), channels), np.float16)
-    return arrays | grids()
+    return arrays | grids() | fisher_arrays(layers, heads, dims)
 
 
 def write(path: Path, arrays: dict[str, np.ndarray], **metadata: object) -> Path:

@@ -18,6 +18,7 @@ LAYERS: list[set[str]] = [
     {"archive", "calibration"},
     {"fidelity", "device"},
     {"api"},
+    {"rate"},
     {"demo", "bench"},
     {"cli"},
     {"__main__"},
