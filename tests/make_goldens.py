@@ -14,14 +14,16 @@ import hashlib
 import io
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import torch
 from profiles import FIXTURES, THETA, TINY, model_metadata, tiny_capture
 
 from kvpack import api
 from kvpack.archive import Archive, Capture
-from kvpack.calibration import Sample, calibrate
-from kvpack.calibration.corpus import SKIPPED
+from kvpack.calibration import FisherOptions, Sample, calibrate, scales, token_klt
 from kvpack.codecs import CODECS
 from kvpack.container.layout import VERSION
 from kvpack.floats import to_float32
@@ -30,6 +32,7 @@ from kvpack.stages.transforms.unrope import rotate
 from kvpack.tensorfile import TensorFile
 
 CAPTURE = FIXTURES / "smollm2-160.safetensors"
+RANK, SINKS, TABLE_BUDGET = 32, 1, 8192
 FOLDER = FIXTURES / "goldens" / ".".join(map(str, VERSION))
 
 
@@ -51,16 +54,26 @@ def main() -> None:
 
 
 def write_tiny_profile(path: Path) -> None:
-    """Calibrate on the tiny capture itself."""
+    """Calibrate on the tiny capture itself; no model has one head, so ``fisher`` weighs all elements alike."""
     capture = Capture(TensorFile.open(path))
     frequencies = (THETA ** -(np.arange(32) / 32)).astype(np.float32)
-    sample = {}
+    halves = {}
     for kind in ("keys", "values"):
         layers = [to_float32(capture.read(f"layers.{i}.{kind}"), "BF16") for i in (0, 29)]
         if kind == "keys":
             layers = [rotate(layer, frequencies, 0, -1) for layer in layers]
-        sample[kind] = np.concatenate([layer[0, SKIPPED:] for layer in layers], axis=1)
-    arrays = calibrate(Sample(sample["keys"], sample["values"], 2, 64, frequencies, []))
+        halves[kind] = np.concatenate([layer[0] for layer in layers], axis=1)[None].astype(np.float16)
+    tokens = capture.read("tokens").view(np.int32)[None].copy()
+    mass = np.ones(tokens.shape, np.float32)
+    sample = Sample(halves["keys"], halves["values"], tokens, mass, 2, 64, frequencies, [])
+    arrays: dict[str, np.ndarray] = {"rope.inv_freq": frequencies}
+    information = 1e-3 * torch.eye(64).repeat(4, 1, 1)
+    embeddings = torch.randn(int(tokens.max()) + 1, 16, generator=torch.Generator().manual_seed(0))
+    for _, found in token_klt.learn(sample, [0], information, SINKS, embeddings, RANK, TABLE_BUDGET):
+        arrays |= {f"fisher.{name}": array for name, array in found.items()}
+    arrays |= {f"fisher.{name}": array for name, array in scales.scatter(sample, [0], arrays).items()}
+    on_cpu: Any = SimpleNamespace(network=SimpleNamespace(device="cpu"))
+    arrays |= calibrate(on_cpu, sample, ("kvtc", "aquakv"), FisherOptions())
     with TINY.open("wb") as sink:
         write_profile(arrays, {"model": model_metadata(path)}, sink)
 

@@ -27,10 +27,12 @@ from reference_stages import (
     Array,
     Profile,
     cross_layer,
+    dead_zone_scales,
     float_planes,
     join,
     mix,
     need,
+    scaled_rans,
     to_bits,
     transformed,
     untransform,
@@ -85,8 +87,9 @@ def decode(data: bytes, profile: bytes = b"") -> bytes:
             content[header["streams"][kind]] = stream
             at += size
         entries.append((part, header["codecs"][codec], digest, content))
-    for unit in units(entries):
-        for part, bits in decode_unit(unit, arrays):
+    layers = lambda unit: unit[0][0]["tensor"]["layer"]  # noqa: E731
+    for unit in sorted(units(entries), key=layers):  # tensors of no layer first: token ids are among them
+        for part, bits in decode_unit(unit, arrays, token_ids(tensors, output) if layers(unit) else None):
             place(output, part, bits)
     need(at == index_at, "streams fill the file")
     return len(source).to_bytes(8, "little") + source + output.tobytes()
@@ -127,6 +130,14 @@ def plan(tensors: list[dict[str, Any]], chunk: int) -> Iterator[dict[str, Any]]:
             yield {"tensor": t, "shape": shape, "first": 0, "total": shape[1]}
 
 
+def token_ids(tensors: list[dict[str, Any]], output: np.ndarray) -> np.ndarray | None:
+    """The tensor ``tokens``, where the file has it as captures do."""
+    for t in tensors:
+        if t["name"] == "tokens" and t["dtype"] == "I32" and len(t["shape"]) == 1:
+            return output[t["start"] : t["start"] + t["bytes"]].view("<i4")
+    return None
+
+
 def read_profile(raw: bytes, identity: dict[str, str] | None) -> Profile:
     """Arrays by name; F16 as float32."""
     if identity is None:
@@ -137,7 +148,7 @@ def read_profile(raw: bytes, identity: dict[str, str] | None) -> Profile:
     entries.pop("__metadata__")
     arrays = {}
     for name, entry in entries.items():
-        dtype = {"F16": "<f2", "F32": "<f4", "I32": "<i4"}[entry["dtype"]]
+        dtype = {"F16": "<f2", "F32": "<f4", "I32": "<i4", "U8": "|u1"}[entry["dtype"]]
         first, stop = entry["data_offsets"]
         array = np.frombuffer(raw[start + first : start + stop], dtype).reshape(entry["shape"])
         arrays[name] = array.astype(np.float32) if dtype == "<f2" else array
@@ -189,24 +200,31 @@ def units(entries: list[Entry]) -> Iterator[list[Entry]]:
         yield stack
 
 
-def decode_unit(unit: list[Entry], profile: Profile) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+def decode_unit(
+    unit: list[Entry], profile: Profile, tokens: np.ndarray | None
+) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """Bit patterns of each part: keys first, because values may be predicted from them."""
     codec = unit[0][1]
     keys = None
-    for kind in ("keys", "values"):
-        mine = [entry for entry in unit if entry[0]["tensor"]["name"].endswith(".keys") == (kind == "keys")]
+    kinds: dict[str, list[Entry]] = {"keys": [], "values": []}
+    for entry in sorted(unit, key=lambda entry: entry[0]["tensor"]["number"] or 0):
+        kinds["keys" if entry[0]["tensor"]["name"].endswith(".keys") else "values"].append(entry)
+    joint = any(stage["name"] == "token_klt" for stage in codec["keys"])
+    if joint and unit[0][0]["tensor"]["layer"]:
+        kinds = {"keys": kinds["keys"] + kinds["values"]}
+    for kind, mine in kinds.items():
         if not mine:
             continue
-        mine.sort(key=lambda entry: entry[0]["tensor"]["number"] or 0)
         first, _, digest, _ = mine[0]
-        rows, tokens, dims = first["shape"]
+        rows, count, dims = first["shape"]
         array = {
-            "shape": (rows * len(mine), tokens, dims),
+            "shape": (rows * len(mine), count, dims),
             "dtype": first["tensor"]["dtype"],
             "first": first["first"],
             "total": first["total"],
             "heads": rows,
             "row": 0,
+            "tokens": tokens if tokens is not None and len(tokens) == first["total"] else None,
         }
         streams = {name: stream for *_, content in mine for name, stream in content.items()}
         bits, decoded = decode_chain(codec[kind], streams, array, keys, profile)
@@ -236,6 +254,10 @@ def decode_chain(
     codes = []
     for name, shape, width in planes:
         if math.prod(shape) and width:
+            if entropy["name"] == "scaled_rans" and name == "coefficients":
+                scales = dead_zone_scales(codes[-1], quantizer["configuration"], profile)
+                codes.append(scaled_rans(streams.pop(name), shape, *scales))
+                continue
             codes.append(ENTROPY[entropy["name"]](streams.pop(name), shape, width))
         else:
             codes.append(np.zeros(shape, np.uint64))

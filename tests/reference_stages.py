@@ -73,6 +73,8 @@ def transformed(transform: dict[str, Any], array: Array, profile: Profile) -> Ar
         return {**array, "shape": (rows // array["heads"], tokens, array["heads"] * dims), "heads": 1}
     if name == "klt":
         return {**array, "shape": (1, tokens, profile[f"{config['section']}.basis"].shape[1]), "heads": 1}
+    if name == "token_klt":
+        return {**array, "shape": (1, tokens, profile[f"{config['section']}.basis.step"].shape[1]), "heads": 1}
     need(name in ("rotation", "unrope"), "transform")
     return array
 
@@ -89,12 +91,62 @@ def untransform(values: np.ndarray, transform: dict[str, Any], array: Array, pro
     if name == "klt":
         flat = values[0] @ profile[f"{config['section']}.basis"].T + profile[f"{config['section']}.mean"]
         return flat.reshape(tokens, rows, dims).transpose(1, 0, 2)
+    if name == "token_klt":
+        flat = token_klt(values[0], config["section"], array, profile)
+        both = flat.reshape(tokens, rows, dims).transpose(1, 0, 2)
+        return np.concatenate([turned(both[: rows // 2], array, profile), both[rows // 2 :]])
+    return turned(values, array, profile)
+
+
+def turned(values: np.ndarray, array: Array, profile: Profile) -> np.ndarray:
+    """Keys with RoPE again."""
+    tokens = array["shape"][1]
     frequency = profile["rope.inv_freq"].astype(np.float64)
     half = len(frequency)
     angle = np.arange(array["first"], array["first"] + tokens)[:, None] * frequency
     cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
     x, y = values[..., :half], values[..., half : 2 * half]
     return np.concatenate([x * cos - y * sin, y * cos + x * sin, values[..., 2 * half :]], axis=2)
+
+
+def unpacked(profile: Profile, name: str) -> np.ndarray:
+    """A packed matrix."""
+    step, count = profile[f"{name}.step"], int(profile[f"{name}.rows"][0])
+    codes = rans(profile[f"{name}.codes"].tobytes(), (len(step), count // len(step), step.shape[1]), 8)
+    return ((codes.astype(np.float32) - 128) * step[:, None]).reshape(count, -1)
+
+
+def token_klt(coordinates: np.ndarray, section: str, array: Array, profile: Profile) -> np.ndarray:
+    """Coordinates ``[T, R]`` to a token's elements ``[T, P]``, keys before RoPE."""
+    first, tokens = array["first"], array["shape"][1]
+    mean, basis = profile[f"{section}.mean"], unpacked(profile, f"{section}.basis")
+    sinks, position = len(mean) - 1, np.arange(first, first + tokens)
+    expected = np.zeros_like(coordinates)
+    if array["tokens"] is not None:
+        table = unpacked(profile, f"{section}.table")[profile[f"{section}.order"]]
+        weights = unpacked(profile, f"{section}.weights")
+        given = token_inputs(table[array["tokens"][: first + tokens]], len(weights))[first:]
+        expected = np.where(position[:, None] < sinks, np.float32(0), given @ weights)
+    synthesis = basis * profile[f"{section}.spread"][:, None]
+    return (coordinates + expected) @ synthesis.T + mean[np.minimum(position, sinks)]
+
+
+def token_inputs(vectors: np.ndarray, inputs: int) -> np.ndarray:
+    """A token's vector, the leading elements of those behind it, its place: ``[T, inputs]``."""
+    tokens, size = vectors.shape
+    reach = (inputs - size - 3) // 7
+    near = vectors[:, :reach]
+    columns = [vectors]
+    for lag in (1, 2, 3):
+        columns.append(np.concatenate([np.zeros((lag, reach), np.float32), near])[:tokens])
+    for decay in np.array([0.6, 0.85, 0.96, 0.99], np.float32):
+        total, weight, mean = np.zeros(reach, np.float32), np.float32(0), np.zeros((tokens, reach), np.float32)
+        for t in range(tokens):
+            mean[t] = total / weight if t else 0
+            total, weight = total * decay + near[t], weight * decay + np.float32(1)
+        columns.append(mean)
+    n = np.minimum(np.arange(tokens), 2047).astype(np.float32)[:, None]
+    return np.concatenate([*columns, np.ones_like(n), np.log1p(n) / 8, 1 / np.sqrt(n + 1)], axis=1)
 
 
 def gaussian(dims: int, seed: int) -> np.ndarray:
@@ -272,6 +324,28 @@ def higgs(codes: list[np.ndarray], config: dict[str, Any], array: Array, profile
     return (turned @ rotation(dims, config["seed"])) * halves(codes[2:4])
 
 
+def dead_zone_planes(_: dict[str, Any], array: Array, __: Profile) -> list[Plane]:
+    rows, tokens, dims = array["shape"]
+    return [("levels", (rows, tokens, 1), 5), ("coefficients", (rows, tokens, dims), 16)]
+
+
+def dead_zone_scales(codes: np.ndarray, config: dict[str, Any], profile: Profile) -> tuple[np.ndarray, np.ndarray]:
+    """The class of each coefficient ``[T, R]``, and the frequency tables ``[K, 63]``."""
+    columns, tables = (profile[f"{config['section']}.{name}"].astype(np.int64) for name in ("columns", "tables"))
+    rows = config["log_step"] + 8 * (codes.reshape(-1).astype(np.int64) - 16)
+    return np.clip((columns[None] - rows[:, None]) >> 3, 0, len(tables) - 1), tables
+
+
+def dead_zone(codes: list[np.ndarray], config: dict[str, Any], _: Array, profile: Profile) -> np.ndarray:
+    zigzag = codes[1][0].astype(np.int64)
+    magnitude, sign = (zigzag + 1) >> 1, np.where(zigzag & 1, -1, 1)
+    classes, _ = dead_zone_scales(codes[0], config, profile)
+    offset = profile[f"{config['section']}.centroids"][classes, np.minimum(magnitude, 3)]
+    exponent = config["log_step"] / 32 + (codes[0].reshape(-1, 1).astype(np.int64) - 16) / 4
+    values = np.where(magnitude > 0, sign * (magnitude + offset), 0).astype(np.float32)
+    return (values * np.exp2(exponent).astype(np.float32))[None]
+
+
 # ---- Entropy coders ------------------------------------------------------------------------------------------------
 
 
@@ -377,6 +451,49 @@ def frequency_tables(codes: np.ndarray) -> np.ndarray:
     return values
 
 
+def scaled_rans(data: bytes, shape: tuple[int, ...], classes: np.ndarray, tables: np.ndarray) -> np.ndarray:
+    """Zigzag codes of a plane with scales; one without is coded by :func:`rans`."""
+    classes = classes.reshape(-1)
+    span, tail = struct.unpack_from("<II", data)
+    need(span > 0 and span % 32 == 0, "span")
+    groups = -(-len(classes) // span)
+    lengths = np.frombuffer(data, "<u4", groups, 8).astype(np.int64)
+    states = np.frombuffer(data, "<u4", 32 * groups, 8 + 4 * groups).astype(np.int64)
+    at = 8 + 4 * 33 * groups
+    need(at + 2 * lengths.sum() + tail == len(data), "scaled_rans sections")
+    words = np.frombuffer(data, "<u2", int(lengths.sum()), at).astype(np.int64)
+    ends = np.cumsum(tables, 1)
+    symbols = np.zeros(len(classes), np.int64)
+    word = 0
+    for group in range(groups):
+        state = states[32 * group : 32 * group + 32].copy()
+        stop = word + lengths[group]
+        for first in range(group * span, min((group + 1) * span, len(classes)), 32):
+            k = classes[first : min(first + 32, (group + 1) * span, len(classes))]
+            x = state[: len(k)]
+            slot = x & 16383
+            s = (ends[k] <= slot[:, None]).sum(1)
+            x = tables[k, s] * (x >> 14) + slot - (ends[k, s] - tables[k, s])
+            short = x < 1 << 16
+            need(word + short.sum() <= stop, "group words")
+            x[short] = (x[short] << 16) | words[word : word + short.sum()]
+            word += int(short.sum())
+            state[: len(k)] = x
+            symbols[first : first + len(k)] = s
+        need(bool((state == 1 << 16).all()) and word == stop, "group ends")
+    bucket = (symbols + 1) >> 1
+    octave = 3 + (bucket - 8) // 2
+    magnitude = np.where(bucket < 8, bucket, (1 << octave) + ((bucket & 1) << (octave - 1)))
+    widths = np.where(bucket < 8, 0, octave - 1)
+    bits = bitpack(data[len(data) - tail :], (int(widths.sum()),), 1).astype(np.int64)
+    taken = 0
+    for i in np.flatnonzero(widths):
+        magnitude[i] += (bits[taken : taken + widths[i]] << np.arange(widths[i])).sum()
+        taken += widths[i]
+    negative = (symbols > 0) & (symbols % 2 == 0)
+    return (2 * magnitude - negative).reshape(shape)
+
+
 PLANES: dict[str, Any] = {
     "float_split": lambda _, array, __: float_planes(array["dtype"], array["shape"]),
     "byte_planes": lambda _, array, __: [(f"byte.{i}", array["shape"], 8) for i in range(ITEM_BYTES[array["dtype"]])],
@@ -385,6 +502,7 @@ PLANES: dict[str, Any] = {
     "anchor_delta": anchor_delta_planes,
     "component_groups": component_groups_planes,
     "higgs": higgs_planes,
+    "dead_zone": dead_zone_planes,
 }
 DEQUANTIZE: dict[str, Any] = {
     "affine": affine,
@@ -392,5 +510,6 @@ DEQUANTIZE: dict[str, Any] = {
     "anchor_delta": anchor_delta,
     "component_groups": component_groups,
     "higgs": higgs,
+    "dead_zone": dead_zone,
 }
-ENTROPY: dict[str, Any] = {"bitpack": bitpack, "rans": rans, "zstd": zstd, "deflate": deflate}
+ENTROPY: dict[str, Any] = {"bitpack": bitpack, "rans": rans, "scaled_rans": rans, "zstd": zstd, "deflate": deflate}

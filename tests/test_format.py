@@ -26,7 +26,7 @@ from kvpack.stages.registry import STAGES
 
 GOLDENS = FIXTURES / "goldens" / ".".join(map(str, VERSION))
 SPECIFICATION = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
-FLOAT_PRODUCTS = [name for name in CODECS if name.startswith(("turboquant", "kvtc", "aquakv"))]
+FLOAT_PRODUCTS = [name for name in CODECS if name.startswith(("turboquant", "kvtc", "aquakv", "fisher"))]
 
 
 def decompress(data: bytes, profile: Profile | None = None) -> bytes:
@@ -113,7 +113,7 @@ def test_awkward_stacks_decode_alike(tmp_path: Path, name: str, dtype: str) -> N
     assert ours[: start + 4] == theirs[: start + 4]
     x, y = (to_float32(np.frombuffer(b[start + 4 :], UINT[dtype]), dtype) for b in (ours, theirs))
     assert (np.isfinite(x) == np.isfinite(y)).all()
-    near = {"BF16": 2**-8, "F16": 2**-11, "F32": 2**-18}[dtype]
+    near = {"BF16": 2**-7, "F16": 2**-10, "F32": 2**-18}[dtype]  # one unit in the last place
     assert np.allclose(x, y, rtol=near, atol=1e-5)
 
 
