@@ -23,6 +23,7 @@ from kvpack.parallel import ordered_map
 from kvpack.pipeline import chain_of
 from kvpack.profile import Profile
 from kvpack.stages.base import Side, UnrepresentableError
+from kvpack.stages.quantizers.dead_zone import DeadZone
 from kvpack.tensorfile import Header as SourceHeader
 from kvpack.tensorfile import TensorFile, TensorSpec, build_header
 from kvpack.units import Unit, units
@@ -43,11 +44,16 @@ PROBES = ("queries.*", "query_positions", "attention_mass", "continuation")
 
 @dataclass(frozen=True)
 class Compressed:
-    """What :func:`compress` did: sizes in bytes, and the parts it had to carry losslessly."""
+    """What :func:`compress` did: sizes in bytes, and the parts it had to carry losslessly.
+
+    ``surprise`` is how many bits coefficients took over how many the profile expects of texts like those of its
+    calibration, where a codec says so; else None.
+    """
 
     original: int
     size: int
     carried: list[str] = field(default_factory=list)
+    surprise: float | None = None
 
 
 def compress(
@@ -129,16 +135,22 @@ def compress_capture(
     )
     writer = ContainerWriter(output, header)
     carried: list[str] = []
+    coded = 0
     done, total = 0, sum(spec.nbytes for spec in kept.tensors)
     for group, encoded in zip(groups, encoder.run(groups, threads, gpu), strict=True):
         for plan, part in zip(group, encoded, strict=True):
             writer.add(part.codec, part.digest, part.streams)
             if part.fallback:
                 carried.append(plan.name)
+            coded += sum(8 * len(data) for name, data, _ in part.streams if name == "coefficients")
             done += part.nbytes
         if progress:
             progress(done, total)
-    return Compressed(capture.file.header.file_size, writer.finish(), carried)
+    surprise = None
+    if profile is not None and isinstance(codec.keys.quantizer, DeadZone) and not carried:
+        tokens = max(spec.shape[1] for spec in kept.tensors if layer_of(spec) is not None)
+        surprise = coded / max(codec.keys.quantizer.expected_bits(profile) * tokens, 1)
+    return Compressed(capture.file.header.file_size, writer.finish(), carried, surprise)
 
 
 def _without(header: SourceHeader, patterns: Sequence[str]) -> tuple[SourceHeader, list[str]]:

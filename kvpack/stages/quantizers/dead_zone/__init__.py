@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpack.errors import MismatchError
-from kvpack.stages.base import Codes, Floats, Part, PlaneSpec, Quantizer, Scales, UnrepresentableError
+from kvpack.stages.base import Codes, Floats, Part, PlaneSpec, Profile, Quantizer, Scales, UnrepresentableError
 from kvpack.stages.symbols import LARGEST, unzigzag, zigzag
 
 MIDDLE = 16
@@ -62,6 +62,14 @@ class DeadZone(Quantizer):
             return plane
         levels = before["levels"].reshape(-1).astype(np.int32) - MIDDLE
         return replace(plane, scales=self._scales(levels, part))
+
+    def expected_bits(self, profile: Profile) -> float:
+        """Bits of a token's coefficients, if they scatter as in calibration, at level 0."""
+        columns, tables = profile[f"{self.section}.columns"], profile[f"{self.section}.tables"]
+        share = tables / tables.sum(1, keepdims=True)
+        entropy = -(share * np.log2(share)).sum(1)
+        classes = np.clip((columns - self.log_step) >> 3, 0, len(tables) - 1)
+        return float(entropy[classes].sum())
 
     def _scales(self, levels: NDArray[np.int32], part: Part) -> Scales:
         columns, tables = part.array(f"{self.section}.columns"), part.array(f"{self.section}.tables")
