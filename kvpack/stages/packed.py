@@ -40,7 +40,8 @@ def unpack_matrix(part: Part, name: str) -> Floats:
     """
     step, codes, rows = (part.array(f"{name}.{field}") for field in ("step", "codes", "rows"))
     count = int(rows[0]) if rows.shape == (1,) else 0
-    if step.ndim != 2 or codes.dtype != np.uint8 or count < 1 or count % max(len(step), 1) or count > 1 << 24:
+    sound = step.ndim == 2 and step.size and codes.dtype == np.uint8
+    if not sound or not 1 <= count <= 1 << 24 or count % len(step):
         raise MismatchError(f"the profile's {name!r} is not a packed matrix")
     shape = (len(step), count // len(step), step.shape[1])
     try:
