@@ -158,7 +158,10 @@ def _load(part: Part, section: str) -> TokenModel:
     whiten = whiten.reshape(blocks, dims, dims)
     spread = array("spread")
     basis = unpack_matrix(part, f"{section}.basis")
-    table = unpack_matrix(part, f"{section}.table")[part.array(f"{section}.order")]
+    rows, order = unpack_matrix(part, f"{section}.table"), part.array(f"{section}.order")
+    if order.ndim != 1 or not len(order) or not 0 <= int(order.min()) <= int(order.max()) < len(rows):
+        raise MismatchError(f"the profile's section {section!r} orders tokens that its table does not have")
+    table = rows[order]
     weights = unpack_matrix(part, f"{section}.weights")
     reach, rest = divmod(len(weights) - PLACES - table.shape[1], LAGS + len(DECAYS))
     sound = (
