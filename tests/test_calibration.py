@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import SMALL
 from models import CONFIGS, REFUSED, save_model
 from profiles import grids
 
 from kvpack.archive import Capture
-from kvpack.calibration import CorpusOptions, aquakv, collect, kvtc
+from kvpack.calibration import CorpusOptions, aquakv, collect, kvtc, scales
 from kvpack.calibration.rotary import inverse_frequencies
 from kvpack.capture import load_model
-from kvpack.codecs import CODECS
+from kvpack.codecs import CODECS, FISHER_LEVELS, fisher_log_step
 from kvpack.demo import demo_text
 from kvpack.errors import UnsupportedError, UsageError
 from kvpack.floats import to_float32
@@ -135,37 +136,49 @@ def test_frequencies_that_change_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_sample_is_the_models_cache(folder: Path) -> None:
-    """Values as in a capture of the same tokens, keys of equal length (they are turned), sinks left out."""
+    """Values as in a capture of the same tokens, keys of equal length (they are turned); rows leave sinks out."""
     from kvpack.capture import CaptureOptions, run_tokens
 
     model = load_model(str(folder / "model"), device="cpu")
     text = (folder / "0.txt").read_text()
     sample = collect(model, [("0.txt", text)], CorpusOptions(tokens=256, context=128))
-    assert sample.keys.shape == sample.values.shape == (2 * 124, 2 * 2 * 8)
+    assert sample.keys.shape == sample.values.shape == (2, 128, 2 * 2 * 8)
+    assert sample.keys.dtype == sample.values.dtype == np.float16
     assert (sample.layers, sample.channels) == (2, 16)
     ids = model.tokenizer(text).input_ids
     second = ids[len(ids) // 2 :][:128]
     cache = run_tokens(model, second, CaptureOptions(queries=0))
-    values = np.concatenate([v.float().numpy().transpose(1, 0, 2)[4:].reshape(124, -1) for v in cache.values], axis=1)
-    keys = np.concatenate([k.float().numpy().transpose(1, 0, 2)[4:].reshape(124, -1) for k in cache.keys], axis=1)
-    assert (sample.values[124:] == values).all()
-    assert np.allclose(np.square(sample.keys[124:]).sum(1), np.square(keys).sum(1), rtol=1e-4)
+    values, keys = (
+        np.concatenate([layer.float().numpy().transpose(1, 0, 2).reshape(128, -1) for layer in layers], axis=1)
+        for layers in (cache.values, cache.keys)
+    )
+    assert (sample.values[1] == values.astype(np.float16)).all()
+    lengths = (np.square(some.astype(np.float32)).sum(1) for some in (sample.keys[1], keys))
+    assert np.allclose(*lengths, rtol=1e-2)
+    assert (sample.tokens[1] == second).all()
+    assert np.allclose(sample.mass[1], cache.attention_mass.float().mean((0, 1)).numpy())
+    rows = sample.rows("values", 1000)
+    assert (rows.shape, rows.dtype) == ((2 * 124, 32), np.float32)
+    assert (rows[124:] == sample.values[1, 4:]).all()
+    assert len(sample.rows("values", 100)) <= 100
     assert sample.documents[0]["sequences"] == 2
 
 
 def test_calibrate_end_to_end(cli: Cli, folder: Path, tmp_path: Path) -> None:
     """The profile is the same when made again; every codec that takes one works with it, better at more bits."""
     out, again = tmp_path / "a.kvprofile", tmp_path / "b.kvprofile"
-    done = cli(*command(folder, out))
+    done = cli(*command(folder, out, "--codecs", "all"))
     assert done.code == 0, done.err
-    assert done.out == f"{out}: 8 sequences, 992 tokens, {out.stat().st_size} bytes\n"
-    assert [line.split(":")[0] for line in done.err.splitlines()] == ["kvtc"] * 2 + ["aquakv"] * 4
-    quiet = cli(*command(folder, again, "-q"))
+    assert done.out == f"{out}: 8 sequences, 1024 tokens, {out.stat().st_size} bytes\n"
+    said = [line.split(":")[0] for line in done.err.splitlines()]
+    levels = [f"fisher-{level}" for level in FISHER_LEVELS]
+    assert said == ["fisher"] * 6 + levels + ["kvtc"] * 2 + ["aquakv"] * 4
+    quiet = cli(*command(folder, again, "-q", "--codecs", "all"))
     assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
     assert out.read_bytes() == again.read_bytes()
     profile = Profile.open(out)
     assert profile.model["architecture"] == "LlamaForCausalLM"
-    assert json.loads(profile.metadata["calibration"])["tokens"] == 992
+    assert json.loads(profile.metadata["calibration"])["tokens"] == 1024
     capture = tmp_path / "c.safetensors"
     text = tmp_path / "text.txt"
     text.write_text(demo_text()[:3000])
@@ -178,14 +191,54 @@ def test_calibrate_end_to_end(cli: Cli, folder: Path, tmp_path: Path) -> None:
         original, back = (Capture(TensorFile.open(path)) for path in (capture, tmp_path / "back"))
         x, y = (to_float32(source.read("layers.1.keys"), "F32") for source in (original, back))
         errors.setdefault(name.rsplit("-", 1)[0], []).append(float(np.square(x - y).mean() / np.square(x).mean()))
+    assert np.isfinite(errors.pop("fisher")).all()  # it minds predictions, and a random model's hardly depend on keys
     for family, some in errors.items():
         assert some == sorted(some), family
         assert some[0] < 0.2
 
 
+def test_calibrate_for_fisher_alone(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    """The default; of fewer coordinates than elements. What it holds is sound, and other codecs ask for their own."""
+    out, again = tmp_path / "a.kvprofile", tmp_path / "b.kvprofile"
+    for path in (out, again):
+        assert cli(*command(folder, path, "-q", "--rank", 20, "--gradients", 2)).code == 0
+    assert out.read_bytes() == again.read_bytes()
+    profile = Profile.open(out)
+    assert {name.split(".")[0] for name in profile} == {"rope", "fisher"}
+    size, rank = profile["fisher.basis.rows"][0], profile["fisher.basis.step"].shape[1]
+    assert size == 64
+    assert 20 <= rank <= 64
+    tables = profile["fisher.tables"]
+    assert (tables >= 1).all()
+    assert (tables.sum(1) == 1 << 14).all()
+    assert profile["fisher.columns"].shape == (rank,)
+    curve = profile["fisher.curve"]
+    assert curve.shape == (len(FISHER_LEVELS), 5)
+    assert list(curve[:, 0]) == [fisher_log_step(level) for level in FISHER_LEVELS]
+    assert (curve[:, 1:] >= 0).all()
+    assert (curve[:, 1] <= curve[:, 2]).all()
+    assert (curve[:, 3] <= curve[:, 4]).all()
+    result = cli("compress", SMALL, "-c", "kvtc-1", "-D", out, "-o", tmp_path / "x")
+    assert (result.code, result.err.count("\n")) == (5, 1)
+
+
+def test_histograms_of_scatter_become_tables() -> None:
+    counts = np.zeros((scales.CLASSES, scales.ALPHABET))
+    smooth = scales.tables(counts)
+    counts[10, 3] = 1e6
+    spiked = scales.tables(counts)
+    assert (spiked.sum(1) == 1 << 14).all()
+    assert (np.delete(spiked, 10, 0) == np.delete(smooth, 10, 0)).all()
+    assert spiked[10, 3] == pytest.approx(spiked[10, 4], rel=0.02) == pytest.approx(1 << 13, rel=0.02)  # both signs
+    for width in (0.05, 1.0, 300.0):
+        assert 0.99 < scales.laplace(width).sum() <= 1 + 1e-9
+
+
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
+        (["--codecs", "lossless"], 2, "lossless"),
+        (["--codecs", "fisher,"], 2, "fisher, kvtc, aquakv"),
         (["--tokens", 200], 2, "--tokens"),
         (["--context", 4], 2, "--tokens"),
         (["--context", 1024, "--tokens", 4096], 2, "--context"),
