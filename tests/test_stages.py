@@ -23,6 +23,7 @@ from kvpack.stages.quantizers.affine import Affine
 from kvpack.stages.quantizers.anchor_delta import AnchorDelta
 from kvpack.stages.quantizers.byte_planes import BytePlanes
 from kvpack.stages.quantizers.component_groups import ComponentGroups
+from kvpack.stages.quantizers.dead_zone import DeadZone
 from kvpack.stages.quantizers.float_split import FloatSplit
 from kvpack.stages.quantizers.higgs import Higgs
 from kvpack.stages.quantizers.lloyd_max import LloydMax
@@ -30,6 +31,7 @@ from kvpack.stages.random import rotation_matrix
 from kvpack.stages.registry import STAGES, stage_from_json
 from kvpack.stages.transforms.klt import Klt
 from kvpack.stages.transforms.rotation import Rotation
+from kvpack.stages.transforms.token_klt import TokenKlt
 
 SHAPES = [(1, 1, 1), (1, 63, 5), (3, 1000, 7), (2, 0, 4), (4, 2, 64), (1, 5000, 1)]
 CODERS = [BitPack(), Rans(), Zstd(level=3), Deflate(level=6)]
@@ -356,6 +358,8 @@ def test_stages_round_trip_as_json(name: str) -> None:
         "zstd": Zstd(level=7),
         "deflate": Deflate(level=2),
         "keep": Keep(first=4, last=128, group=32),
+        "token_klt": TokenKlt(section="fisher"),
+        "dead_zone": DeadZone(section="fisher", log_step=-234, importance=20),
         "klt": Klt(section="kvtc.keys"),
         "cross_layer": CrossLayer(section="aquakv-2.keys"),
         "anchor_delta": AnchorDelta(leading_bins=32, bins=16, leading=10, group=10),
