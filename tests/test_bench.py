@@ -120,7 +120,9 @@ def test_a_bench_with_a_profile(cli: Cli, bench: tuple[Path, list[Path]], tmp_pa
     assert every.code == 0
     assert "calibrated codecs are left out" in every.err
     assert "kvtc" not in out.read_text()
-    done = cli("bench", captures[0], *common, "-D", profile.path, "--codecs", "aquakv,kvtc", "--report", report, "-f")
+    done = cli(
+        "bench", captures[0], *common, "-D", profile.path, "--codecs", "fisher,aquakv,kvtc", "--report", report, "-f"
+    )
     assert done.code == 0, done.err
     results = json.loads(out.read_text())
     assert results["setting"]["profile"] == {**profile.identity(), "size": profile.size}
