@@ -17,7 +17,7 @@ from kvpack.fidelity import compare
 from kvpack.profile import Profile
 from kvpack.tensorfile import TensorFile
 
-QUALITIES = {"high": 0.01, "balanced": 0.03, "small": 0.06}
+QUALITIES = {"high": 0.03, "balanced": 0.06, "small": 0.12}
 """Next-token KL, nats a token, that no sequence held back from calibration was above, on either continuation."""
 
 FINEST, COARSEST = -480, -96
@@ -105,10 +105,10 @@ def step_for_kl(curve: np.ndarray, limit: float) -> int:
     """The coarsest step at which neither continuation's largest KL was above ``limit``, by the profile's ``curve``.
 
     Rows are log_step, then mean and largest KL of the plain, and of the repeated continuation; interpolated in
-    log KL over log_step, and beyond its ends extended as KL ~ step ** 2.
+    log KL over log_step. A limit above everything measured gets the coarsest step measured.
 
     Raises:
-        UsageError: a limit that is coarser than everything measured.
+        UsageError: a limit below what the finest step measured keeps: a profile's cut at R directions is a floor.
 
     """
     order = np.argsort(curve[:, 0])
@@ -116,6 +116,9 @@ def step_for_kl(curve: np.ndarray, limit: float) -> int:
     wanted = float(np.log2(limit))
     if wanted >= worst[-1]:
         return int(steps[-1])
-    if wanted <= worst[0]:
-        return int(max(FINEST, np.floor(steps[0] + 16 * (wanted - worst[0]))))
+    if wanted < worst[0]:
+        raise UsageError(
+            f"no step of this profile is known to keep the KL within {limit:g}: its finest had {2 ** worst[0]:.2g}; "
+            "calibrate with a higher --rank and more --tokens, or compress losslessly"
+        )
     return int(np.floor(np.interp(wanted, worst, steps)))
