@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from kvpack.calibration.corpus import SKIPPED, Sample
-from kvpack.calibration.gradients import PLAIN, Network, continuations, rows_of
+from kvpack.calibration.gradients import PLAIN, Continuation, Network, continuations, rows_of
 from kvpack.codecs import FISHER_IMPORTANCE, FISHER_LEVELS, fisher_log_step
-from kvpack.stages.base import Floats, Part, Side
+from kvpack.stages.base import Floats, Part, Scales, Side
 from kvpack.stages.entropy.scaled_rans.reference import PRECISION
-from kvpack.stages.quantizers.dead_zone import MIDDLE, ROUNDING, DeadZone, token_levels
-from kvpack.stages.symbols import ALPHABET, SMALLEST, split, unzigzag
-from kvpack.stages.transforms.token_klt import model_of
+from kvpack.stages.quantizers.dead_zone import ROUNDING, DeadZone, token_levels
+from kvpack.stages.symbols import ALPHABET, SMALLEST, split
+from kvpack.stages.transforms.token_klt import TokenKlt, model_of
 
 CLASSES = 64
 UNIT_CLASS = 20
@@ -26,6 +27,7 @@ PRIOR = 60.0
 """Weight of the Laplace distribution beside counts, in symbols a class."""
 
 SECTION = "fisher"
+KLT = TokenKlt(section=SECTION)
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -55,12 +57,13 @@ def scatter(sample: Sample, sequences: list[int], profile: Mapping[str, NDArray[
     columns = np.rint(16 * np.log2(np.maximum(power, 1e-30))).astype(np.int32) + 8 * UNIT_CLASS + 4
     counts = np.zeros((CLASSES, ALPHABET))
     offsets, weights = np.zeros((CLASSES, 4)), np.zeros((CLASSES, 4))
+    unknown = np.ones((CLASSES, ALPHABET), np.int32)
     for level in FISHER_LEVELS:
-        log_step = fisher_log_step(level)
+        quantizer = _quantizer(level)
         for z, part in zip(found, parts, strict=True):
             levels = token_levels(part, FISHER_IMPORTANCE)
-            classes = np.clip((columns[None] - (log_step + 8 * levels)[:, None]) >> 3, 0, CLASSES - 1)
-            scaled = np.abs(z) / np.exp2(log_step / 32 + levels / 4)[:, None].astype(np.float32)
+            classes = Scales(columns, quantizer.rows(levels), unknown).classes()
+            scaled = np.abs(z) / quantizer.steps(levels)
             magnitude = np.floor(scaled + np.float32(ROUNDING)).astype(np.int64)
             symbols, _, _ = split(np.minimum(2 * magnitude, 60000).reshape(-1).astype(np.uint16))
             counts += _histogram(classes, symbols.reshape(classes.shape), ALPHABET)
@@ -70,6 +73,10 @@ def scatter(sample: Sample, sequences: list[int], profile: Mapping[str, NDArray[
     centroids = np.where(weights > 100, offsets / np.maximum(weights, 1), 0).astype(np.float32)
     centroids[:, 0] = 0
     return {"columns": columns, "tables": tables(counts), "centroids": centroids}
+
+
+def _quantizer(level: int) -> DeadZone:
+    return DeadZone(section=SECTION, log_step=fisher_log_step(level), importance=FISHER_IMPORTANCE)
 
 
 def _histogram(classes: NDArray[Any], bins: NDArray[Any], width: int, values: Floats | None = None) -> NDArray[Any]:
@@ -104,37 +111,56 @@ def tables(counts: NDArray[np.float64]) -> NDArray[np.int32]:
     return out
 
 
+@dataclass(frozen=True)
+class _Case:
+    """A continuation behind a cache: coefficients ``[T, R]``, and the model's exact log-probabilities ``[N, V]``."""
+
+    follow: Continuation
+    part: Part
+    z: Floats
+    exact: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        network: Network,
+        sample: Sample,
+        sequence: int,
+        follow: Continuation,
+        profile: Mapping[str, NDArray[Any]],
+    ) -> _Case:
+        """Of a sequence's first ``follow.cached`` tokens."""
+        part = part_of(sample, sequence, follow.cached, profile)
+        with torch.inference_mode():
+            exact = network.logits(rows_of(sample, sequence, network.device), follow).log_softmax(-1)
+        return cls(follow, part, coefficients(sample, sequence, part), exact)
+
+    def kl(self, network: Network, quantizer: DeadZone) -> float:
+        """Next-token KL behind the quantised cache, nats a token."""
+        small = KLT.output(self.part)
+        back = quantizer.decode(quantizer.encode(self.z[None], small), small)[0]
+        rows = model_of(self.part, SECTION).rows(back, self.part)
+        with torch.inference_mode():
+            other = network.logits(torch.from_numpy(rows).to(network.device), self.follow).log_softmax(-1)
+        p = self.exact.double()
+        return max(float((p.exp() * (p - other.double())).sum(-1).mean()), 0.0)
+
+
 def curve(
     network: Network, sample: Sample, sequences: list[int], profile: Mapping[str, NDArray[Any]]
 ) -> Iterator[tuple[int, list[float]]]:
     """Of each level a row: log_step, and next-token KL (plain: mean, largest; repeat: mean, largest), nats a token."""
-    references = {}
+    cases = [
+        _Case.of(network, sample, s, follow, profile)
+        for s in sequences
+        for follow in continuations(sample.tokens[s], s)
+    ]
     for level in FISHER_LEVELS:
-        log_step = fisher_log_step(level)
-        quantizer = DeadZone(section=SECTION, log_step=log_step, importance=FISHER_IMPORTANCE)
+        quantizer = _quantizer(level)
         found: dict[str, list[float]] = {}
-        for s in sequences:
-            for follow in continuations(sample.tokens[s], s):
-                part = part_of(sample, s, follow.cached, profile)
-                small = Part("F32", (1, follow.cached, model_of(part, SECTION).rank), 0, follow.cached,
-                             profile=profile, side=part.side)  # fmt: skip
-                z = coefficients(sample, s, part)
-                back = quantizer.decode(quantizer.encode(z[None], small), small)[0]
-                model = model_of(part, SECTION)
-                rows = model.rows(back, part)
-                with torch.inference_mode():
-                    key = (s, follow.kind)
-                    if key not in references:
-                        exact = rows_of(sample, s, network.device)
-                        references[key] = network.logits(exact, follow).log_softmax(-1)
-                    other = network.logits(torch.from_numpy(rows).to(network.device), follow).log_softmax(-1)
-                p = references[key].double()
-                kl = float((p.exp() * (p - other.double())).sum(-1).mean())
-                found.setdefault(follow.kind, []).append(max(kl, 0.0))
-        row = [float(log_step)]
+        for case in cases:
+            found.setdefault(case.follow.kind, []).append(case.kl(network, quantizer))
+        row = [float(quantizer.log_step)]
         for kind in sorted(found, key=lambda kind: kind != PLAIN):
             row += [float(np.mean(found[kind])), max(found[kind])]
         yield level, row
-
-
-__all__ = ["MIDDLE", "curve", "scatter", "tables", "unzigzag"]

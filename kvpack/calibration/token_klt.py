@@ -170,8 +170,7 @@ def learn(
     white = whitening(sample, sequences, fisher, sinks)
     dims = white.whiten.shape[1]
     step = (white.whiten.abs().amax(1) / 127).clamp_min(1e-30).cpu().numpy()
-    codes = pack_matrix(white.whiten.reshape(-1, dims).cpu().numpy(), step)
-    packed = {f"whiten.{name}": array for name, array in codes.items()}
+    packed = _packed("whiten", white.whiten.reshape(-1, dims).cpu().numpy(), step)
     rounded = torch.from_numpy(_unpacked(packed, "whiten")).to(fisher.device)
     white = Whitened(white.mean, rounded.reshape(white.whiten.shape))
     yield "means and whitening", {"mean": white.mean.half().cpu().numpy(), **packed}
@@ -245,7 +244,7 @@ def _rounded_basis(synthesis: torch.Tensor, spread: Floats, deviations: torch.Te
     """Directions ``[P, R]``, over each element's deviation, rounded the finer the more their coordinates deviate."""
     shares = np.asarray(synthesis.cpu().numpy() / spread[:, None], np.float32)
     step = np.maximum(BASIS_STEP / deviations.cpu().numpy(), np.abs(shares).max(0) / 127)[None].astype(np.float32)
-    return {"spread": spread, **{f"basis.{name}": array for name, array in pack_matrix(shares, step).items()}}
+    return {"spread": spread, **_packed("basis", shares, step)}
 
 
 def _token_vectors(tokens: NDArray[np.int32], table: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -280,13 +279,18 @@ def _rounded_table(own: torch.Tensor, tokens: NDArray[np.int32], budget: int) ->
     share = (often.reshape(groups, size).mean(1) + 0.25) / (counts.sum() + 0.25 * vocabulary)
     widest = np.abs(rows).reshape(groups, size, -1).max(1)
     base, packed = REFERENCE_STEP / 2, None
-    while packed is None or packed["codes"].size > budget:
+    while packed is None or packed["table.codes"].size > budget:
         step = np.maximum(base * np.sqrt(share.max() / share)[:, None], widest / 127).astype(np.float32)
-        packed = pack_matrix(rows, np.maximum(step, 1e-30))
+        packed = _packed("table", rows, np.maximum(step, 1e-30))
         base *= 1.25
         if base > 1e6 * REFERENCE_STEP:
             break
-    return {"order": place, **{f"table.{name}": array for name, array in packed.items()}}
+    return {"order": place, **packed}
+
+
+def _packed(name: str, matrix: Floats, step: Floats) -> Arrays:
+    """The arrays that :func:`_unpacked` reads."""
+    return {f"{name}.{field}": array for field, array in pack_matrix(matrix, step).items()}
 
 
 def _unpacked(arrays: Arrays, name: str) -> Floats:
@@ -303,5 +307,4 @@ def _prediction(sample: Sample, sequences: list[int], table: Floats, coordinates
         ridge.add(torch.from_numpy(inputs).to(device), found)
     weights = ridge.solve().cpu().numpy()
     step = np.maximum(np.abs(weights).max(0, keepdims=True) / 127, 1e-30)
-    packed = pack_matrix(weights, step)
-    return {f"weights.{name}": array for name, array in packed.items()}
+    return _packed("weights", weights, step)

@@ -68,17 +68,21 @@ class DeadZone(Quantizer):
         columns, tables = profile[f"{self.section}.columns"], profile[f"{self.section}.tables"]
         share = tables / tables.sum(1, keepdims=True)
         entropy = -(share * np.log2(share)).sum(1)
-        classes = np.clip((columns - self.log_step) >> 3, 0, len(tables) - 1)
-        return float(entropy[classes].sum())
+        scales = Scales(columns, self.rows(np.zeros(1, np.int32)), tables)
+        return float(entropy[scales.classes()].sum())
+
+    def rows(self, levels: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Each token's step in 32nds of an octave, ``[T]``."""
+        return (self.log_step + 8 * levels).astype(np.int32)
 
     def _scales(self, levels: NDArray[np.int32], part: Part) -> Scales:
         columns, tables = part.array(f"{self.section}.columns"), part.array(f"{self.section}.tables")
         if columns.shape != (part.shape[2],) or tables.ndim != 2:
             raise MismatchError("the profile's scales are not for its own basis")
-        return Scales(columns, (self.log_step + 8 * levels).astype(np.int32), tables)
+        return Scales(columns, self.rows(levels), tables)
 
-    def _steps(self, levels: NDArray[np.int32]) -> Floats:
-        """``[T, 1]``."""
+    def steps(self, levels: NDArray[np.int32]) -> Floats:
+        """The same as a number, ``[T, 1]``."""
         return np.exp2(self.log_step / 32 + levels[:, None] / 4).astype(np.float32)
 
     def encode(self, data: NDArray[Any], part: Part) -> list[Codes]:
@@ -90,7 +94,7 @@ class DeadZone(Quantizer):
         """
         levels = token_levels(part, self.importance)
         with np.errstate(over="ignore", invalid="ignore"):
-            magnitude = np.floor(np.abs(data[0]) / self._steps(levels) + np.float32(ROUNDING))
+            magnitude = np.floor(np.abs(data[0]) / self.steps(levels) + np.float32(ROUNDING))
         if not (magnitude <= LARGEST).all():
             raise UnrepresentableError("coefficients too large for the step")
         codes = zigzag(np.where(data[0] < 0, -magnitude, magnitude))
@@ -109,7 +113,7 @@ class DeadZone(Quantizer):
         magnitude = np.abs(values[live])
         offset = centroids[scales.classes()[live], np.minimum(magnitude, 3)]
         out[live] += np.sign(values[live]) * offset
-        return (out * self._steps(levels))[None]
+        return (out * self.steps(levels))[None]
 
 
 def token_levels(part: Part, importance: int) -> NDArray[np.int32]:
