@@ -47,7 +47,7 @@ def eager_run(folder: Path, ids: np.ndarray, dtype: torch.dtype = torch.float32)
         ).eval()
         with torch.inference_mode():
             runs.append(model(tokens, use_cache=True, output_attentions=implementation == "eager"))
-    return runs[0].past_key_values, runs[1].attentions
+    return runs[0].get("cache", runs[0].get("past_key_values")), runs[1].attentions
 
 
 def floats(cache: Capture, name: str) -> np.ndarray:

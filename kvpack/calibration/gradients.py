@@ -58,7 +58,7 @@ class Network:
 
     def __init__(self, model: Model, sample: Sample) -> None:
         """For sequences of ``sample``'s length."""
-        self.network, self.layers = model.network, sample.layers
+        self._model, self.layers = model, sample.layers
         self.device, self.dtype = model.network.device, model.network.dtype
         for parameter in model.network.parameters():
             parameter.requires_grad_(False)
@@ -72,12 +72,11 @@ class Network:
         held = follow.cached - 1
         split = rows[:held].reshape(held, 2, self.layers, self.heads, -1).permute(1, 2, 3, 0, 4)
         keys, values = self._rotated(split[0]).to(self.dtype), split[1].to(self.dtype)
-        cache = DynamicCache(config=self.network.config)
+        cache = DynamicCache(config=self._model.network.config)
         for layer in range(self.layers):
             cache.update(keys[layer][None], values[layer][None], layer)
         fed = torch.tensor([[follow.last, *follow.labels[:-1].tolist()]], device=self.device)
-        logits: torch.Tensor = self.network(input_ids=fed, past_key_values=cache).logits
-        return logits[0].float()
+        return self._model.logits(fed, cache)[0].float()
 
     def _rotated(self, keys: torch.Tensor) -> torch.Tensor:
         """RoPE of ``[..., T, D]`` from position 0 on, as ``unrope`` undoes it."""

@@ -37,7 +37,7 @@ def token_bits(
     with torch.inference_mode():
         for at in range(0, count - 1, CHUNK):
             stop = min(at + CHUNK, count - 1)
-            logits = model.network(input_ids=ids[:, at:stop], past_key_values=cache, use_cache=True).logits[0].float()
+            logits = model.logits(ids[:, at:stop], cache)[0].float()
             chosen = logits.log_softmax(-1).gather(1, ids[0, at + 1 : stop + 1, None])
             nats -= float(chosen.double().sum())
             if progress:

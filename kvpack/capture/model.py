@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,13 @@ class Model:
     def config(self) -> Any:
         """The text decoder's transformers configuration."""
         return self.network.config.get_text_config(decoder=True)
+
+    def logits(self, ids: torch.Tensor, cache: Any, **options: Any) -> torch.Tensor:
+        """Logits ``[B, N, V]`` of token ids ``[B, N]`` behind ``cache``, which takes them in."""
+        names = inspect.signature(self.network.forward).parameters
+        name = "cache" if "cache" in names else "past_key_values"  # renamed in transformers 5.24
+        found: torch.Tensor = self.network(input_ids=ids, use_cache=True, **{name: cache}, **options).logits
+        return found
 
 
 def embedded_model() -> Path:

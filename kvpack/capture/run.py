@@ -87,13 +87,13 @@ def run_tokens(
     with torch.inference_mode(), listening(probe):
         at = 0
         for size in chunks:
-            logits = _forward(model, ids[:, at : at + size], cache)
+            logits = model.logits(ids[:, at : at + size], cache, logits_to_keep=1)
             at += size
             if progress:
                 progress(at, total)
         for _ in range(options.generate):
             ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
-            logits = _forward(model, ids[:, -1:], cache)
+            logits = model.logits(ids[:, -1:], cache, logits_to_keep=1)
             at += 1
             if progress:
                 progress(at, total)
@@ -132,11 +132,6 @@ def _tokenize(model: Model, text: str, options: CaptureOptions) -> tuple[list[in
     used = len(prompt) - sum(len(needle.tokens) for needle in needles)
     following = ids[used : used + options.continuation] if not options.generate else []
     return prompt, following, needles
-
-
-def _forward(model: Model, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    logits: torch.Tensor = model.network(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    return logits
 
 
 def _refuse_unknown_layers(model: Model, cache: Any) -> None:

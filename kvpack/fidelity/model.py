@@ -190,8 +190,7 @@ class Judge:
         network = self._model.network
         with torch.inference_mode():
             ids = torch.tensor([fed], device=network.device)
-            logits: torch.Tensor = network(input_ids=ids, past_key_values=_cache(network, layers)).logits
-        return logits[0].float()
+            return self._model.logits(ids, _cache(network, layers))[0].float()
 
     def _generate(self) -> list[int]:
         """What the model generates greedily from the original cache."""
@@ -200,7 +199,7 @@ class Judge:
         with torch.inference_mode():
             for _ in range(GENERATED):
                 ids = torch.tensor([[token]], device=network.device)
-                token = int(network(input_ids=ids, past_key_values=cache).logits[0, -1].argmax())
+                token = int(self._model.logits(ids, cache)[0, -1].argmax())
                 tokens.append(token)
         return tokens
 
