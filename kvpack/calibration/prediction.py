@@ -207,7 +207,7 @@ def _weights(inputs: list[torch.Tensor], coordinates: list[torch.Tensor], units:
     for one, found in zip(inputs, coordinates, strict=True):
         power += (found.float() - _features(one, units) @ weights).square().sum(0)
         rows += len(found)
-    left = np.sqrt(np.maximum((power / rows).cpu().numpy(), (REFERENCE_STEP / 2) ** 2))
+    left = np.sqrt(np.maximum((power / rows).cpu().numpy(), (REFERENCE_STEP / 8) ** 2))
     matrix = weights.cpu().numpy()
     step = np.sqrt(12 * ROUNDING / len(matrix)) * left
     return pack("weights", matrix, np.maximum(step, np.abs(matrix).max(0) / 127)[None].astype(np.float32))

@@ -32,8 +32,8 @@ PLAIN_SHARE = 0.1
 
 RIVALS_TOKENS = 32768
 CURVE_SEQUENCES = 6
-EXPECTED_BYTES = 0.3
-"""Of each weight of the prediction's units and of the common coordinates, local ones included."""
+EXPECTED_BYTES = 0.4
+"""Of each weight of the prediction's units and of common coordinates; of local ones half."""
 
 SCATTER_SEQUENCES = 12
 
@@ -84,7 +84,8 @@ def _fisher(model: Model, sample: Sample, options: FisherOptions, tell: Say) -> 
     coordinates = token_klt.coordinates(sample, learnt, parts, information.device)
     weights = sum(parameter.numel() for parameter in model.network.parameters())
     units, columns = options.prediction.units, coordinates[0].shape[1]
-    later = int((EXPECTED_BYTES * (units * 2048 + (units + 2048) * options.rank)) + 40 * columns)
+    weighed = units * 2048 + (units + 2048) * (options.rank + columns) // 2
+    later = int(EXPECTED_BYTES * weighed)
     budget = max(int(2 * weights * BUDGET) - _bytes(parts) - later, 1 << 16)
     for what, found in prediction.learn(sample.tokens[learnt], coordinates, table, budget, options.prediction):
         tell(f"fisher: {what}, {_bytes(found):,} bytes")
