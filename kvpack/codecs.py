@@ -248,8 +248,10 @@ def fisher_log_step(level: int) -> int:
 
 FISHER_LEVELS = (8, 7, 6, 5, 4, 3, 2, 1)
 
+LOCAL_IMPORTANCE = 10
 
-def local(log_step: int, importance: int = FISHER_IMPORTANCE, name: str = "local") -> Codec:
+
+def local(log_step: int, importance: int = LOCAL_IMPORTANCE, name: str = "local") -> Codec:
     """kvpack's own codec without a profile (``docs/fisher.md``), at a step of ``2 ** (log_step / 32)`` deviations."""
     chain = Chain.of(LowRank(log_step=log_step, importance=importance), ScaledRans())
     return Codec(name, True, chain, chain)
@@ -257,7 +259,7 @@ def local(log_step: int, importance: int = FISHER_IMPORTANCE, name: str = "local
 
 def local_log_step(level: int) -> int:
     """The step of ``local-{level}``: half an octave finer a level, which halves the squared error."""
-    return 64 - 16 * level
+    return 48 - 16 * level
 
 
 LOCAL_LEVELS = (8, 7, 6, 5, 4, 3, 2, 1)

@@ -1,10 +1,11 @@
-"""What a capture itself tells the encoder of a codec without a profile: how keys were turned, and what its probes read."""
+"""What a capture itself tells the encoder of a codec without a profile: how keys were turned, what its probes read."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,8 +59,8 @@ def probe_weights(capture: Capture, frequencies: Floats | None) -> dict[str, Flo
     """Weights ``[H, D]`` of keys' and values' elements by tensor, from probe queries; None unless every layer has them.
 
     An error of a key shifts a logit by scale * (q . error), so dimension d weighs as the root mean square of q_d before
-    RoPE. An error of a value counts beside its layer's deviation, and beside its layer's attention output as often as the
-    probes read it: the geometric mean of both.
+    RoPE. An error of a value counts beside its layer's deviation, and beside its layer's attention output as often as
+    the probes read it: the geometric mean of both.
     """
     layers = layer_tensors(capture)
     keys: dict[str, Floats] = {}
@@ -88,7 +89,7 @@ def probe_weights(capture: Capture, frequencies: Floats | None) -> dict[str, Flo
 def _layer(
     capture: Capture, probes: Probes, layer: int, names: Mapping[str, str], frequencies: Floats | None
 ) -> tuple[Floats, float, Floats] | None:
-    """Weights of keys ``[H, D]``, one over the values' deviation, and how much probes read each head's values ``[H]``."""
+    """Weights of keys ``[H, D]``, one over the values' deviation, and how much probes read values ``[H]``."""
     if len(names) < 2:
         return None
     keys, values = (to_float32(capture.read(names[k]), capture.tensors[names[k]].dtype) for k in ("keys", "values"))
@@ -114,8 +115,8 @@ def _layer(
         return own, float(1 / deviation), np.sqrt(read / energy.sum())
 
 
-def _before_rope(queries: Floats, positions: NDArray[np.integer], frequencies: Floats | None) -> Floats:
-    """Queries ``[H, P, D]`` as they were before RoPE; dimensions that it turned into each other have their mean energy."""
+def _before_rope(queries: Floats, positions: NDArray[np.integer[Any]], frequencies: Floats | None) -> Floats:
+    """Queries ``[H, P, D]`` before RoPE; dimensions that it turns into each other have their mean energy."""
     if frequencies is None or 2 * len(frequencies) > queries.shape[2]:
         return queries
     half = len(frequencies)

@@ -71,9 +71,7 @@ class Probes:
             self._note(LAYER_WITHOUT_QUERIES, layer)
             return None
         try:
-            figures = measure_attention(
-                queries, self.positions, original, other, self.scale_for(layer, keys.shape[2])
-            )
+            figures = measure_attention(queries, self.positions, original, other, self.scale_for(layer, keys.shape[2]))
         except FormatError as error:
             raise FormatError(f"layer {layer}: {error}") from None
         if figures.skipped:
@@ -81,6 +79,7 @@ class Probes:
         return figures if figures.rows else None
 
     def queries(self, layer: int) -> NDArray[np.float32] | None:
+        """A layer's queries ``[H_q, P, D]``, float32, or None."""
         name = f"queries.{layer}"
         spec = self._source.tensors.get(name)
         if spec is None or not _is_queries(name, spec):
@@ -88,6 +87,7 @@ class Probes:
         return to_float32(self._source.read(name), spec.dtype)
 
     def scale_for(self, layer: int, head_dim: int) -> float:
+        """The factor of q . k in a layer; where the capture does not tell, ``head_dim ** -0.5`` and a note."""
         scale = self._scale.get(layer, self._scale.get(-1))
         if scale is None:
             self._note(ASSUMED_SCALE, layer)

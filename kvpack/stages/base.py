@@ -54,8 +54,8 @@ class Part:
 
     ``dtype`` is the safetensors spelling; ``shape`` is ``(H, T, D)``; ``first`` is the part's first token and
     ``total`` the tensor's number of tokens. In a stack ``heads`` is the number of heads a layer, so that layer i
-    is rows ``i * heads ..``; of one tensor it is H. ``keys`` are how many of its first rows are keys. ``row`` is the part's first row where a predictor codes row by
-    row. ``profile`` is the calibration profile, for stages that need one; ``side`` what else is known.
+    is rows ``i * heads ..``; of one tensor it is H. ``keys`` are how many of its first rows are keys. ``row`` is the
+    part's first row where a predictor codes row by row. ``profile`` is the calibration profile, for stages that need one; ``side`` what else is known.
     """
 
     dtype: str
@@ -130,8 +130,8 @@ class Stage:
     """Base of all stages; subclasses set ``name`` and ``version`` and add their configuration as fields.
 
     ``profiled`` stages need a calibration profile, ``stacked`` ones a stack of all layers, ``joint`` ones a stack of
-    all layers' keys and, behind them, all layers' values. What an ``adaptive`` one needs to know it learns from the stack:
-    it takes any, of each shape that layers have one, and its encoder is told what the capture's probes say.
+    all layers' keys and, behind them, all layers' values. An ``adaptive`` one learns from the stack what it needs: it
+    takes a stack for each shape that layers have, and its encoder is told what the capture's probes say.
     """
 
     name: ClassVar[str]

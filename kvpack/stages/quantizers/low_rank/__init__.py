@@ -1,9 +1,9 @@
 """``low_rank``: all keys and values of a chunk as a product of two small factors, learnt from the chunk itself.
 
 A stack is a matrix X ``[T, P]``, a row a token, a column an element of a layer's head. In units of a step chosen for
-each token and element, X = U S Vt; the file has coefficients U S and a basis V S, both rounded with step 1. An error of 1
-in a number of either is an error of 1 in X, so one step for both is reverse water-filling over both (Cover & Thomas,
-10.3.3), and what a learnt basis costs is weighed against what it saves by itself. ``docs/fisher.md`` tells more.
+each token and element, X = U S Vt; the file has coefficients U S and a basis V S, both rounded with step 1. An error
+of 1 in a number of either is an error of 1 in X, so one step for both is reverse water-filling over both (Cover &
+Thomas, 10.3.3), and what a learnt basis costs is weighed against what it saves. ``docs/fisher.md`` tells more.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from kvpack.stages.quantizers.low_rank import factors
 from kvpack.stages.quantizers.low_rank.tables import tables
 from kvpack.stages.quantizers.low_rank.weights import element_weights
 from kvpack.stages.rotary import rotate
-from kvpack.stages.symbols import unzigzag, zigzag
+from kvpack.stages.symbols import LARGEST, unzigzag, zigzag
 
 Array = NDArray[Any]
 
 TOKEN_MIDDLE, STEP_MIDDLE, SPREAD_MIDDLE = 16, 128, 32
 """Codes that mean 0 of tokens' levels, elements' steps and elements' spreads."""
 
-SINKS, SINK_LEVEL = 4, -8
-"""The first tokens, whose keys are far from all others' (attention sinks), have steps two octaves finer or more."""
+SINKS, SINK_LEVEL = 4, -16
+"""The first tokens, whose keys are far from all others' (attention sinks), have steps four octaves finer."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,11 @@ class LowRank(Quantizer):
         rows, tokens, dims = part.shape
         frequencies = _frequencies(part)
         turned = _turned(data, frequencies, part, -1)
-        weights = element_weights(turned, part, len(frequencies))
+        weights = element_weights(turned, part)
         steps = np.clip(np.rint(-4 * np.log2(weights)), -STEP_MIDDLE, STEP_MIDDLE - 1).astype(np.int64)
-        levels = self._levels(part)
-        flat = turned.transpose(1, 0, 2).reshape(tokens, rows * dims)
-        scaled = (flat / self._token_steps(levels) / _octaves(steps).reshape(-1)).astype(np.float32)
+        flat = turned.transpose(1, 0, 2).reshape(tokens, rows * dims) / _octaves(steps).reshape(-1)
+        levels = self._levels(flat, part)
+        scaled = flat / self._token_steps(levels)
         basis, coefficients = factors.factorize(scaled, -levels, SPREAD_MIDDLE)
         classes = np.zeros((2, min(tokens, rows * dims)), np.uint8)
         live = basis.codes.shape[1]
@@ -122,15 +122,22 @@ class LowRank(Quantizer):
         turning = int(np.argmin(np.append(frequencies != 0, False)))
         return _turned(data, frequencies[:turning], part, 1)
 
-    def _levels(self, part: Part) -> Array:
-        """Each token's level ``[T]``: finer for what attention reads, finer still for the first tokens."""
+    def _levels(self, rows: Floats, part: Part) -> Array:
+        """Each token's level ``[T]``: finer for what attention reads, finer still for the first tokens.
+
+        ``rows`` ``[T, P]`` are in elements' steps; no level is so fine that coefficients would not fit their codes.
+        """
         levels = token_levels(part, self.importance).astype(np.int64)
         sinks = part.first + np.arange(len(levels)) < SINKS
-        return np.maximum(np.where(sinks, np.minimum(levels, SINK_LEVEL), levels), -TOKEN_MIDDLE)
+        levels = np.where(sinks, np.minimum(levels, SINK_LEVEL), levels)
+        norms = np.sqrt(np.square(rows).sum(1, dtype=np.float64))
+        least = np.ceil(4 * np.log2(np.maximum(norms, 1e-30) * 2 / LARGEST) - self.log_step / 8)
+        return np.clip(np.maximum(levels, least), -TOKEN_MIDDLE, TOKEN_MIDDLE - 1).astype(np.int64)
 
     def _token_steps(self, levels: Array) -> Floats:
         """Each token's step ``[T, 1]``."""
-        return np.exp2(self.log_step / 32 + levels[:, None] / 4).astype(np.float32)
+        steps: Floats = np.exp2(self.log_step / 32 + levels[:, None] / 4).astype(np.float32)
+        return steps
 
 
 def _octaves(quarters: Array) -> Floats:

@@ -27,22 +27,18 @@ def _bucket(magnitude: int) -> int:
 @njit
 def choose(values: Array, rows: Array, columns: Array, costs: Array, price: float) -> Array:
     """Codes ``[N, K]``, as :func:`reference.choose`."""
-    count, width = values.shape
-    top = len(costs) - 1
-    rate = float32(price)
-    codes = np.empty((count, width), np.int32)
-    for n in range(count):
-        for k in range(width):
-            value = values[n, k]
-            size = abs(value)
-            q = min(np.int64(size + float32(0.5)), LARGEST)
+    top, rate = len(costs) - 1, float32(price)
+    codes = np.floor(np.abs(values) + float32(0.5)).astype(np.int32)
+    for n in range(len(codes)):
+        for k in range(codes.shape[1]):
+            q, size = min(codes[n, k], LARGEST), abs(values[n, k])
             if q:
                 own = costs[min(max(columns[k] + rows[n], 0), top)]
                 here = (size - float32(q)) ** 2 + rate * own[_bucket(q)]
                 below = (size - float32(q - 1)) ** 2 + rate * own[_bucket(q - 1)]
                 if below < here:
                     q -= 1
-            codes[n, k] = -q if value < 0 else q
+            codes[n, k] = -q if values[n, k] < 0 else q
     return codes
 
 

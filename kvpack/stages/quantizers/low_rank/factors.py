@@ -16,10 +16,10 @@ from kvpack.stages.symbols import LARGEST
 
 Array = NDArray[Any]
 
-CUT = 0.9
+CUT = 1.0
 """Directions whose coefficients scatter by less than this many steps are left out."""
 
-BASIS_PRICE, COEFFICIENT_PRICE = 0.12, 0.03
+BASIS_PRICE, COEFFICIENT_PRICE = 0.3, 0.0
 """Squared steps that a bit must save, in either factor."""
 
 RIDGE = 1e-4
@@ -76,7 +76,7 @@ def _directions(values: Floats) -> Floats:
 
 
 def _rounded(values: Floats, rows: Array, price: float) -> Factor:
-    """``values`` ``[N, K]`` as codes: by the classes of their scatter; then each column has the class that costs least."""
+    """``values`` ``[N, K]`` as codes, chosen by the classes of their scatter; then classes by what they cost."""
     if not (np.abs(values) <= LARGEST).all():
         raise UnrepresentableError("factors too large for the step")
     costs = bucket_costs(tables())
@@ -96,4 +96,5 @@ def _spreads(values: Floats) -> Array:
     """How widely each row of ``values`` ``[N, K]`` scatters beside the others, in quarter octaves."""
     deviation = np.sqrt(np.maximum(np.mean(np.square(values), axis=0), 1e-30))
     own = np.sqrt(np.mean(np.square(values / deviation), axis=1))
-    return np.rint(4 * np.log2(np.maximum(own, 1e-6))).astype(np.int64)
+    found: Array = np.rint(4 * np.log2(np.maximum(own, 1e-6))).astype(np.int64)
+    return found
