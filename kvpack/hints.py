@@ -37,22 +37,30 @@ def rope_frequencies(metadata: Mapping[str, str]) -> Floats | None:
     """
     try:
         rope, model = (json.loads(metadata.get(name, "null")) for name in ("rope", "model"))
-        kind, factor = rope.get("rope_type", "default"), float(rope.get("factor", 1))
-        rotated = int(model["head_dim"] * float(rope.get("partial_rotary_factor", 1))) // 2
-        found = float(rope["rope_theta"]) ** -(np.arange(rotated) / rotated)
-        if kind == "linear":
-            found /= factor
-        elif kind == "llama3":
-            low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-            turns = found * float(rope["original_max_position_embeddings"]) / (2 * np.pi)
-            smooth = np.clip((turns - low) / (high - low), 0, 1)
-            found = found * (smooth + (1 - smooth) / factor)
-        elif kind != "default":
-            return None
+        with np.errstate(all="ignore"):
+            found = _frequencies(rope, int(model["head_dim"] * float(rope.get("partial_rotary_factor", 1))) // 2)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
         return None
-    sound = 0 < rotated <= 1 << 16 and np.isfinite(found).all() and (found > 1e-30).all() and (found <= 1).all()
+    sound = found.size and np.isfinite(found).all() and (found > 1e-30).all() and (found <= 1).all()
     return found.astype(np.float32) if sound else None
+
+
+def _frequencies(rope: Mapping[str, Any], count: int) -> NDArray[np.float64]:
+    """As transformers' ``ROPE_INIT_FUNCTIONS`` has them, ``[count]``; raises for kinds that are not known."""
+    if not 0 < count <= 1 << 16:
+        raise ValueError("not a number of dimensions")
+    found = np.float64(rope["rope_theta"]) ** -(np.arange(count) / count)
+    kind = rope.get("rope_type", "default")
+    if kind == "linear":
+        found /= float(rope["factor"])
+    elif kind == "llama3":
+        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+        turns = found * float(rope["original_max_position_embeddings"]) / (2 * np.pi)
+        smooth = np.clip((turns - low) / (high - low), 0, 1)
+        found *= smooth + (1 - smooth) / float(rope["factor"])
+    elif kind != "default":
+        raise ValueError("not a kind that is known")
+    return found
 
 
 def probe_weights(capture: Capture, frequencies: Floats | None) -> dict[str, Floats] | None:

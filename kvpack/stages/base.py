@@ -55,7 +55,8 @@ class Part:
     ``dtype`` is the safetensors spelling; ``shape`` is ``(H, T, D)``; ``first`` is the part's first token and
     ``total`` the tensor's number of tokens. In a stack ``heads`` is the number of heads a layer, so that layer i
     is rows ``i * heads ..``; of one tensor it is H. ``keys`` are how many of its first rows are keys. ``row`` is the
-    part's first row where a predictor codes row by row. ``profile`` is the calibration profile, for stages that need one; ``side`` what else is known.
+    part's first row where a predictor codes row by row. ``profile`` is the calibration profile, for stages that need
+    one; ``side`` what else is known.
     """
 
     dtype: str

@@ -25,7 +25,7 @@ from kvpack.stages.symbols import LARGEST, unzigzag, zigzag
 
 Array = NDArray[Any]
 
-TOKEN_MIDDLE, STEP_MIDDLE, SPREAD_MIDDLE = 16, 128, 32
+TOKEN_MIDDLE, STEP_MIDDLE, SPREAD_MIDDLE = 16, 512, 32
 """Codes that mean 0 of tokens' levels, elements' steps and elements' spreads."""
 
 SINKS, SINK_LEVEL = 4, -16
@@ -58,7 +58,7 @@ class LowRank(Quantizer):
         return [
             PlaneSpec("frequencies", (1, 1, dims // 2), 32, modelled=False),
             PlaneSpec("token_levels", (1, tokens, 1), 5),
-            PlaneSpec("element_steps", (1, rows, dims), 8),
+            PlaneSpec("element_steps", (1, rows, dims), 10),
             PlaneSpec("element_spreads", (1, rows, dims), 6),
             PlaneSpec("basis_classes", (1, most, 1), 7),
             PlaneSpec("coefficient_classes", (1, most, 1), 6),
@@ -102,7 +102,7 @@ class LowRank(Quantizer):
         return [
             stored.view(np.uint32)[None, None],
             (levels + TOKEN_MIDDLE).astype(np.uint8)[None, :, None],
-            (steps + STEP_MIDDLE).astype(np.uint8)[None],
+            (steps + STEP_MIDDLE).astype(np.uint16)[None],
             (basis.rows + SPREAD_MIDDLE).astype(np.uint8).reshape(1, rows, dims),
             classes[0][None, :, None],
             classes[1][None, :, None],
@@ -132,7 +132,8 @@ class LowRank(Quantizer):
         levels = np.where(sinks, np.minimum(levels, SINK_LEVEL), levels)
         norms = np.sqrt(np.square(rows).sum(1, dtype=np.float64))
         least = np.ceil(4 * np.log2(np.maximum(norms, 1e-30) * 2 / LARGEST) - self.log_step / 8)
-        return np.clip(np.maximum(levels, least), -TOKEN_MIDDLE, TOKEN_MIDDLE - 1).astype(np.int64)
+        found: Array = np.clip(np.maximum(levels, least), -TOKEN_MIDDLE, TOKEN_MIDDLE - 1).astype(np.int64)
+        return found
 
     def _token_steps(self, levels: Array) -> Floats:
         """Each token's step ``[T, 1]``."""

@@ -28,7 +28,7 @@ def _bucket(magnitude: int) -> int:
 def choose(values: Array, rows: Array, columns: Array, costs: Array, price: float) -> Array:
     """Codes ``[N, K]``, as :func:`reference.choose`."""
     top, rate = len(costs) - 1, float32(price)
-    codes = np.floor(np.abs(values) + float32(0.5)).astype(np.int32)
+    codes: Array = np.floor(np.abs(values) + float32(0.5)).astype(np.int32)
     for n in range(len(codes)):
         for k in range(codes.shape[1]):
             q, size = min(codes[n, k], LARGEST), abs(values[n, k])
