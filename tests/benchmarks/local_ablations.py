@@ -93,8 +93,9 @@ def main(paths: list[Path]) -> None:
             judge = Judge(model, Capture(TensorFile.open(path)))
             for i, (_, changed, importance, names, metadata) in enumerate(ROWS):
                 source = without(path, copy, names, metadata)
-                with changed(), packed.open("wb") as sink:
-                    api.compress(source, sink, local(STEP, importance), drop=api.PROBES)
+                with changed():
+                    with packed.open("wb") as sink:
+                        api.compress(source, sink, local(STEP, importance), drop=api.PROBES)
                     report = judge.measure(Archive.open(packed))
                 assert report.plain
                 assert report.repeat
