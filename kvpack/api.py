@@ -19,6 +19,7 @@ from kvpack.container.header import Header
 from kvpack.container.layout import FLOAT_DTYPES, PartPlan
 from kvpack.errors import FormatError, UsageError
 from kvpack.floats import Bits
+from kvpack.hints import with_hints
 from kvpack.parallel import ordered_map
 from kvpack.pipeline import chain_of
 from kvpack.profile import Profile
@@ -121,6 +122,8 @@ def compress_capture(
     codecs = list({c.name: c for c in (codec, CODECS["lossless"], CODECS["zstd"])}.values())
     known = {spec.name for spec in kept.tensors if spec.name == "tokens"} | {"attention_mass"}
     side = side_of(capture, known) if codec.joint else Side()
+    if codec.adaptive:
+        side = with_hints(side, capture)
     encoder = _Encoder(capture, codecs, profile if codec.profiled else None, side)
     groups = list(units(plans, codec.stacked))
     header = Header(

@@ -26,6 +26,7 @@ from kvpack.stages.quantizers.dead_zone import DeadZone
 from kvpack.stages.quantizers.float_split import FloatSplit
 from kvpack.stages.quantizers.higgs import Higgs
 from kvpack.stages.quantizers.lloyd_max import LloydMax
+from kvpack.stages.quantizers.low_rank import LowRank
 from kvpack.stages.registry import stage_from_json
 from kvpack.stages.transforms.klt import Klt
 from kvpack.stages.transforms.merge_heads import MergeHeads
@@ -123,6 +124,11 @@ class Codec:
     def joint(self) -> bool:
         """Whether keys and values of all layers are coded as one, by the chain for keys."""
         return any(stage.joint for stage in self.stages)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether it learns from each capture what it needs: layers may differ in shape."""
+        return any(stage.adaptive for stage in self.stages)
 
     @property
     def profiled(self) -> bool:
@@ -242,6 +248,22 @@ def fisher_log_step(level: int) -> int:
 
 FISHER_LEVELS = (8, 7, 6, 5, 4, 3, 2, 1)
 
+LOCAL_IMPORTANCE = 10
+
+
+def local(log_step: int, importance: int = LOCAL_IMPORTANCE, name: str = "local") -> Codec:
+    """kvpack's own codec without a profile (``docs/fisher.md``), at a step of ``2 ** (log_step / 32)`` deviations."""
+    chain = Chain.of(LowRank(log_step=log_step, importance=importance), ScaledRans())
+    return Codec(name, True, chain, chain)
+
+
+def local_log_step(level: int) -> int:
+    """The step of ``local-{level}``: half an octave finer a level, which halves the squared error."""
+    return 48 - 16 * level
+
+
+LOCAL_LEVELS = (8, 7, 6, 5, 4, 3, 2, 1)
+
 KVTC_RATES = ("2", "1", "0.5", "0.25")
 """Bits an element, before DEFLATE, that profiles have plans for."""
 
@@ -256,6 +278,7 @@ CODECS: dict[str, Codec] = {
         *(_turboquant(bits, prod=False) for bits in (4, 3, 2, 1)),
         *(_turboquant(bits, prod=True) for bits in (4, 3, 2, 1)),
         *(fisher(fisher_log_step(level), name=f"fisher-{level}") for level in FISHER_LEVELS),
+        *(local(local_log_step(level), name=f"local-{level}") for level in LOCAL_LEVELS),
         *(_cachegen(bits) for bits in (5, 4, 3)),
         *(_aquakv(bits) for bits in AQUAKV_BITS),
         *(_kvtc(rate, window) for window in (True, False) for rate in KVTC_RATES),

@@ -1,4 +1,4 @@
-"""Rate control: the coarsest step of ``fisher`` that keeps a promise, found by trial or read off the profile."""
+"""Rate control: the coarsest step of ``fisher`` or ``local`` that keeps a promise, by trial or read off the profile."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from kvpack import api
 from kvpack.archive import Archive, Capture
-from kvpack.codecs import Codec, fisher
+from kvpack.codecs import Codec, fisher, local
 from kvpack.errors import MismatchError, UsageError
 from kvpack.fidelity import compare
 from kvpack.profile import Profile
@@ -21,7 +21,10 @@ QUALITIES = {"high": 0.03, "balanced": 0.06, "small": 0.12}
 """Next-token KL, nats a token, that no sequence held back from calibration was above, on either continuation."""
 
 FINEST, COARSEST = -480, -96
-"""Steps that are searched, in 32nds of an octave."""
+"""Steps of ``fisher`` that are searched, in 32nds of an octave."""
+
+LOCAL_FINEST, LOCAL_COARSEST = -128, 128
+"""Steps of ``local`` that are."""
 
 RESOLUTION = 4
 """A search stops within an eighth of an octave of the step: 6 or 7 trials."""
@@ -53,28 +56,32 @@ class Goal:
                 raise UsageError("--max-kl, --max-attn-err and --ratio are positive numbers")
 
 
-def choose(source: Path, profile: Profile, goal: Goal, *, chunk_tokens: int, drop: Sequence[str]) -> Codec:
-    """The codec for ``source`` that keeps ``goal``.
+def choose(source: Path, profile: Profile | None, goal: Goal, *, chunk_tokens: int, drop: Sequence[str]) -> Codec:
+    """The codec for ``source`` that keeps ``goal``: ``fisher`` with a profile, ``local`` without one.
 
     Raises:
-        UsageError: a goal that no step reaches, or a capture without probes to measure attention with.
+        UsageError: a goal that no step reaches or that takes a profile, or no probes to measure attention with.
         MismatchError: a profile without the section ``fisher``, or for another model.
 
     """
-    if "fisher.curve" not in profile:
+    if profile is None and (goal.quality is not None or goal.max_kl is not None):
+        raise UsageError(
+            "--quality and --max-kl are promises from calibration: give a profile (-D FILE, made by kvpack calibrate), "
+            "or --ratio, --max-attn-err or -c local-4"
+        )
+    if profile is not None and "fisher.curve" not in profile:
         raise MismatchError(f"the profile {profile.name} has no section fisher: calibrate again")
-    if goal.quality is not None or goal.max_kl is not None:
+    if profile is not None and (goal.quality is not None or goal.max_kl is not None):
         limit = QUALITIES[goal.quality] if goal.quality is not None else float(goal.max_kl or 0)
         return fisher(step_for_kl(np.asarray(profile["fisher.curve"]), limit))
     capture = Capture(TensorFile.open(source))
+    make, finest, last = (local, LOCAL_FINEST, LOCAL_COARSEST) if profile is None else (fisher, FINEST, COARSEST)
 
     def trial(log_step: int) -> bool:
         with tempfile.TemporaryDirectory(prefix="kvpack-rate-") as folder:
             packed = Path(folder) / "x.kvp"
             with packed.open("wb") as sink:
-                done = api.compress(
-                    source, sink, fisher(log_step), profile=profile, chunk_tokens=chunk_tokens, drop=drop
-                )
+                done = api.compress(source, sink, make(log_step), profile=profile, chunk_tokens=chunk_tokens, drop=drop)
             if goal.ratio is not None:
                 return done.original / done.size < goal.ratio
             attention = compare(capture, Archive.open(packed, profile)).attention
@@ -82,23 +89,23 @@ def choose(source: Path, profile: Profile, goal: Goal, *, chunk_tokens: int, dro
             raise UsageError("--max-attn-err needs the probe queries of `kvpack capture`, and this capture has none")
         return attention.output_error <= float(goal.max_attn_err or 0)
 
-    found = coarsest(trial)
+    found = coarsest(trial, finest, last)
     if goal.ratio is not None:
-        if found is None or found + RESOLUTION <= COARSEST:
-            return fisher(FINEST if found is None else found + RESOLUTION)
+        if found is None or found + RESOLUTION <= last:
+            return make(finest if found is None else found + RESOLUTION)
         raise UsageError(f"no step reaches a ratio of {goal.ratio:g} on this capture")
     if found is None:
         raise UsageError(f"no step keeps attention's error below {goal.max_attn_err:g} on this capture")
-    return fisher(found)
+    return make(found)
 
 
-def coarsest(holds: Callable[[int], bool]) -> int | None:
+def coarsest(holds: Callable[[int], bool], finest: int = FINEST, last: int = COARSEST) -> int | None:
     """The coarsest step for which ``holds`` is true, if it is true up to some step and false beyond."""
-    good, bad = FINEST - RESOLUTION, COARSEST + RESOLUTION
+    good, bad = finest - RESOLUTION, last + RESOLUTION
     while bad - good > RESOLUTION:
         middle = (good + bad) // (2 * RESOLUTION) * RESOLUTION
         good, bad = (middle, bad) if holds(middle) else (good, middle)
-    return good if good >= FINEST else None
+    return good if good >= finest else None
 
 
 def step_for_kl(curve: np.ndarray, limit: float) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvpack.codecs import Codec
 from kvpack.container.layout import PartPlan
@@ -39,9 +40,18 @@ class Unit:
         """Parts that are stacked, keys first, layers ascending; a lone part is a stack of one."""
         if not self.codec.stacked or self.plans[0].layer is None:
             return [[plan] for plan in self.plans]
+        if self.codec.adaptive:
+            return self._alike()
         kinds = [[plan for plan in self.plans if plan.tensor.name.endswith(f".{kind}")] for kind in KINDS]
         stacks = [sorted(kind, key=lambda plan: plan.layer or 0) for kind in kinds if kind]
         return [[plan for stack in stacks for plan in stack]] if self.codec.joint else stacks
+
+    def _alike(self) -> list[list[PartPlan]]:
+        """Joint stacks of parts of the same shape and dtype."""
+        stacks: dict[tuple[object, ...], list[PartPlan]] = {}
+        for plan in sorted(self.plans, key=lambda plan: (KINDS.index(_kind(plan)), plan.layer)):
+            stacks.setdefault((plan.tensor.dtype, plan.shape, plan.tensor.shape), []).append(plan)
+        return list(stacks.values())
 
     def _part(self, stack: list[PartPlan]) -> Part:
         plan = stack[0]
@@ -51,6 +61,8 @@ class Unit:
         side = Side(
             ids if ids is not None and len(ids) == total else None,
             mass if mass is not None and len(mass) == total else None,
+            self.side.frequencies,
+            _weights(self.side, stack),
         )
         return Part(
             plan.tensor.dtype,
@@ -58,6 +70,7 @@ class Unit:
             plan.first,
             total,
             heads,
+            keys=heads * sum(_kind(plan) == "keys" for plan in stack),
             profile=self.profile,
             side=side,
         )
@@ -106,6 +119,16 @@ class Unit:
             for i, plan in enumerate(stack):
                 out[plan] = joined[i * heads : (i + 1) * heads]
         return [out[plan] for plan in self.plans]
+
+
+def _kind(plan: PartPlan) -> str:
+    return plan.tensor.name.rpartition(".")[2]
+
+
+def _weights(side: Side, stack: list[PartPlan]) -> NDArray[np.float32] | None:
+    """Weights of a stack's rows, where there are some of each of its tensors."""
+    found = [side.weights[plan.tensor.name] for plan in stack if plan.tensor.name in (side.weights or ())]
+    return np.concatenate(found) if len(found) == len(stack) else None
 
 
 def units(plans: Sequence[PartPlan], stacked: bool) -> Iterator[tuple[PartPlan, ...]]:

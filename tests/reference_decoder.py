@@ -27,12 +27,12 @@ from reference_stages import (
     Array,
     Profile,
     cross_layer,
-    dead_zone_scales,
     float_planes,
     join,
     mix,
     need,
     scaled_rans,
+    scales_of,
     to_bits,
     transformed,
     untransform,
@@ -200,22 +200,34 @@ def units(entries: list[Entry]) -> Iterator[list[Entry]]:
         yield stack
 
 
+def is_keys(entry: Entry) -> bool:
+    return entry[0]["tensor"]["name"].endswith(".keys")
+
+
+def stacks(unit: list[Entry]) -> list[list[Entry]]:
+    """The stacks of a unit, keys first: keys and values, both as one, or as one by dtype and shape."""
+    ordered = sorted(unit, key=lambda entry: (not is_keys(entry), entry[0]["tensor"]["number"] or 0))
+    names = {stage["name"] for stage in unit[0][1]["keys"]}
+    found: dict[Any, list[Entry]] = {}
+    for entry in ordered:
+        tensor = entry[0]["tensor"]
+        if "low_rank" in names:
+            key: Any = (tensor["dtype"], tuple(tensor["shape"]))
+        else:
+            key = "both" if "token_klt" in names and tensor["layer"] else is_keys(entry)
+        found.setdefault(key, []).append(entry)
+    return list(found.values())
+
+
 def decode_unit(
     unit: list[Entry], profile: Profile, tokens: np.ndarray | None
 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """Bit patterns of each part: keys first, because values may be predicted from them."""
     codec = unit[0][1]
     keys = None
-    kinds: dict[str, list[Entry]] = {"keys": [], "values": []}
-    for entry in sorted(unit, key=lambda entry: entry[0]["tensor"]["number"] or 0):
-        kinds["keys" if entry[0]["tensor"]["name"].endswith(".keys") else "values"].append(entry)
-    joint = any(stage["name"] == "token_klt" for stage in codec["keys"])
-    if joint and unit[0][0]["tensor"]["layer"]:
-        kinds = {"keys": kinds["keys"] + kinds["values"]}
-    for kind, mine in kinds.items():
-        if not mine:
-            continue
+    for mine in stacks(unit):
         first, _, digest, _ = mine[0]
+        kind = "keys" if is_keys(mine[0]) else "values"
         rows, count, dims = first["shape"]
         array = {
             "shape": (rows * len(mine), count, dims),
@@ -224,6 +236,7 @@ def decode_unit(
             "total": first["total"],
             "heads": rows,
             "row": 0,
+            "keys": rows * sum(map(is_keys, mine)),
             "tokens": tokens if tokens is not None and len(tokens) == first["total"] else None,
         }
         streams = {name: stream for *_, content in mine for name, stream in content.items()}
@@ -251,12 +264,12 @@ def decode_chain(
     whole = float_planes(array["dtype"], (rows, tokens - stop + start, dims), "whole/") if keep else []
     read = PLANES[quantizer["name"]]
     planes = whole + read(quantizer["configuration"], steps[-1], profile)
-    codes = []
+    codes: list[np.ndarray] = []
     for name, shape, width in planes:
         if math.prod(shape) and width:
-            if entropy["name"] == "scaled_rans" and name == "coefficients":
-                scales = dead_zone_scales(codes[len(whole) :], quantizer["configuration"], profile)
-                codes.append(scaled_rans(streams.pop(name), shape, *scales))
+            scales = scales_of(name, quantizer, codes, profile) if entropy["name"] == "scaled_rans" else None
+            if scales:
+                codes.append(scaled_rans(streams.pop(name), *scales))
                 continue
             codes.append(ENTROPY[entropy["name"]](streams.pop(name), shape, width))
         else:

@@ -361,6 +361,86 @@ def dead_zone(codes: list[np.ndarray], config: dict[str, Any], _: Array, profile
     return (values * np.exp2(exponent).astype(np.float32))[None]
 
 
+# fmt: off
+ZEROS = (
+    16300, 16300, 16300, 16300, 16300, 16300, 16300, 16300, 16300, 16300, 16300, 16268, 16105, 15842, 15344, 14445,
+    12943, 11957, 10810, 9536, 8192, 7254, 6341, 5473, 4669, 4020, 3434, 2914, 2458, 2123, 1828, 1569,
+    1343, 1171, 1020, 887, 770, 665, 574, 495, 426, 365, 313, 268, 229, 196, 168, 144,
+    123, 105, 90, 77, 66, 55, 46, 39, 33, 28, 23, 19, 16, 14, 13, 11,
+)
+RATIOS = (
+    262, 276, 290, 305, 321, 338, 355, 374, 393, 468, 556, 662, 786, 990, 1246, 1566,
+    1966, 3149, 4989, 7769, 11796, 15376, 19645, 24520, 29819, 33637, 37432, 41104, 44564, 47298, 49801, 52059,
+    54067, 55637, 57026, 58246, 59310, 60166, 60914, 61564, 62128, 62665, 63121, 63506, 63832, 64102, 64330, 64522,
+    64684, 64819, 64933, 65029, 65110, 65176, 65232, 65280, 65320, 65353, 65381, 65404, 65425, 65441, 65455, 65467,
+)
+# fmt: on
+
+
+def low_rank_tables() -> np.ndarray:
+    tail = [np.full(64, 1 << 30, np.int64)]
+    for _ in range(32767):
+        tail.append((tail[-1] * np.array(RATIOS)) >> 16)
+    tables = np.zeros((64, 63), np.int64)
+    free = 16384 - np.array(ZEROS) - 62
+    for bucket in range(1, 32):
+        octave = 3 + (bucket - 8) // 2
+        first = bucket if bucket < 8 else (1 << octave) + ((bucket & 1) << (octave - 1))
+        stop = first + (1 if bucket < 8 else 1 << (octave - 1))
+        tables[:, 2 * bucket - 1] = tables[:, 2 * bucket] = 1 + (((tail[first - 1] - tail[stop - 1]) * free) >> 31)
+    tables[:, 0] = 16384 - tables.sum(1)
+    return tables
+
+
+def low_rank_planes(_: dict[str, Any], array: Array, __: Profile) -> list[Plane]:
+    rows, tokens, dims = array["shape"]
+    most = min(tokens, rows * dims)
+    return [
+        ("frequencies", (1, 1, dims // 2), 32),
+        ("token_levels", (1, tokens, 1), 5),
+        ("element_steps", (1, rows, dims), 10),
+        ("element_spreads", (1, rows, dims), 6),
+        ("basis_classes", (1, most, 1), 7),
+        ("coefficient_classes", (1, most, 1), 6),
+        ("basis", (1, rows * dims, most), 16),
+        ("coefficients", (1, tokens, most), 16),
+    ]
+
+
+def low_rank_scales(name: str, codes: list[np.ndarray]) -> Any:
+    """Shape, classes and tables of the two factors."""
+    if name not in ("basis", "coefficients"):
+        return None
+    levels, spreads, basis, coefficients = (codes[i].reshape(-1).astype(np.int64) for i in (1, 3, 4, 5))
+    live = len(basis) if basis.all() else int((basis == 0).argmax())
+    row, column = (spreads - 32, basis[:live] - 1) if name == "basis" else (16 - levels, coefficients[:live])
+    return (1, len(row), live), np.clip(row[:, None] + column, 0, 63), low_rank_tables()
+
+
+def low_rank(codes: list[np.ndarray], config: dict[str, Any], array: Array, _: Profile) -> np.ndarray:
+    rows, tokens, dims = array["shape"]
+    basis, coefficients = (np.where(c[0] & 1, -((c[0].astype(np.int64) + 1) >> 1), c[0] >> 1) for c in codes[6:8])
+    norms = np.sqrt(np.maximum(np.square(basis.astype(np.float64)).sum(0), 1))
+    element = np.exp2((codes[2].reshape(-1, 1).astype(np.int64) - 512) / 4).astype(np.float32)
+    token = np.exp2(config["log_step"] / 32 + (codes[1].reshape(-1, 1).astype(np.int64) - 16) / 4).astype(np.float32)
+    flat = (coefficients * token).astype(np.float32) @ ((basis / norms).astype(np.float32) * element).T
+    values = np.ascontiguousarray(flat.reshape(tokens, rows, dims).transpose(1, 0, 2))
+    frequencies = codes[0].reshape(-1).astype(np.uint32).view(np.float32)
+    turning = frequencies[: next((i for i, f in enumerate(frequencies) if f == 0), len(frequencies))]
+    keys = turned(values[: array["keys"]], array, {"rope.inv_freq": turning})
+    return np.concatenate([keys, values[array["keys"] :]])
+
+
+def scales_of(name: str, quantizer: dict[str, Any], codes: list[np.ndarray], profile: Profile) -> Any:
+    """Shape, class of each code and tables of a plane with scales; None for others."""
+    if quantizer["name"] == "low_rank":
+        return low_rank_scales(name, codes)
+    if name != "coefficients" or quantizer["name"] != "dead_zone":
+        return None
+    classes, tables = dead_zone_scales(codes[-2:], quantizer["configuration"], profile)
+    return (1, *classes.shape), classes, tables
+
+
 # ---- Entropy coders ------------------------------------------------------------------------------------------------
 
 
@@ -518,6 +598,7 @@ PLANES: dict[str, Any] = {
     "component_groups": component_groups_planes,
     "higgs": higgs_planes,
     "dead_zone": dead_zone_planes,
+    "low_rank": low_rank_planes,
 }
 DEQUANTIZE: dict[str, Any] = {
     "affine": affine,
@@ -526,5 +607,6 @@ DEQUANTIZE: dict[str, Any] = {
     "component_groups": component_groups,
     "higgs": higgs,
     "dead_zone": dead_zone,
+    "low_rank": low_rank,
 }
 ENTROPY: dict[str, Any] = {"bitpack": bitpack, "rans": rans, "scaled_rans": rans, "zstd": zstd, "deflate": deflate}

@@ -26,7 +26,7 @@ from kvpack.stages.registry import STAGES
 
 GOLDENS = FIXTURES / "goldens" / ".".join(map(str, VERSION))
 SPECIFICATION = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
-FLOAT_PRODUCTS = [name for name in CODECS if name.startswith(("turboquant", "kvtc", "aquakv", "fisher"))]
+FLOAT_PRODUCTS = [name for name in CODECS if name.startswith(("turboquant", "kvtc", "aquakv", "fisher", "local"))]
 
 
 def decompress(data: bytes, profile: Profile | None = None) -> bytes:

@@ -17,6 +17,7 @@ LAYERS: list[set[str]] = [
     {"units", "inspection", "capture", "claims"},
     {"archive", "calibration"},
     {"fidelity", "device"},
+    {"hints"},
     {"api"},
     {"rate"},
     {"demo", "bench"},

@@ -51,11 +51,9 @@ def compress(
     ] = None,
     max_attn_err: Annotated[
         float | None,
-        typer.Option(help="With -D: error of attention outputs at the probe queries, at most.", show_default=False),
+        typer.Option(help="Error of attention outputs at the probe queries, at most.", show_default=False),
     ] = None,
-    ratio: Annotated[
-        float | None, typer.Option(help="With -D: so many times smaller, at least.", show_default=False)
-    ] = None,
+    ratio: Annotated[float | None, typer.Option(help="So many times smaller, at least.", show_default=False)] = None,
     chunk_tokens: Annotated[
         int, typer.Option(help="Tokens a chunk: what one range read decodes; a multiple of 128.")
     ] = 2048,
@@ -131,8 +129,6 @@ def _choice(
     goal = Goal(quality, max_kl, max_attn_err, ratio)
     if name != "lossless":
         raise UsageError("give a codec's name (-c) or a guarantee, not both")
-    if profile is None:
-        raise UsageError("lossy by guarantee needs a calibration profile: -D FILE, made by kvpack calibrate")
     return lambda path, drop, chunk_tokens: choose(path, profile, goal, chunk_tokens=chunk_tokens, drop=drop)
 
 

@@ -38,16 +38,16 @@ class Probes:
         self._notes: dict[str, list[int]] = {}
         self._scale = _scale_of(source.metadata)
         self.present = any(_is_queries(name, spec) for name, spec in source.tensors.items())
-        self._positions: NDArray[np.integer[Any]] | None = None
+        self.positions: NDArray[np.integer[Any]] | None = None
         if self.present and "query_positions" in source.tensors:
-            self._positions = _read_positions(source)
+            self.positions = _read_positions(source)
 
     @property
     def notes(self) -> list[str]:
         """What the reader of the figures must know, each with the layers it is about."""
         if not self.present:
             return [NO_QUERIES]
-        if self._positions is None:
+        if self.positions is None:
             return [NO_POSITIONS]
         return [f"{text} ({layers_text(layers)})" for text, layers in self._notes.items()]
 
@@ -61,33 +61,33 @@ class Probes:
 
         """
         keys, values = original
-        if self._positions is None or not keys.bits.size:
+        if self.positions is None or not keys.bits.size:
             return None
         if keys.shape[:2] != values.shape[:2]:
             self._note(UNPAIRED, layer)
             return None
-        queries = self._queries(layer)
+        queries = self.queries(layer)
         if queries is None or not queries.size:
             self._note(LAYER_WITHOUT_QUERIES, layer)
             return None
         try:
-            figures = measure_attention(
-                queries, self._positions, original, other, self._scale_for(layer, keys.shape[2])
-            )
+            figures = measure_attention(queries, self.positions, original, other, self.scale_for(layer, keys.shape[2]))
         except FormatError as error:
             raise FormatError(f"layer {layer}: {error}") from None
         if figures.skipped:
             self._note(NOT_FINITE, layer)
         return figures if figures.rows else None
 
-    def _queries(self, layer: int) -> NDArray[np.float32] | None:
+    def queries(self, layer: int) -> NDArray[np.float32] | None:
+        """A layer's queries ``[H_q, P, D]``, float32, or None."""
         name = f"queries.{layer}"
         spec = self._source.tensors.get(name)
         if spec is None or not _is_queries(name, spec):
             return None
         return to_float32(self._source.read(name), spec.dtype)
 
-    def _scale_for(self, layer: int, head_dim: int) -> float:
+    def scale_for(self, layer: int, head_dim: int) -> float:
+        """The factor of q . k in a layer; where the capture does not tell, ``head_dim ** -0.5`` and a note."""
         scale = self._scale.get(layer, self._scale.get(-1))
         if scale is None:
             self._note(ASSUMED_SCALE, layer)

@@ -37,11 +37,15 @@ class Side:
     """What is known of a capture beside its keys and values.
 
     ``tokens`` ``[T]`` int32 are its token ids, to the encoder and the decoder alike, or None; ``mass`` ``[T]`` float32
-    is each token's attention mass, mean over layers and heads, to the encoder alone, or None.
+    is each token's attention mass, mean over layers and heads, to the encoder alone, or None. To the encoder alone
+    also ``frequencies`` ``[N]`` float32, radians a position by which RoPE turned dimensions i and i + N of keys, and
+    ``weights``, how much an error of each element matters: by tensor ``[H, D]``, in a part's side ``[R, D]``.
     """
 
     tokens: NDArray[np.int32] | None = None
     mass: NDArray[np.float32] | None = None
+    frequencies: Floats | None = None
+    weights: Any = None
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,9 @@ class Part:
 
     ``dtype`` is the safetensors spelling; ``shape`` is ``(H, T, D)``; ``first`` is the part's first token and
     ``total`` the tensor's number of tokens. In a stack ``heads`` is the number of heads a layer, so that layer i
-    is rows ``i * heads ..``; of one tensor it is H. ``row`` is the part's first row where a predictor codes row by
-    row. ``profile`` is the calibration profile, for stages that need one; ``side`` what else is known.
+    is rows ``i * heads ..``; of one tensor it is H. ``keys`` are how many of its first rows are keys. ``row`` is the
+    part's first row where a predictor codes row by row. ``profile`` is the calibration profile, for stages that need
+    one; ``side`` what else is known.
     """
 
     dtype: str
@@ -60,6 +65,7 @@ class Part:
     total: int
     heads: int = 0
     row: int = 0
+    keys: int = 0
     profile: Profile | None = field(default=None, compare=False, repr=False)
     side: Side = field(default=Side(), compare=False, repr=False)
 
@@ -125,7 +131,8 @@ class Stage:
     """Base of all stages; subclasses set ``name`` and ``version`` and add their configuration as fields.
 
     ``profiled`` stages need a calibration profile, ``stacked`` ones a stack of all layers, ``joint`` ones a stack of
-    all layers' keys and, behind them, all layers' values.
+    all layers' keys and, behind them, all layers' values. An ``adaptive`` one learns from the stack what it needs: it
+    takes a stack for each shape that layers have, and its encoder is told what the capture's probes say.
     """
 
     name: ClassVar[str]
@@ -133,6 +140,7 @@ class Stage:
     profiled: ClassVar[bool] = False
     stacked: ClassVar[bool] = False
     joint: ClassVar[bool] = False
+    adaptive: ClassVar[bool] = False
 
     def to_json(self) -> dict[str, Any]:
         """``{"name", "version", "configuration"}``, JSON types only."""

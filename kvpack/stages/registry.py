@@ -21,6 +21,7 @@ from kvpack.stages.quantizers.dead_zone import DeadZone
 from kvpack.stages.quantizers.float_split import FloatSplit
 from kvpack.stages.quantizers.higgs import Higgs
 from kvpack.stages.quantizers.lloyd_max import LloydMax
+from kvpack.stages.quantizers.low_rank import LowRank
 from kvpack.stages.transforms.klt import Klt
 from kvpack.stages.transforms.merge_heads import MergeHeads
 from kvpack.stages.transforms.rotation import Rotation
@@ -39,7 +40,7 @@ def _index(*stages: type[Stage]) -> dict[str, type[Stage]]:
 
 STAGES = _index(
     *(Keep, Rotation, Unrope, MergeHeads, Klt, TokenKlt, CrossLayer),
-    *(FloatSplit, BytePlanes, Affine, LloydMax, AnchorDelta, ComponentGroups, Higgs, DeadZone),
+    *(FloatSplit, BytePlanes, Affine, LloydMax, AnchorDelta, ComponentGroups, Higgs, DeadZone, LowRank),
     *(BitPack, Rans, ScaledRans, Zstd, Deflate),
 )
 """Every stage there is, by wire name."""

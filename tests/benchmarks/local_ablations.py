@@ -1,0 +1,110 @@
+"""What each idea of ``local`` gives: bits an element and KL with it changed, one row each.
+
+    python tests/benchmarks/local_ablations.py manual.safetensors code.safetensors
+
+Means over the captures (with probes and attention mass, by ``kvpack capture``), at the step of ``local-3``. The
+last rows leave out of the captures what each names, and compress what is left.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+from kvpack import api, hints
+from kvpack.archive import Archive, Capture
+from kvpack.capture import load_model
+from kvpack.codecs import local, local_log_step
+from kvpack.container.layout import PartPlan
+from kvpack.fidelity.model import Judge
+from kvpack.inspection import inspect
+from kvpack.stages.quantizers import low_rank
+from kvpack.stages.quantizers.low_rank import factors
+from kvpack.tensorfile import TensorFile, build_header
+from kvpack.units import Unit
+
+STEP = local_log_step(3)
+
+
+@contextmanager
+def stacks_by(key: Callable[[PartPlan], object]) -> Iterator[None]:
+    """Stacks of parts of the same key, rather than all of one shape."""
+
+    def alike(unit: Unit) -> list[list[PartPlan]]:
+        found: dict[object, list[PartPlan]] = {}
+        for plan in sorted(unit.plans, key=lambda plan: (not plan.tensor.name.endswith("keys"), plan.layer)):
+            found.setdefault(key(plan), []).append(plan)
+        return list(found.values())
+
+    with patch.object(Unit, "_alike", alike):
+        yield
+
+
+def constants(**changed: Any) -> ExitStack:
+    """Constants of the stage set otherwise."""
+    stack = ExitStack()
+    for name, value in changed.items():
+        stack.enter_context(patch.object(factors if hasattr(factors, name) else low_rank, name, value))
+    return stack
+
+
+PROBES = ("queries.*", "query_positions")
+ROWS: list[tuple[str, Any, int, tuple[str, ...], bool]] = [
+    ("as it is", ExitStack, 10, (), True),
+    ("a basis a tensor", lambda: stacks_by(lambda plan: plan.tensor.name), 10, (), True),
+    ("a basis a layer, keys and values as one", lambda: stacks_by(lambda plan: plan.layer), 10, (), True),
+    ("keys and values apart", lambda: stacks_by(lambda plan: plan.tensor.name.rpartition(".")[2]), 10, (), True),
+    ("numbers to the nearest", lambda: constants(BASIS_PRICE=0.0), 10, (), True),
+    ("the first tokens like others", lambda: constants(SINKS=0), 10, (), True),
+    ("all tokens alike but the first", ExitStack, 0, (), True),
+    ("twice the exponent of tokens' weights", ExitStack, 20, (), True),
+    ("no spread of elements", lambda: constants(_spreads=lambda values: np.zeros(len(values), np.int64)), 10, (), True),
+    ("a key's error twice as important", lambda: patch.object(hints, "KEY_WEIGHT", 2 * hints.KEY_WEIGHT), 10, (), True),
+    ("no attention mass", ExitStack, 10, ("attention_mass",), True),
+    ("no probes, no mass", ExitStack, 10, ("attention_mass", *PROBES), True),
+    ("no probes, no mass, RoPE unknown", ExitStack, 10, ("attention_mass", *PROBES), False),
+]
+"""What is changed, how, the importance, tensors left out of the capture, and whether its metadata are kept."""
+
+
+def without(path: Path, out: Path, names: tuple[str, ...], metadata: bool) -> Path:
+    """A copy of a capture without some tensors, or without its metadata."""
+    file = TensorFile.open(path)
+    gone = tuple(name.rstrip("*") for name in names)
+    kept = [spec for spec in file.tensors.values() if not (gone and spec.name.startswith(gone))]
+    header = build_header([(s.name, s.dtype, s.shape) for s in kept], dict(file.metadata) if metadata else {})
+    data = b"".join(bytes(file.data(spec)) for spec in kept)
+    out.write_bytes(len(header.raw).to_bytes(8, "little") + header.raw + data)
+    return out
+
+
+def main(paths: list[Path]) -> None:
+    model, figures = load_model(None), np.zeros((len(ROWS), 3))
+    with tempfile.TemporaryDirectory() as folder:
+        packed, copy = Path(folder) / "x.kvp", Path(folder) / "x.safetensors"
+        for path in paths:
+            judge = Judge(model, Capture(TensorFile.open(path)))
+            for i, (_, changed, importance, names, metadata) in enumerate(ROWS):
+                source = without(path, copy, names, metadata)
+                with changed():
+                    with packed.open("wb") as sink:
+                        api.compress(source, sink, local(STEP, importance), drop=api.PROBES)
+                    report = judge.measure(Archive.open(packed))
+                assert report.plain
+                assert report.repeat
+                bits = inspect(packed).bits_per_element or 0
+                figures[i] += np.array([bits, report.plain.kl_mean, report.repeat.kl_mean]) / len(paths)
+    print("| changed | bits/elem | KL plain | KL repeat |\n| --- | --- | --- | --- |")
+    for (name, *_), (bits, plain, repeat) in zip(ROWS, figures, strict=True):
+        print(f"| {name} | {bits:.3f} | {plain:.4f} | {repeat:.4f} |")
+
+
+if __name__ == "__main__":
+    main([Path(name) for name in sys.argv[1:]])
