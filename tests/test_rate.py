@@ -20,7 +20,7 @@ from kvpack.profile import Profile
 from kvpack.tensorfile import TensorFile
 
 Cli = Callable[..., Any]
-SMALL = ("--context", 128, "--tokens", 1024, "--rank", 60, "--units", 8, "--steps", 10, "-q", "--device", "cpu")
+SMALL = ("--context", 128, "--tokens", 12288, "--rank", 60, "--units", 8, "--steps", 10, "-q", "--device", "cpu")
 
 
 def calibrated(cli: Cli, folder: Path, name: str) -> Path:
@@ -28,7 +28,7 @@ def calibrated(cli: Cli, folder: Path, name: str) -> Path:
     save_model(CONFIGS[name](), folder / "model")
     texts: list[object] = []
     for i in range(2):
-        (folder / f"{i}.txt").write_text(demo_text()[20_000 * (i + 1) :][:2000])
+        (folder / f"{i}.txt").write_text(demo_text()[15_000 * (i + 1) :][:6000])
         texts += ["--text", folder / f"{i}.txt"]
     done = cli("calibrate", "-m", folder / "model", *texts, "-o", folder / "p.kvprofile", *SMALL)
     assert done.code == 0, done.err
@@ -131,12 +131,16 @@ def test_attention_error_is_kept_as_verify_measures_it(cli: Cli, folder: Path) -
 
 @pytest.mark.parametrize("row", [7, 3, 0])
 def test_promised_kl_is_kept_as_the_model_measures_it(cli: Cli, folder: Path, row: int) -> None:
+    """On a capture as long as calibration's sequences, of another text; the model is random, so its KL is small."""
     curve = Profile.open(folder / "p.kvprofile")["fisher.curve"]
-    limit = float(curve[row:, [2, 4]].max() if row else curve[:, [2, 4]].max()) * 1.001
-    compressed(cli, folder, 300, "--max-kl", limit)
-    given = (folder / "300.safetensors", folder / "x.kvp", "-D", folder / "p.kvprofile", "--model", folder / "model")
-    assert cli("verify", *given, "--max-kl", 2 * limit, "--device", "cpu").code == 0
     assert curve[0, 0] == fisher_log_step(8)
+    limit = float(curve[: row + 1, [2, 4]].max()) * 1.001
+    compressed(cli, folder, 120, "--max-kl", limit)
+    given = (folder / "120.safetensors", folder / "x.kvp", "-D", folder / "p.kvprofile", "--model", folder / "model")
+    done = cli("verify", *given, "--json", "--device", "cpu")
+    assert done.code == 0, done.err
+    model = json.loads(done.out)["model"]
+    assert max(model[kind]["kl_mean"] for kind in ("plain", "repeat")) <= 2 * limit
 
 
 def test_qualities_are_promises_of_kl(cli: Cli, folder: Path) -> None:
