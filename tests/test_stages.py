@@ -27,6 +27,7 @@ from kvpack.stages.quantizers.dead_zone import DeadZone
 from kvpack.stages.quantizers.float_split import FloatSplit
 from kvpack.stages.quantizers.higgs import Higgs
 from kvpack.stages.quantizers.lloyd_max import LloydMax
+from kvpack.stages.quantizers.low_rank import LowRank
 from kvpack.stages.random import rotation_matrix
 from kvpack.stages.registry import STAGES, stage_from_json
 from kvpack.stages.transforms.klt import Klt
@@ -365,6 +366,7 @@ def test_stages_round_trip_as_json(name: str) -> None:
         "anchor_delta": AnchorDelta(leading_bins=32, bins=16, leading=10, group=10),
         "component_groups": ComponentGroups(section="kvtc.keys", plan="1"),
         "higgs": Higgs(bits=3, seed=3),
+        "low_rank": LowRank(log_step=-3, importance=7),
     }
     stage = examples.get(name) or STAGES[name]()
     assert stage_from_json(stage.to_json()) == stage
