@@ -14,7 +14,17 @@ from models import CONFIGS, REFUSED, save_model
 from profiles import grids
 
 from kvpack.archive import Capture
-from kvpack.calibration import CorpusOptions, aquakv, collect, kvtc, scales
+from kvpack.calibration import (
+    CorpusOptions,
+    FisherOptions,
+    PredictorOptions,
+    Work,
+    aquakv,
+    calibrate,
+    collect,
+    kvtc,
+    scales,
+)
 from kvpack.calibration.rotary import inverse_frequencies
 from kvpack.capture import load_model
 from kvpack.codecs import CODECS, FISHER_LEVELS, fisher_log_step
@@ -198,6 +208,51 @@ def test_calibrate_end_to_end(cli: Cli, folder: Path, tmp_path: Path) -> None:
     for family, some in errors.items():
         assert some == sorted(some), family
         assert some[0] < 0.2
+
+
+class InterruptedHereError(Exception):
+    """Raised from a progress or a remark, as if the machine went down there."""
+
+
+@pytest.mark.parametrize("place", ["running", "gradients", "directions", "prediction"])
+def test_an_interrupted_calibration_goes_on(folder: Path, tmp_path: Path, place: str) -> None:
+    """To the same arrays, without running again what had been run."""
+    model = load_model(str(folder / "model"), device="cpu")
+    texts = [(f"{i}.txt", (folder / f"{i}.txt").read_text()) for i in range(2)]
+    corpus = CorpusOptions(tokens=1024, context=128)
+    fisher = FisherOptions(20, 2, PredictorOptions(8, 5))
+    said: list[str] = []
+
+    def run(work: Work, stop: str | None = None) -> dict[str, np.ndarray]:
+        def progress(done: int, _: int) -> None:
+            if stop == "running" and done == 5:
+                raise InterruptedHereError
+
+        def say(line: str) -> None:
+            said.append(line)
+            if (
+                stop
+                and {"gradients": "means", "directions": "token table", "prediction": "scatter"}.get(stop, "-") in line
+            ):
+                raise InterruptedHereError
+
+        sample = collect(model, texts, corpus, progress, work)
+        return calibrate(model, sample, ("fisher",), fisher, say, work)
+
+    expected = run(Work())
+    work = tmp_path / "p.partial"
+    with pytest.raises(InterruptedHereError):
+        run(Work(work, "k"), place)
+    assert work.is_dir()
+    said.clear()
+    found = run(Work(work, "k"))
+    assert found.keys() == expected.keys()
+    assert all((found[name] == expected[name]).all() for name in found)
+    assert any("token table" in line for line in said) == (place != "prediction")
+    other = Work(work, "another key")
+    assert {path.name for path in work.iterdir()} == {"key"}
+    other.remove()
+    assert not work.exists()
 
 
 def test_calibrate_for_fisher_alone(cli: Cli, folder: Path, tmp_path: Path) -> None:

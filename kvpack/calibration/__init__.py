@@ -3,6 +3,7 @@
 from kvpack.calibration.corpus import CorpusOptions, Sample, collect
 from kvpack.calibration.prediction import PredictorOptions
 from kvpack.calibration.run import SECTIONS, FisherOptions, calibrate, metadata
+from kvpack.calibration.work import Work
 
 __all__ = [
     "SECTIONS",
@@ -10,6 +11,7 @@ __all__ = [
     "FisherOptions",
     "PredictorOptions",
     "Sample",
+    "Work",
     "calibrate",
     "collect",
     "metadata",

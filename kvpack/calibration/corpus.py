@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvpack.calibration.rotary import inverse_frequencies, rotated
+from kvpack.calibration.work import Work
 from kvpack.capture import CaptureOptions, Model, prefill, run_tokens
 from kvpack.errors import UnsupportedError, UsageError
 from kvpack.stages.base import Floats
@@ -81,9 +82,14 @@ class Sample:
 
 
 def collect(
-    model: Model, texts: Sequence[tuple[str, str]], options: CorpusOptions, progress: Progress | None = None
+    model: Model,
+    texts: Sequence[tuple[str, str]],
+    options: CorpusOptions,
+    progress: Progress | None = None,
+    work: Work | None = None,
 ) -> Sample:
-    """Run ``texts`` (name, text). Sequences are spread evenly over each text, and do not overlap.
+    """Run ``texts`` (name, text). Sequences are spread evenly over each text, and do not overlap; those that ``work``
+    has already are not run again.
 
     Raises:
         UsageError: a text too short for one sequence, or options that the model cannot follow.
@@ -103,30 +109,45 @@ def collect(
         sequences += mine
         digest = hashlib.sha256(text.encode()).hexdigest()
         documents.append({"name": Path(name).name, "sha256": digest, "sequences": len(mine)})
-    frequencies = inverse_frequencies(model)
-    both, mass, held = None, {}, _held_back(len(sequences))
+    frequencies, work = inverse_frequencies(model), work or Work()
+    first = run_tokens(model, sequences[0], CaptureOptions(queries=0))
+    layers, (heads, _, dims) = len(first.keys), first.keys[0].shape
+    size = 2 * layers * heads * dims
+    both = work.growing("both", (len(sequences), options.context, size), np.float16)
+    mass = work.growing("mass", (len(sequences), options.context), np.float32)
+    done = work.growing("done", (len(sequences),), np.uint8)
+    held = _held_back(len(sequences))
     for i, ids in enumerate(sequences):
-        if i in held or both is None:  # the first is run with all of a capture's checks
-            cache = run_tokens(model, ids, CaptureOptions(queries=0))
-            mass[i] = cache.attention_mass.float().mean((0, 1)).numpy()
-            layers = cache.keys, cache.values
-        else:
-            layers = prefill(model, ids)
-        shape = layers[0][0].shape
-        if any(tensor.shape != shape for kind in layers for tensor in kind):
-            raise UsageError(f"{model.name} has layers of different shapes: no codec with a profile can code them")
-        keys, values = (torch.stack(kind).to(model.network.device).float() for kind in layers)
-        flat = torch.cat([rotated(keys, frequencies, -1), values]).permute(2, 0, 1, 3).reshape(options.context, -1)
-        if flat.abs().max() > torch.finfo(torch.float16).max:
-            raise UnsupportedError("the model's keys or values are beyond float16: cannot calibrate for it")
-        if both is None:
-            both = np.empty((len(sequences), *flat.shape), np.float16)
-        both[i] = flat.half().cpu().numpy()
+        if not done[i]:
+            if i in held or i == 0:
+                cache = run_tokens(model, ids, CaptureOptions(queries=0)) if i else first
+                mass[i] = cache.attention_mass.float().mean((0, 1)).numpy()
+                both[i] = _rows(model, cache.keys, cache.values, frequencies)
+            else:
+                both[i] = _rows(model, *prefill(model, ids), frequencies)
+            done[i] = 1
         if progress:
             progress(i + 1, len(sequences))
-    assert both is not None
-    tokens, count = np.array(sequences, np.int32), len(layers[0])
-    return Sample(both, tokens, mass, count, shape[0] * shape[2], frequencies, documents)
+    tokens = np.array(sequences, np.int32)
+    return Sample(both, tokens, {i: mass[i] for i in held}, layers, heads * dims, frequencies, documents)
+
+
+def _rows(model: Model, keys: list[torch.Tensor], values: list[torch.Tensor], frequencies: Floats) -> Halves:
+    """``[T, P]`` of a sequence.
+
+    Raises:
+        UsageError: layers of different shapes.
+        UnsupportedError: values beyond float16.
+
+    """
+    if any(tensor.shape != keys[0].shape for tensor in (*keys, *values)):
+        raise UsageError(f"{model.name} has layers of different shapes: no codec with a profile can code them")
+    found = [torch.stack(kind).to(model.network.device).float() for kind in (keys, values)]
+    flat = torch.cat([rotated(found[0], frequencies, -1), found[1]]).permute(2, 0, 1, 3)
+    if flat.abs().max() > torch.finfo(torch.float16).max:
+        raise UnsupportedError("the model's keys or values are beyond float16: cannot calibrate for it")
+    rows: Halves = flat.reshape(len(flat), -1).half().cpu().numpy()
+    return rows
 
 
 def _held_back(count: int) -> list[int]:

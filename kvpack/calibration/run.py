@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from kvpack.calibration import aquakv, gradients, kvtc, prediction, scales, toke
 from kvpack.calibration.corpus import SKIPPED, CorpusOptions, Sample
 from kvpack.calibration.gradients import Network
 from kvpack.calibration.prediction import PredictorOptions
+from kvpack.calibration.work import Work
 from kvpack.capture import Model
 from kvpack.codecs import AQUAKV_BITS, KVTC_RATES
 from kvpack.stages.base import Floats
@@ -51,7 +52,12 @@ class FisherOptions:
 
 
 def calibrate(
-    model: Model, sample: Sample, sections: Sequence[str], options: FisherOptions, say: Say | None = None
+    model: Model,
+    sample: Sample,
+    sections: Sequence[str],
+    options: FisherOptions,
+    say: Say | None = None,
+    work: Work | None = None,
 ) -> Arrays:
     """The arrays of ``docs/profile-format.md`` for codecs of ``sections``; the same for the same sample and machine.
 
@@ -60,7 +66,7 @@ def calibrate(
     tell = say or (lambda _: None)
     arrays: Arrays = {"rope.inv_freq": sample.frequencies}
     if "fisher" in sections:
-        arrays |= _fisher(model, sample, options, tell)
+        arrays |= _fisher(model, sample, options, tell, work or Work())
     if "kvtc" in sections:
         for kind in ("keys", "values"):
             tell(f"kvtc: principal components of {kind}")
@@ -70,27 +76,32 @@ def calibrate(
     return arrays
 
 
-def _fisher(model: Model, sample: Sample, options: FisherOptions, tell: Say) -> Arrays:
+def _fisher(model: Model, sample: Sample, options: FisherOptions, tell: Say, work: Work) -> Arrays:
     held, learnt = sample.held, sample.learnt
     network = Network(model, sample)
     chosen = learnt[:: max(1, len(learnt) // max(options.gradients, 1))][: options.gradients]
     tell(f"fisher: gradients of {len(chosen)} sequences")
-    information, sinks = gradients.fisher(network, sample, chosen, PLAIN_SHARE)
+
+    def measured() -> Arrays:
+        information, sinks = gradients.fisher(network, sample, chosen, PLAIN_SHARE)
+        return {"information": information.cpu().numpy(), "sinks": np.array(sinks)}
+
+    found = work.once("gradients", measured)
+    information, sinks = torch.from_numpy(found["information"]).to(network.device), int(found["sinks"])
     table = prediction.embeddings(model.network, sample, information.device)
-    parts: Arrays = {}
-    for what, found in token_klt.learn(sample, learnt, information, sinks, table, options.rank):
-        tell(f"fisher: {what}, {_bytes(found):,} bytes")
-        parts |= found
-    coordinates = token_klt.coordinates(sample, learnt, parts, information.device)
+    steps = token_klt.learn(sample, learnt, information, sinks, table, options.rank)
+    parts = work.once("directions", lambda: _gathered(steps, tell))
     weights = sum(parameter.numel() for parameter in model.network.parameters())
-    units, columns = options.prediction.units, coordinates[0].shape[1]
-    weighed = units * 2048 + (units + 2048) * (options.rank + columns) // 2
-    later = int(EXPECTED_BYTES * weighed)
-    budget = max(int(2 * weights * BUDGET) - _bytes(parts) - later, 1 << 16)
-    for what, found in prediction.learn(sample.tokens[learnt], coordinates, table, budget, options.prediction):
-        tell(f"fisher: {what}, {_bytes(found):,} bytes")
-        parts |= found
-    del coordinates
+
+    def predicted() -> Arrays:
+        coordinates = token_klt.coordinates(sample, learnt, parts, information.device)
+        units, columns = options.prediction.units, coordinates[0].shape[1]
+        later = EXPECTED_BYTES * (units * 2048 + (units + 2048) * (options.rank + columns) / 2)
+        budget = max(int(2 * weights * BUDGET - _bytes(parts) - later), 1 << 16)
+        tokens = sample.tokens[learnt]
+        return _gathered(prediction.learn(tokens, coordinates, table, budget, options.prediction), tell)
+
+    parts |= work.once("prediction", predicted)
     arrays: Arrays = {"rope.inv_freq": sample.frequencies}
     arrays |= {f"fisher.{name}": array for name, array in parts.items()}
     some = held[:: -(-len(held) // SCATTER_SEQUENCES)]
@@ -101,6 +112,14 @@ def _fisher(model: Model, sample: Sample, options: FisherOptions, tell: Say) -> 
         tell(f"fisher-{level}: KL {row[1]:.4f} plain, {row[3]:.4f} repeat")
         rows.append(row)
     return {**arrays, "fisher.curve": np.array(rows, np.float32)}
+
+
+def _gathered(steps: Iterator[tuple[str, Arrays]], tell: Say) -> Arrays:
+    parts: Arrays = {}
+    for what, found in steps:
+        tell(f"fisher: {what}, {_bytes(found):,} bytes")
+        parts |= found
+    return parts
 
 
 def _bytes(arrays: Arrays) -> int:

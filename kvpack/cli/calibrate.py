@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from kvpack import __version__
 from kvpack.cli import common
 from kvpack.cli.capture import Model, read_text
 from kvpack.errors import KvpackError, UsageError
@@ -37,7 +38,8 @@ def calibrate(
 ) -> None:
     """Learn from texts what calibrated codecs need to know of a model; give it to compress and decompress with -D.
 
-    Choose texts like those to compress, several kinds of them, and none that a codec will be judged on.
+    Choose texts like those to compress, several kinds of them, and none that a codec will be judged on. Until it is
+    done, what has been found is kept beside the output in OUTPUT.partial: the same command goes on from there.
     """
     contents = [(str(path), read_text(path)) for path in text]
     check_output(output, force=force)
@@ -51,15 +53,18 @@ def calibrate(
         raise UsageError(f"no calibrated codecs are named {unknown[0]!r}; there are: {', '.join(calibration.SECTIONS)}")
     loaded = load_model(model, dtype, device)
     options = calibration.CorpusOptions(tokens, context)
+    settings = [tokens, context, rank, gradients, units, steps, dtype, __version__]
+    work = calibration.Work(output.with_name(output.name + ".partial"), [loaded.weights_sha256, contents, settings])
     with common.progress_bar(f"running {loaded.name}", quiet) as progress:
-        sample = calibration.collect(loaded, contents, options, progress)
+        sample = calibration.collect(loaded, contents, options, progress, work)
     remark = lambda line: common.say(line, quiet=quiet, to_stderr=True)  # noqa: E731
     try:
         fisher = calibration.FisherOptions(rank, gradients, calibration.PredictorOptions(units, steps))
-        arrays = calibration.calibrate(loaded, sample, sections, fisher, remark)
+        arrays = calibration.calibrate(loaded, sample, sections, fisher, remark, work)
     except (MemoryError, RuntimeError) as error:
         raise KvpackError(f"not enough memory to calibrate: use fewer --tokens ({error})") from None
     with atomic_output(output, force=force) as sink:
         size = write_profile(arrays, calibration.metadata(loaded, sample, options), sink)
+    work.remove()
     count = sum(document["sequences"] for document in sample.documents)
     common.say(f"{output}: {count} sequences, {sample.tokens.size} tokens, {size} bytes", quiet=quiet)
