@@ -121,9 +121,9 @@ def fisher(
             middle = torch.stack([gradient[SKIPPED : max(len(gradient) - RECENT, SKIPPED + 1)] for gradient in found])
             energy = middle.square().sum(2).mean(0)
             mean += float(energy.mean()) * len(found)
-            calm = (energy / energy.mean().clamp_min(1e-30) + FLOOR) ** -TEMPER
-            split = middle.reshape(len(found), -1, blocks, dims)
-            mine = torch.einsum("stbd,stbe,t->bde", split, split, calm) * (weight / middle.shape[1])
+            calm = (energy / energy.mean().clamp_min(1e-30) + FLOOR) ** (-TEMPER / 2)
+            split = (middle * calm[:, None]).reshape(-1, blocks, dims).transpose(0, 1)
+            mine = torch.bmm(split.transpose(1, 2), split) * (weight / middle.shape[1])
             total = mine if total is None else total + mine
         if progress:
             progress(i + 1, len(sequences))

@@ -150,7 +150,7 @@ def _rounded_table(own: torch.Tensor, tokens: NDArray[np.int32], budget: int) ->
     often[:vocabulary] = counts[order]
     share = (often.reshape(groups, size).mean(1) + 0.25) / (counts.sum() + 0.25 * vocabulary)
     widest = np.abs(rows).reshape(groups, size, -1).max(1)
-    base, packed = REFERENCE_STEP / 16, None
+    base, packed = REFERENCE_STEP / 2, None
     while packed is None or packed["table.codes"].size > budget:
         step = np.maximum(base * np.sqrt(share.max() / share)[:, None], widest / 127).astype(np.float32)
         packed = pack("table", rows, np.maximum(step, 1e-30))
@@ -207,7 +207,7 @@ def _weights(inputs: list[torch.Tensor], coordinates: list[torch.Tensor], units:
     for one, found in zip(inputs, coordinates, strict=True):
         power += (found.float() - _features(one, units) @ weights).square().sum(0)
         rows += len(found)
-    left = np.sqrt(np.maximum((power / rows).cpu().numpy(), (REFERENCE_STEP / 8) ** 2))
+    left = np.sqrt(np.maximum((power / rows).cpu().numpy(), (REFERENCE_STEP / 2) ** 2))
     matrix = weights.cpu().numpy()
     step = np.sqrt(12 * ROUNDING / len(matrix)) * left
     return pack("weights", matrix, np.maximum(step, np.abs(matrix).max(0) / 127)[None].astype(np.float32))

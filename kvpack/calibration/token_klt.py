@@ -30,7 +30,7 @@ OVERSAMPLED = 64
 GROUPS = 6
 """Groups of layers that have directions of their own, each a quarter as many as the common ones."""
 
-BASIS_STEP = 0.007
+BASIS_STEP = 0.006
 """Rounding of an element's share in a direction, of the element's standard deviation. Noise is bounded where it would
 be seen, in the elements themselves: in whitened space it would fall on directions that no cache goes in.
 """
