@@ -96,12 +96,17 @@ def _checked(spec: PlaneSpec) -> Scales:
     return scales
 
 
+def costs(frequencies: NDArray[np.int32]) -> NDArray[np.int64]:
+    """What each symbol of each table takes, in 64ths of a bit, with log2 linear between powers of two; ``[K, 63]``."""
+    octave = np.frexp(frequencies.astype(np.float64))[1].astype(np.int64) - 1
+    found: NDArray[np.int64] = 64 * (PRECISION - octave) - ((64 * (frequencies - (1 << octave))) >> octave)
+    return found
+
+
 def _span(coded: Array, scales: Scales) -> int:
-    """Symbols a group: by the payload, estimated in 64ths of a bit with log2 linear between powers of two."""
-    octave = np.frexp(scales.tables.astype(np.float64))[1].astype(np.int64) - 1
-    cost = 64 * (PRECISION - octave) - ((64 * (scales.tables - (1 << octave))) >> octave)
+    """Symbols a group: by the payload, estimated in 64ths of a bit."""
     classes = scales.classes().reshape(-1)
-    payload = int(cost[classes, coded].sum()) // (64 * 8)
+    payload = int(costs(scales.tables)[classes, coded].sum()) // (64 * 8)
     groups = max(1, payload // GROUP_BYTES)
     return -(-len(coded) // (groups * GROUP)) * GROUP
 
