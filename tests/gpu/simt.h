@@ -1,4 +1,5 @@
 // Runs CUDA kernels on a CPU, a block at a time, a fiber a thread: for tests of their logic, not of races or speed.
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -11,6 +12,8 @@
 #define __shared__ static
 
 struct Dim { unsigned x, y, z; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
 static Dim gridDim, blockDim, blockIdx, threadIdx;
 
 namespace simt {
@@ -128,6 +131,32 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     for (int i = 0; i < 4; i++) out |= (unsigned)(bytes >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
     return out;
 }
+
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
+inline unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float from_half(unsigned short half) {
+    int exponent = half >> 10 & 31, mantissa = half & 1023;
+    float value = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                                 : ldexpf(exponent ? 1024 + mantissa : mantissa, (exponent ? exponent : 1) - 25);
+    return half >> 15 ? -value : value;
+}
+inline unsigned to_half(float value) {  // to nearest, ties to even, as rintf does
+    unsigned sign = __float_as_uint(value) >> 16 & 0x8000;
+    float size = fabsf(value);
+    if (!(size < 65520)) return sign | (size != size ? 0x7E00 : 0x7C00);
+    int exponent = size < 6.103515625e-5f ? -14 : ilogbf(size);
+    unsigned steps = (unsigned)rintf(ldexpf(size, 10 - exponent));
+    return sign | (steps + ((exponent + 14) << 10));
+}
+inline unsigned to_bf16(float value) {
+    unsigned bits = __float_as_uint(value);
+    return value != value ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+inline unsigned to_halves(float low, float high) { return to_half(low) | to_half(high) << 16; }
+inline unsigned to_bf16s(float low, float high) { return to_bf16(low) | to_bf16(high) << 16; }
 
 inline unsigned shared_address(const void *at) { return (unsigned)((const char *)at - simt::dynamic); }
 inline unsigned shared_word(unsigned address) { return *(unsigned *)(simt::dynamic + address); }

@@ -41,7 +41,7 @@ class ScaledRans(EntropyCoder):
         """Span and raw bytes, then of each group its words' number and states, all words, and the raw bits."""
         if spec.scales is None:
             return _RANS.encode(codes, spec)
-        scales = _checked(spec)
+        scales = checked(spec)
         coded, raw, widths = symbols.split(np.ascontiguousarray(codes).reshape(-1))
         span = _span(coded, scales)
         groups = -(-len(coded) // span)
@@ -58,7 +58,7 @@ class ScaledRans(EntropyCoder):
         """The inverse of :meth:`encode`."""
         if spec.scales is None:
             return _RANS.decode(data, spec)
-        scales = _checked(spec)
+        scales = checked(spec)
         if len(data) < _HEAD.size:
             raise CorruptError("scaled_rans stream: truncated")
         span, raw_bytes = _HEAD.unpack_from(data)
@@ -84,7 +84,13 @@ class ScaledRans(EntropyCoder):
         return symbols.join(coded, long, raw).reshape(spec.shape)
 
 
-def _checked(spec: PlaneSpec) -> Scales:
+def checked(spec: PlaneSpec) -> Scales:
+    """A plane's scales, if they are sound.
+
+    Raises:
+        MismatchError: they are not.
+
+    """
     scales = spec.scales
     assert scales is not None
     tables = scales.tables

@@ -81,6 +81,13 @@ class DeadZone(Quantizer):
             raise MismatchError("the profile's scales are not for its own basis")
         return Scales(columns, self.rows(levels), tables)
 
+    def centroids(self, part: Part) -> Floats:
+        """The profile's, ``[K, 4]``."""
+        centroids, tables = part.array(f"{self.section}.centroids"), part.array(f"{self.section}.tables")
+        if centroids.shape != (len(tables), 4):
+            raise MismatchError("the profile's centroids are not for its own tables")
+        return centroids
+
     def steps(self, levels: NDArray[np.int32]) -> Floats:
         """The same as a number, ``[T, 1]``."""
         return np.exp2(self.log_step / 32 + levels[:, None] / 4).astype(np.float32)
@@ -105,9 +112,7 @@ class DeadZone(Quantizer):
         levels = codes[0].reshape(-1).astype(np.int32) - MIDDLE
         values = unzigzag(codes[1][0])
         scales = self._scales(levels, part)
-        centroids = part.array(f"{self.section}.centroids")
-        if centroids.shape != (len(scales.tables), 4):
-            raise MismatchError("the profile's centroids are not for its own tables")
+        centroids = self.centroids(part)
         out = values.astype(np.float32)
         live = np.nonzero(values)
         magnitude = np.abs(values[live])

@@ -68,6 +68,16 @@ class TokenModel:
         flat += self.means(part.first, len(flat))
         return flat
 
+    def require(self, tokens: NDArray[np.int32]) -> None:
+        """Check token ids.
+
+        Raises:
+            MismatchError: some that the profile's model does not have.
+
+        """
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < len(self.table):
+            raise MismatchError("the capture has token ids that the profile's model does not have")
+
     def predict(self, part: Part) -> Floats:
         """Expected coordinates ``[T, R]`` of the part's tokens; 0 for sinks, and without token ids.
 
@@ -79,8 +89,7 @@ class TokenModel:
         stop = part.first + part.shape[1]
         if tokens is None:
             return np.zeros((part.shape[1], self.rank), np.float32)
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < len(self.table):
-            raise MismatchError("the capture has token ids that the profile's model does not have")
+        self.require(tokens)
         start = max(part.first, self.sinks)
         out = np.zeros((part.shape[1], self.rank), np.float32)
         if start < stop:

@@ -1,0 +1,195 @@
+"""``fisher`` on a GPU: the keys and values of all layers of a chunk as one, from bf16 tensors to streams and back.
+
+From coefficients on, everything is integer arithmetic or the CPU's own steps, and streams are the CPU's byte for byte for
+the same codes. Coordinates are sums of rounded products in another order than the CPU's, so that a coefficient next to a
+bound may get the neighbouring code (``tests/gpu/test_joint_parity.py`` bounds how near and how often).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil, log2
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpack.codecs import Chain
+from kvpack.stages.base import Part, Scales
+from kvpack.stages.entropy.scaled_rans import ScaledRans, checked
+from kvpack.stages.quantizers.dead_zone import MIDDLE, ROUNDING, DeadZone, token_levels
+from kvpack.stages.transforms.token_klt import TokenKlt
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvpack.stages.device.launch import Launcher
+    from kvpack.stages.entropy.scaled_rans.cuda import Classes, Coded
+    from kvpack.stages.transforms.token_klt.cuda import Stacks
+
+Levels = NDArray[np.int32]
+"""Levels of the tokens of units of one length, ``[U, T]``."""
+
+
+def is_joint(chain: Chain) -> bool:
+    """Whether a chain is ``fisher``'s."""
+    every = (chain.keep, chain.predictor, len(chain.transforms))
+    return (
+        every == (None, None, 1)
+        and isinstance(chain.transforms[0], TokenKlt)
+        and isinstance(chain.quantizer, DeadZone)
+        and isinstance(chain.entropy, ScaledRans)
+    )
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """In device memory: streams of the units' coefficients, digests int64 ``[U, S]`` of the original tensors, faults
+    int32 ``[U]``, not 0 where the GPU cannot represent a unit.
+    """  # fmt: skip
+
+    coded: Coded
+    digests: torch.Tensor
+    faults: torch.Tensor
+
+
+class Joint:
+    """A codec and a profile in device memory, for the units of one capture."""
+
+    def __init__(self, gpu: Launcher, chain: Chain, part: Part) -> None:
+        """For units like ``part``, which says the cache's shape, its length and what is known beside it.
+
+        Raises:
+            MismatchError: the profile is not sound, or not for this cache.
+
+        """
+        import torch
+
+        from kvpack.stages.entropy.scaled_rans.cuda import Tables
+        from kvpack.stages.transforms.token_klt.cuda import Matrices, Tokens, turns
+
+        klt, quantizer = chain.transforms[0], chain.quantizer
+        assert isinstance(klt, TokenKlt)
+        assert isinstance(quantizer, DeadZone)
+        self._gpu, self._quantizer, self._part = gpu, quantizer, replace(part, first=0)
+        model = klt.model(part)
+        self._coordinates = klt.output(part)
+        scales = self._scales(np.zeros(part.shape[1], np.int32))
+        self._tables = Tables.of(scales.tables, gpu.device)
+        self._columns = scales.columns
+        self._centroids = torch.from_numpy(quantizer.centroids(part)).to(gpu.device)
+        self._roundings = torch.full((len(scales.tables),), ROUNDING, dtype=torch.float32, device=gpu.device)
+        self._matrices = Matrices.of(model, gpu.device)
+        self._tokens = None
+        if part.side.tokens is not None:
+            model.require(part.side.tokens)
+            self._tokens = Tokens.of(gpu, self._matrices, part.side.tokens)
+        self._cosines, self._sines = turns(model.frequencies, part.total, gpu.device)
+
+    @staticmethod
+    def supports(part: Part, chain: Chain, tensors: int) -> bool:
+        """Whether the kernels take such units, of so many tensors each."""
+        from kvpack.stages.entropy.scaled_rans import cuda as coder
+        from kvpack.stages.transforms.token_klt import cuda as klt
+
+        if part.dtype != "BF16" or not is_joint(chain):
+            return False
+        stage = chain.transforms[0]
+        assert isinstance(stage, TokenKlt)
+        assert isinstance(chain.quantizer, DeadZone)
+        model, (rows, tokens, dims) = stage.model(part), part.shape
+        tables = len(part.array(f"{chain.quantizer.section}.tables"))
+        shape = (rows // tensors, tokens, dims)
+        return klt.supports(shape, len(model.frequencies)) and coder.supports(tokens, model.rank, tables)
+
+    def _scales(self, levels: NDArray[np.int32]) -> Scales:
+        tokens, rank = len(levels), self._coordinates.shape[2]
+        part = replace(self._coordinates, shape=(1, tokens, rank))
+        plane = self._quantizer.planes(part)[1]
+        return checked(self._quantizer.scaled(plane, {"levels": (levels + MIDDLE).astype(np.uint8)}, part))
+
+    def levels(self, first: int, units: int, tokens: int) -> Levels:
+        """What the encoder decides for tokens from ``first`` on."""
+        part = replace(self._part, first=first, shape=(1, units * tokens, 1))
+        return token_levels(part, self._quantizer.importance).reshape(units, tokens)
+
+    def _classes(self, levels: Levels) -> tuple[Classes, NDArray[np.float32]]:
+        """Classes in device memory, and each token's step, ``[U * T]``."""
+        from kvpack.stages.entropy.scaled_rans.cuda import Classes
+
+        scales = [self._scales(one) for one in levels]
+        steps = self._quantizer.steps(levels.reshape(-1)).reshape(-1)
+        return Classes.of(scales, self._tables, self._gpu.device), steps
+
+    def _stacks(self, addresses: torch.Tensor, shape: tuple[int, int, int], head_stride: int, first: int) -> Stacks:
+        from kvpack.stages.transforms.token_klt.cuda import Stacks
+
+        return Stacks(addresses, shape, head_stride, first, self._cosines, self._sines)
+
+    def compress(
+        self, addresses: torch.Tensor, shape: tuple[int, int, int], head_stride: int, first: int, levels: Levels
+    ) -> Compressed:
+        """Code the units whose tensors ``[H, T, D]`` lie at ``addresses`` ``[U, S]``, from token ``first`` on.
+
+        ``S`` counts all layers' keys and, behind them, values; nothing is waited for.
+        """
+        import torch
+
+        from kvpack.stages.entropy.scaled_rans.cuda import encode
+        from kvpack.stages.quantizers.dead_zone.cuda import quantize
+        from kvpack.stages.transforms.token_klt.cuda import forward
+
+        gpu, matrices = self._gpu, self._matrices
+        classes, steps = self._classes(levels)
+        faults = torch.zeros(len(addresses), dtype=torch.int32, device=gpu.device)
+        stacks = self._stacks(addresses, shape, head_stride, first)
+        z, digests = forward(gpu, matrices, stacks, self._tokens, faults)
+        units = torch.from_numpy(steps * np.float32(2.0**matrices.analysis_exponent)).to(gpu.device)
+        codes = quantize(gpu, z, units, classes.columns, classes.rows, self._roundings, faults)
+        del z
+        return Compressed(encode(gpu, codes.view(*levels.shape, -1), classes), digests, faults)
+
+    def decompress(
+        self,
+        streams: torch.Tensor,
+        sizes: torch.Tensor,
+        groups: int,
+        addresses: torch.Tensor,
+        shape: tuple[int, int, int],
+        head_stride: int,
+        first: int,
+        levels: Levels,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The inverse of :meth:`compress`, from streams ``[U]`` as :func:`scaled_rans.cuda.decode` takes them.
+
+        Returns, ``[U]`` each: faults of the streams, their checksums, and whether values are not finite.
+        """
+        import torch
+
+        from kvpack.stages.entropy.scaled_rans.cuda import decode
+        from kvpack.stages.quantizers.dead_zone.cuda import restore
+        from kvpack.stages.transforms.token_klt.cuda import inverse, predict
+
+        gpu, matrices = self._gpu, self._matrices
+        classes, steps = self._classes(levels)
+        codes, unsound, sums = decode(gpu, streams, sizes, classes, groups)
+        predicted = None
+        if self._tokens is not None:
+            predicted = predict(gpu, matrices, self._tokens, first, levels.size)
+        exponent = -ceil(log2(steps.max(initial=1e-30))) - 1  # so that no code times its step overflows a half
+        z = restore(gpu, codes.view(levels.size, -1), torch.from_numpy(steps).to(gpu.device), classes.columns,
+                    classes.rows, self._centroids, predicted, matrices.weights_exponent, exponent)  # fmt: skip
+        odd = torch.zeros(len(levels), dtype=torch.int32, device=gpu.device)
+        inverse(gpu, matrices, z, exponent, self._stacks(addresses, shape, head_stride, first), odd)
+        return unsound, sums, odd
+
+
+def signed(values: Sequence[int]) -> list[int]:
+    """64-bit unsigned values as torch's int64 holds them."""
+    return [value - (1 << 64) if value >> 63 else value for value in values]
+
+
+def unsigned(values: Any) -> list[int]:
+    """And back."""
+    return [int(value) % (1 << 64) for value in values]
