@@ -23,7 +23,8 @@ from kvpack import api
 from kvpack.archive import Archive, Capture
 from kvpack.codecs import CODECS
 from kvpack.container import layer_of, plan_parts
-from kvpack.device import Decoder, Encoder
+from kvpack import device
+from kvpack.device import Encoder
 from kvpack.errors import UsageError
 from kvpack.stages.device.launch import Gpu
 from kvpack.stages.entropy.rans import cuda
@@ -212,7 +213,7 @@ def paths(gpu: Gpu, source: Path, data: str) -> Iterator[Speed]:
                 api.decompress(archive, sink, gpu=gpu)
             times["file to file decompress"].append(time.perf_counter() - start)
             start = time.perf_counter()
-            for _name, _tensor in Decoder(gpu, archive).read(list(archive.tensors), fetch=False):
+            for _name, _tensor in device.read(gpu, archive, list(archive.tensors), fetch=False):
                 pass
             torch.cuda.synchronize()
             times["file to device"].append(time.perf_counter() - start)

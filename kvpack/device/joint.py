@@ -7,10 +7,9 @@ bound may get the neighbouring code (``tests/gpu/test_joint_parity.py`` bounds h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, log2
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +65,7 @@ class Joint:
         """
         import torch
 
+        from kvpack.stages.device.tensors import sent
         from kvpack.stages.entropy.scaled_rans.cuda import Tables
         from kvpack.stages.transforms.token_klt.cuda import Matrices, Tokens, turns
 
@@ -78,7 +78,7 @@ class Joint:
         scales = self._scales(np.zeros(part.shape[1], np.int32))
         self._tables = Tables.of(scales.tables, gpu.device)
         self._columns = scales.columns
-        self._centroids = torch.from_numpy(quantizer.centroids(part)).to(gpu.device)
+        self._centroids = sent(quantizer.centroids(part), gpu.device)
         self._roundings = torch.full((len(scales.tables),), ROUNDING, dtype=torch.float32, device=gpu.device)
         self._matrices = Matrices.of(model, gpu.device)
         self._tokens = None
@@ -86,6 +86,11 @@ class Joint:
             model.require(part.side.tokens)
             self._tokens = Tokens.of(gpu, self._matrices, part.side.tokens)
         self._cosines, self._sines = turns(model.frequencies, part.total, gpu.device)
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self._matrices.rank
 
     @staticmethod
     def supports(part: Part, chain: Chain, tensors: int) -> bool:
@@ -136,6 +141,7 @@ class Joint:
         """
         import torch
 
+        from kvpack.stages.device.tensors import sent
         from kvpack.stages.entropy.scaled_rans.cuda import encode
         from kvpack.stages.quantizers.dead_zone.cuda import quantize
         from kvpack.stages.transforms.token_klt.cuda import forward
@@ -145,7 +151,7 @@ class Joint:
         faults = torch.zeros(len(addresses), dtype=torch.int32, device=gpu.device)
         stacks = self._stacks(addresses, shape, head_stride, first)
         z, digests = forward(gpu, matrices, stacks, self._tokens, faults)
-        units = torch.from_numpy(steps * np.float32(2.0**matrices.analysis_exponent)).to(gpu.device)
+        units = sent(steps * np.float32(2.0**matrices.analysis_exponent), gpu.device)
         codes = quantize(gpu, z, units, classes.columns, classes.rows, self._roundings, faults)
         del z
         return Compressed(encode(gpu, codes.view(*levels.shape, -1), classes), digests, faults)
@@ -167,6 +173,7 @@ class Joint:
         """
         import torch
 
+        from kvpack.stages.device.tensors import sent
         from kvpack.stages.entropy.scaled_rans.cuda import decode
         from kvpack.stages.quantizers.dead_zone.cuda import restore
         from kvpack.stages.transforms.token_klt.cuda import inverse, predict
@@ -178,18 +185,8 @@ class Joint:
         if self._tokens is not None:
             predicted = predict(gpu, matrices, self._tokens, first, levels.size)
         exponent = -ceil(log2(steps.max(initial=1e-30))) - 1  # so that no code times its step overflows a half
-        z = restore(gpu, codes.view(levels.size, -1), torch.from_numpy(steps).to(gpu.device), classes.columns,
+        z = restore(gpu, codes.view(levels.size, -1), sent(steps, gpu.device), classes.columns,
                     classes.rows, self._centroids, predicted, matrices.weights_exponent, exponent)  # fmt: skip
         odd = torch.zeros(len(levels), dtype=torch.int32, device=gpu.device)
         inverse(gpu, matrices, z, exponent, self._stacks(addresses, shape, head_stride, first), odd)
         return unsound, sums, odd
-
-
-def signed(values: Sequence[int]) -> list[int]:
-    """64-bit unsigned values as torch's int64 holds them."""
-    return [value - (1 << 64) if value >> 63 else value for value in values]
-
-
-def unsigned(values: Any) -> list[int]:
-    """And back."""
-    return [int(value) % (1 << 64) for value in values]

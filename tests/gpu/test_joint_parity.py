@@ -12,7 +12,8 @@ from profiles import VOCABULARY, arrays_for
 
 from kvpack.checksum import checksum
 from kvpack.codecs import fisher
-from kvpack.device.joint import Joint, unsigned
+from kvpack.device.joint import Joint
+from kvpack.device.staging import unsigned
 from kvpack.floats import from_float32, to_float32
 from kvpack.stages.base import Part, Side
 from kvpack.stages.quantizers.dead_zone import MIDDLE, DeadZone
@@ -74,7 +75,10 @@ def test_coordinates(gpu: Any, tokens: int, units: int, ids: bool) -> None:
     z, digests = klt.forward(gpu, matrices, stacks, given, faults)
     assert not faults.any()
     expected = coordinates(part, bits)
-    assert np.abs(z.cpu().numpy() / 2.0**matrices.analysis_exponent - expected).max() < 2e-3 * np.abs(expected).max() + 1e-9
+    assert (
+        np.abs(z.cpu().numpy() / 2.0**matrices.analysis_exponent - expected).max()
+        < 2e-3 * np.abs(expected).max() + 1e-9
+    )
     per_tensor = bits.reshape(-1, HEADS, units, tokens, DIMS)
     for u in range(units):
         sums = [checksum(np.ascontiguousarray(tensor[:, u])) for tensor in per_tensor]

@@ -90,7 +90,14 @@ def test_unsound_streams_are_found_and_others_are_not_disturbed(gpu: Any, where:
     elif where == "raw":
         changed[-1] |= 0xFF  # bits beyond the last
     else:
-        offset = {"span": 0, "raw size": 4, "length": 8, "huge length": 11, "state": 9 + 4 * groups, "word": 8 + 132 * groups + 100}
+        offset = {
+            "span": 0,
+            "raw size": 4,
+            "length": 8,
+            "huge length": 11,
+            "state": 9 + 4 * groups,
+            "word": 8 + 132 * groups + 100,
+        }
         changed[offset[where]] ^= 0x55
     classes = cuda.Classes.of(scales, cuda.Tables.of(FREQUENCIES, gpu.device), gpu.device)
     back, faults, _ = decoded(gpu, [streams[0], bytes(changed), streams[2]], classes)

@@ -96,6 +96,11 @@ class Slot:
         host = self.torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.on_gpu)
         return host.copy_(tensor, non_blocking=True)
 
+    def settle(self) -> None:
+        """Wait for all that was asked of the device: what other streams made may then be used on this one."""
+        if self.on_gpu:
+            self.torch.cuda.synchronize(self.device)
+
     def wait(self) -> None:
         """For all that was asked of the stream."""
         if self.stream is not None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from kvpack.stages.base import Scales
 from kvpack.stages.device.launch import Launcher
+from kvpack.stages.device.tensors import sent
 from kvpack.stages.entropy.rans.cuda import checksums
 from kvpack.stages.entropy.scaled_rans import GROUP_BYTES, costs
 from kvpack.stages.entropy.scaled_rans.reference import GROUP, PRECISION
@@ -60,13 +61,13 @@ class Tables:
         def padded(values: NDArray[np.int64], dtype: Any) -> Tensor:
             wide = np.zeros((len(values), SYMBOLS), np.int64)
             wide[:, :ALPHABET] = values
-            return torch.from_numpy(wide.astype(dtype)).to(device)
+            return sent(wide.astype(dtype), device)
 
         return cls(
             padded(costs(frequencies), np.int16),
             padded(reciprocals | f << 32 | starts << 46, np.int64),
             padded(f << PRECISION | starts, np.int32),
-            torch.from_numpy(coarse.astype(np.uint8)).to(device),
+            sent(coarse.astype(np.uint8), device),
         )
 
     @property
@@ -86,8 +87,8 @@ class Classes:
     @classmethod
     def of(cls, scales: Sequence[Scales], tables: Tables, device: str) -> Classes:
         """Of planes of one shape, with the same columns and tables."""
-        rows = torch.from_numpy(np.stack([one.rows for one in scales]))
-        return cls(torch.from_numpy(scales[0].columns).to(device), rows.to(device), tables)
+        rows = np.stack([one.rows for one in scales])
+        return cls(sent(scales[0].columns, device), sent(rows, device), tables)
 
     @property
     def planes(self) -> int:

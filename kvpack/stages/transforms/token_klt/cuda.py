@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvpack.stages.device.launch import Launcher
-from kvpack.stages.device.matmul import product, scaled_product
+from kvpack.stages.device.tensors import product, scaled_product, sent
 from kvpack.stages.transforms.token_klt.model import DECAYS, LAGS, PLACES, TokenModel
 
 Tensor = torch.Tensor
@@ -41,11 +41,11 @@ def _exponent(*matrices: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Matrices:
-    """A :class:`TokenModel` in device memory, of P elements, R coordinates and I inputs (a multiple of 8, the last zero).
+    """A :class:`TokenModel` in device memory, of P elements, R coordinates, I inputs (a multiple of 8, the last zero).
 
     Halves: ``analysis`` ``[P + I, R]`` (of elements and, negative, of inputs) times ``2**analysis_exponent``;
-    ``synthesis`` ``[R, P]`` and ``weights`` ``[I, R]`` with theirs; ``vectors`` ``[V, E]``. Float32: ``means`` ``[S + 1, P]``,
-    ``decays``.
+    ``synthesis`` ``[R, P]`` and ``weights`` ``[I, R]`` with theirs; ``vectors`` ``[V, E]``. Float32: ``means``
+    ``[S + 1, P]``, ``decays``.
     """
 
     analysis: Tensor
@@ -64,14 +64,12 @@ class Matrices:
     def of(cls, model: TokenModel, device: str) -> Matrices:
         """Send and round a model."""
 
-        def sent(array: NDArray[np.float32]) -> Tensor:
-            return torch.from_numpy(np.array(array, np.float32)).to(device)
-
         def halves(matrix: Tensor, exponent: int) -> Tensor:
             return (matrix * 2.0**exponent).half()
 
-        analysis, synthesis, weights, vectors = map(sent, (model.analysis, model.synthesis, model.weights, model.table))
-        reach, width = (len(weights) - PLACES - vectors.shape[1]) // (LAGS + len(DECAYS)), vectors.shape[1]
+        arrays = (model.analysis, model.synthesis, model.weights, model.table, model.mean)
+        analysis, synthesis, weights, vectors, means = (sent(array, device).float() for array in arrays)
+        reach = (len(weights) - PLACES - vectors.shape[1]) // (LAGS + len(DECAYS))
         small = -ceil(log2(max(float(vectors.abs().max()), 1e-30)))
         weights[: len(weights) - PLACES] *= 2.0**-small
         padding = torch.zeros(-len(weights) % 8, weights.shape[1], device=device)
@@ -83,7 +81,7 @@ class Matrices:
             halves(synthesis, out),
             halves(weights, own),
             halves(vectors, small),
-            sent(model.mean),
+            means,
             torch.tensor(DECAYS, dtype=torch.float32, device=device),
             model.frequencies,
             reach,
@@ -123,15 +121,15 @@ class Tokens:
     @classmethod
     def of(cls, gpu: Launcher, matrices: Matrices, ids: NDArray[np.int32]) -> Tokens:
         """Ids that the model has."""
-        sent = torch.from_numpy(np.ascontiguousarray(ids)).to(gpu.device)
+        given = sent(ids, gpu.device)
         spans = -(-len(ids) // SPAN)
         sums = torch.empty(spans, len(DECAYS), matrices.reach, dtype=torch.float32, device=gpu.device)
-        gpu.launch(f"{_FOLDER}/inputs:tally", {}, (spans, 1), 256, 0, matrices.vectors, sent, len(ids),
+        gpu.launch(f"{_FOLDER}/inputs:tally", {}, (spans, 1), 256, 0, matrices.vectors, given, len(ids),
                    matrices.vectors.shape[1], matrices.reach, matrices.decays, sums)  # fmt: skip
-        return cls(sent, sums)
+        return cls(given, sums)
 
     def inputs(self, gpu: Launcher, matrices: Matrices, first: int, out: Tensor) -> None:
-        """Into ``out`` ``[T, I]``, rows of which may lie apart: what the tokens from ``first`` on are predicted from."""
+        """Into ``out`` ``[T, I]``, rows of which may lie apart: what tokens from ``first`` on are predicted from."""
         width, count = matrices.vectors.shape[1], len(out)
         gpu.launch(f"{_FOLDER}/inputs:inputs", {}, (-(-count // SPAN), 1), 256, 0, matrices.vectors, self.ids, width,
                    matrices.reach, matrices.decays, self.sums, first, count, matrices.sinks, out, out.stride(0),
@@ -142,8 +140,8 @@ class Tokens:
 class Stacks:
     """Units of one shape: the tensors ``[H, T, D]`` of all layers, keys before values, bf16 in device memory.
 
-    ``addresses`` int64 ``[U, S]``, 16 bytes aligned; heads lie ``head_stride`` elements apart. Unit u's first token stands at
-    ``first + u * T``. ``cosines`` and ``sines`` ``[positions, D / 2]`` turn keys.
+    ``addresses`` int64 ``[U, S]``, 16 bytes aligned; heads lie ``head_stride`` elements apart. Unit u's first token stands
+    at ``first + u * T``. ``cosines`` and ``sines`` ``[positions, D / 2]`` turn keys.
     """
 
     addresses: Tensor
@@ -172,7 +170,7 @@ class Stacks:
 
 def turns(frequencies: NDArray[np.float32], positions: int, device: str) -> tuple[Tensor, Tensor]:
     """Cosines and sines float32 ``[positions, pairs]``, of angles in float64 as on the CPU."""
-    steps = torch.from_numpy(frequencies.astype(np.float64)).to(device)
+    steps = sent(frequencies, device).double()
     angles = torch.arange(positions, dtype=torch.float64, device=device)[:, None] * steps
     return angles.cos().float(), angles.sin().float()
 
@@ -180,7 +178,7 @@ def turns(frequencies: NDArray[np.float32], positions: int, device: str) -> tupl
 def forward(
     gpu: Launcher, matrices: Matrices, stacks: Stacks, tokens: Tokens | None, faults: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Coordinates float32 ``[U * T, R]`` times ``2**analysis_exponent``, and the digests int64 ``[U, S]`` of the originals.
+    """Coordinates float32 ``[U * T, R]`` times ``2**analysis_exponent``; digests int64 ``[U, S]`` of the originals.
 
     ``faults`` int32 ``[U]`` are set where a value is not finite.
     """

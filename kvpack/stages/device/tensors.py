@@ -1,10 +1,19 @@
-"""Products of half-precision matrices with float32 sums: cuBLAS through torch; exact enough on a stand-in for a GPU."""
+"""Arrays to a device, and products of halves there: cuBLAS through torch; on a stand-in for a GPU in float32."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 Tensor = torch.Tensor
+
+
+def sent(array: NDArray[Any], device: str) -> Tensor:
+    """A copy of an array (which may be read-only) in device memory."""
+    return torch.from_numpy(np.array(array, order="C")).to(device)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
