@@ -80,17 +80,17 @@ class Joint:
         self._columns = scales.columns
         self._centroids = sent(quantizer.centroids(part), gpu.device)
         self._roundings = torch.full((len(scales.tables),), ROUNDING, dtype=torch.float32, device=gpu.device)
-        self._matrices = Matrices.of(model, gpu.device)
+        self.matrices = Matrices.of(model, gpu.device)
         self._tokens = None
         if part.side.tokens is not None:
             model.require(part.side.tokens)
-            self._tokens = Tokens.of(gpu, self._matrices, part.side.tokens)
+            self._tokens = Tokens.of(gpu, self.matrices, part.side.tokens)
         self._cosines, self._sines = turns(model.frequencies, part.total, gpu.device)
 
     @property
     def rank(self) -> int:
         """R."""
-        return self._matrices.rank
+        return self.matrices.rank
 
     @staticmethod
     def supports(part: Part, chain: Chain, tensors: int) -> bool:
@@ -146,7 +146,7 @@ class Joint:
         from kvpack.stages.quantizers.dead_zone.cuda import quantize
         from kvpack.stages.transforms.token_klt.cuda import forward
 
-        gpu, matrices = self._gpu, self._matrices
+        gpu, matrices = self._gpu, self.matrices
         classes, steps = self._classes(levels)
         faults = torch.zeros(len(addresses), dtype=torch.int32, device=gpu.device)
         stacks = self._stacks(addresses, shape, head_stride, first)
@@ -178,7 +178,7 @@ class Joint:
         from kvpack.stages.quantizers.dead_zone.cuda import restore
         from kvpack.stages.transforms.token_klt.cuda import inverse, predict
 
-        gpu, matrices = self._gpu, self._matrices
+        gpu, matrices = self._gpu, self.matrices
         classes, steps = self._classes(levels)
         codes, unsound, sums = decode(gpu, streams, sizes, classes, groups)
         predicted = None
