@@ -1,7 +1,7 @@
 """``fisher``'s files on a GPU: chunks of captures to streams, and chunks of archives to tensors.
 
-A batch is chunks of one length; it is staged, coded and fetched like those of the lossless codec. The levels of tokens are
-the CPU's: a byte a token, known before a chunk is sent.
+A batch is chunks of one length; it is staged, coded and fetched like those of the lossless codec. Levels of tokens are the
+CPU's: a byte a token, known before a chunk is sent.
 """
 
 from __future__ import annotations
@@ -283,8 +283,8 @@ class ChunkDecoder:
             starts = np.cumsum([0, *sizes[:-1]]).tolist()
             table = slot.send(torch.tensor([starts, sizes, places[:-1], signed(total for _, _, total in streams)]))
             aligned = table[2] + arena.data_ptr()
-            self._gpu.launch("device/align:align", {}, (64, len(sizes)), 256, 0, table[0] + received.data_ptr(), table[1],
-                             aligned)  # fmt: skip
+            begins = table[0] + received.data_ptr()
+            self._gpu.launch("device/align:align", {}, (64, len(sizes)), 256, 0, begins, table[1], aligned)
             groups = cuda.groups_of([bytes(data[:8]) for _, data, _ in streams], sizes, size)
             addresses = slot.send(torch.tensor(targets))
             unsound, sums, odd = joint.decompress(

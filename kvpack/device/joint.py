@@ -1,8 +1,8 @@
 """``fisher`` on a GPU: the keys and values of all layers of a chunk as one, from bf16 tensors to streams and back.
 
-From coefficients on, everything is integer arithmetic or the CPU's own steps, and streams are the CPU's byte for byte for
-the same codes. Coordinates are sums of rounded products in another order than the CPU's, so that a coefficient next to a
-bound may get the neighbouring code (``tests/gpu/test_joint_parity.py`` bounds how near and how often).
+From coefficients on, everything is integer arithmetic or the CPU's own steps, and streams are the CPU's byte for byte
+for the same codes. Coordinates are sums of rounded products in another order than the CPU's, so that a coefficient next
+to a bound may get the neighbouring code (``tests/gpu/test_joint_parity.py`` bounds how near and how often).
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class Encoder:
         self._slots = [Slot(gpu) for _ in range(SLOTS)]
 
     def encode(self, plans: Iterable[PartPlan]) -> Iterator[EncodedPart]:
-        """The plans' digests and streams, in their order; a stream's bytes are pinned, and to be used before the next."""
+        """The plans' digests and streams, in order; a stream's bytes are pinned, and to be used before the next."""
         return pipelined(_batches(plans), self._stage, self._start, self._finish, self._slots)
 
     def _stage(self, plans: list[PartPlan], slot: Slot) -> _Plans:

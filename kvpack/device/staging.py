@@ -47,7 +47,7 @@ class Source:
     """A file's bytes."""
 
     def __init__(self, data: memoryview | torch.Tensor) -> None:
-        """Over a view, from which pieces are copied; or over pinned memory, where pieces in a row are sent from as they lie."""
+        """Over a view, from which pieces are copied; or over pinned memory, from which pieces in a row are sent."""
         self._pinned = None if isinstance(data, memoryview) else data
         self._view = np.frombuffer(data, np.uint8) if isinstance(data, memoryview) else data.numpy()
         self._pool = ThreadPoolExecutor(available_threads())
@@ -96,7 +96,7 @@ def pipelined(
     items: Iterable[T], stage: Callable[[T, Slot], S], start: Callable[[S], R], finish: Callable[[R], Iterable[Out]],
     slots: Sequence[Slot],
 ) -> Iterator[Out]:  # fmt: skip
-    """What ``finish`` gives for every item in order, while the next ones are staged and under way in the other slots."""
+    """What ``finish`` gives for every item in order, while the next are staged and under way in the other slots."""
     staged: deque[S] = deque()
     under_way: deque[R] = deque()
     for number, item in enumerate(items):

@@ -27,7 +27,7 @@ THETA = 500_000.0
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's cache and a profile: ``embedded`` elements of a token's vector, ``reach`` of which tell of later ones."""
+    """A model's cache and a profile: ``embedded`` elements of a token's vector, ``reach`` of which tell of others."""
 
     name: str
     layers: int
@@ -87,7 +87,7 @@ def profile(shape: Shape, device: str) -> dict[str, NDArray[Any]]:
 
 
 def cache(shape: Shape, part: Part, device: str) -> torch.Tensor:
-    """bf16 tensors ``[S, H, T, D]`` whose coordinates scatter as the profile says, and a little beside its directions."""
+    """bf16 tensors ``[S, H, T, D]``: coordinates scatter as the profile says, and a little beside its directions."""
     klt: Any = CODEC.keys.transforms[0]
     model, tokens = klt.model(part), part.shape[1]
     sigma = torch.from_numpy(deviations(shape).astype(np.float32)).to(device)

@@ -57,9 +57,9 @@ def seconds(function: Callable[[], object]) -> list[float]:
         function()
     events = [event() for _ in range(ROUNDS + 1)]
     events[0].record()
-    for event in events[1:]:
+    for after in events[1:]:
         function()
-        event.record()
+        after.record()
     torch.cuda.synchronize()
     return sorted(a.elapsed_time(b) / 1e3 for a, b in pairwise(events))
 

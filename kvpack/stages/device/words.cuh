@@ -1,5 +1,5 @@
 // A group's words while a warp decodes it: a ring in shared memory, and the words behind it on their way.
-#define RING 512  // bytes, in two halves
+#define RING 512  // bytes, in two halves; a ring begins at a multiple of it, so kernels that use it have no static shared memory
 
 struct Words {
     const u64 *next;      // what follows ahead

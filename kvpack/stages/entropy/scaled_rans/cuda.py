@@ -1,8 +1,8 @@
 """``scaled_rans`` on a GPU: the same streams as ``cpu.py``, many planes of one shape a launch, nothing waited for.
 
-Encoding: one pass sums what codes will cost (``measure.cu``), a warp encodes a group (``encode.cu``), streams are placed
-one behind another and filled (``emit.cu``). Decoding (``decode.cu``): heads and lengths are checked, a warp decodes a
-group, and where codes have raw bits a second pass adds them.
+Encoding: one pass sums what codes will cost (``measure.cu``), a warp encodes a group (``encode.cu``), streams are
+placed one behind another and filled (``emit.cu``). Decoding (``decode.cu``): heads and lengths are checked, a warp
+decodes a group, and where codes have raw bits a second pass adds them.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Tables:
 
 @dataclass(frozen=True)
 class Classes:
-    """What says each code's class: :class:`Scales` in device memory; ``columns`` int32 ``[D]``, ``rows`` int32 ``[U, T]``."""
+    """What says each code's class, in device memory: :class:`Scales`' ``columns`` ``[D]`` and ``rows`` ``[U, T]``, int32."""
 
     columns: Tensor
     rows: Tensor
@@ -139,8 +139,8 @@ def encode(gpu: Launcher, codes: Tensor, classes: Classes) -> Coded:
     places, sizes = empty(torch.int64, planes + 1), empty(torch.int64, planes)
     gpu.launch("entropy/scaled_rans/emit:layout", {}, (1, 1), 32, 0, meta, lengths, planes, most, places, sizes)
     arena = empty(torch.uint8, planes * (4 * size + 132 * most + 32))
-    gpu.launch("entropy/scaled_rans/emit:emit", {}, (1 + most, planes), 256, 0, meta, lengths, most, states, scratch, size,
-               places, arena)  # fmt: skip
+    gpu.launch("entropy/scaled_rans/emit:emit", {}, (1 + most, planes), 256, 0, meta, lengths, most, states, scratch,
+               size, places, arena)  # fmt: skip
     gpu.launch("entropy/scaled_rans/emit:raw", {}, (-(-rows // 8), 1), 256, 0, codes, rows, tokens, dims, raw, starts,
                meta, places, arena)  # fmt: skip
     return Coded(arena, places, sizes, checksums(gpu, places[:planes] + arena.data_ptr(), sizes))
@@ -163,8 +163,8 @@ def slack(size: int) -> int:
 def decode(gpu: Launcher, streams: Tensor, sizes: Tensor, classes: Classes, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int16 ``[U, T, D]``, faults int32 ``[U]`` (not 0 where a stream is unsound), and the streams' checksums.
 
-    ``streams`` int64 addresses, divisible by 4, ``sizes`` int64 bytes ``[U]``; memory must be readable for :func:`slack`
-    beyond any stream. ``most`` is :func:`groups_of`'s.
+    ``streams`` int64 addresses, divisible by 4, ``sizes`` int64 bytes ``[U]``; memory must be readable for
+    :func:`slack` beyond any stream. ``most`` is :func:`groups_of`'s.
     """
     planes, tokens, dims, tables = classes.planes, classes.tokens, classes.dims, classes.tables
     rows, where = planes * tokens, (classes.columns, classes.rows)
@@ -175,8 +175,8 @@ def decode(gpu: Launcher, streams: Tensor, sizes: Tensor, classes: Classes, most
     gpu.launch("entropy/scaled_rans/decode:heads", {}, (planes, 1), 1024, 0, streams, sizes, tokens * dims, most, bases,
                meta)  # fmt: skip
     gpu.launch("entropy/scaled_rans/decode:decode", {}, (-(-most // WARPS), planes), 32 * WARPS,
-               WARPS * RING_BYTES + 8 * SYMBOLS * tables.count, streams, bases, most, *where, tokens, dims, tables.count,
-               tables.decoding, tables.coarse, codes, raw, meta)  # fmt: skip
+               WARPS * RING_BYTES + 8 * SYMBOLS * tables.count + 2 * SYMBOLS, streams, bases, most, *where, tokens, dims,
+               tables.count, tables.decoding, tables.coarse, codes, raw, meta)  # fmt: skip
     gpu.launch("entropy/scaled_rans/decode:place", {}, (planes, 1), 1024, 0, streams, sizes, raw, tokens, starts, meta)
     gpu.launch("entropy/scaled_rans/decode:join", {}, (-(-rows // 8), 1), 256, 0, streams, rows, tokens, dims, raw,
                starts, meta, codes)  # fmt: skip

@@ -35,12 +35,12 @@ extern "C" __global__ void __launch_bounds__(1024) heads(
 extern "C" __global__ void __launch_bounds__(32 * WARPS) decode(
     const u64 *streams, const int *bases, i64 groups_most, const int *columns, const int *rows, i64 tokens, i64 dims,
     i64 tables, const u32 *entries, const u32 *coarse, u16 *codes, int *raw, int *meta) {
-    extern __shared__ u32 shared[];  // rings of the warps, entries, coarse
-    __shared__ u16 code[SYMBOLS];
+    extern __shared__ u32 shared[];  // rings of the warps, entries, coarse, codes
     int *own = meta + blockIdx.y * META;
     if (own[FAULT] == 1 || blockIdx.x * WARPS >= own[GROUPS]) return;
     u32 *held = shared + WARPS * RING / 4;
     u8 *runs = (u8 *)(held + tables * SYMBOLS);
+    u16 *code = (u16 *)(runs + tables * 256);
     for (int i = threadIdx.x; i < tables * SYMBOLS; i += 32 * WARPS) held[i] = entries[i], ((u32 *)runs)[i] = coarse[i];
     if (threadIdx.x < SYMBOLS) code[threadIdx.x] = (u16)code_of(threadIdx.x);
     __syncthreads();

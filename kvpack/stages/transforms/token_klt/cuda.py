@@ -1,7 +1,7 @@
 """``token_klt`` on a GPU: bf16 tensors to coordinates and back, matrices multiplied as halves with float32 sums.
 
-Halves have 11 bits where the cache itself has 8, so their rounding is lost in the cache's own; bf16 would add as much as
-the cache has (``docs/performance.md`` measures both). Powers of two bring matrices into the halves' range.
+Halves have 11 bits where the cache itself has 8, so their rounding is lost in the cache's own; bf16 would add as much
+as the cache has (``docs/performance.md`` measures both). Powers of two bring matrices into the halves' range.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SPAN = 64
 """Tokens whose sums ``inputs.cu`` takes at once."""
 
 LARGEST = 10
-"""The largest entry of a matrix is brought near ``2**10``: entries ``2**-24`` times as large are still exact to 11 bits."""
+"""A matrix' largest entry is brought near ``2**10``: entries ``2**-24`` times as large still have 11 bits."""
 
 _FOLDER = "transforms/token_klt"
 
@@ -140,8 +140,8 @@ class Tokens:
 class Stacks:
     """Units of one shape: the tensors ``[H, T, D]`` of all layers, keys before values, bf16 in device memory.
 
-    ``addresses`` int64 ``[U, S]``, 16 bytes aligned; heads lie ``head_stride`` elements apart. Unit u's first token stands
-    at ``first + u * T``. ``cosines`` and ``sines`` ``[positions, D / 2]`` turn keys.
+    ``addresses`` int64 ``[U, S]``, 16 bytes aligned; heads lie ``head_stride`` elements apart. Unit u's first token
+    stands at ``first + u * T``. ``cosines`` and ``sines`` ``[positions, D / 2]`` turn keys.
     """
 
     addresses: Tensor
