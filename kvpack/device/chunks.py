@@ -1,12 +1,12 @@
 """``fisher``'s files on a GPU: chunks of captures to streams, and chunks of archives to tensors.
 
-A batch is chunks of one length; it is staged, coded and fetched like those of the lossless codec. Levels of tokens are the
-CPU's: a byte a token, known before a chunk is sent.
+A batch is chunks of one length; it is staged, coded and fetched like those of the lossless codec. Levels of tokens are
+the CPU's: a byte a token, known before a chunk is sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
@@ -20,8 +20,8 @@ from kvpack.codecs import Codec
 from kvpack.container import PartEntry, layer_of
 from kvpack.container.layout import PartPlan
 from kvpack.device.joint import Compressed, Joint
-from kvpack.device.lossless import SLOTS, EncodedPart
-from kvpack.device.staging import Source, Staged, pieces_of, pipelined, unsigned
+from kvpack.device.lossless import EncodedPart
+from kvpack.device.staging import SLOTS, Source, Staged, pieces_of, pipelined, signed, unsigned
 from kvpack.errors import CorruptError, UnsupportedError
 from kvpack.profile import Profile
 from kvpack.stages.base import Part, Side
@@ -74,7 +74,7 @@ class _Chunks:
     staged: Staged
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Encoding:
     chunks: list[Chunk]
     slot: Slot
@@ -82,7 +82,9 @@ class _Encoding:
     done: Compressed
     numbers: torch.Tensor
     digests: torch.Tensor
+    known: Callable[[], None]
     levels: Any
+    arena: torch.Tensor | None = None
 
 
 class ChunkEncoder:
@@ -98,7 +100,7 @@ class ChunkEncoder:
 
     def encode(self, chunks: Iterable[Chunk]) -> Iterator[list[EncodedPart] | None]:
         """A list of the chunk's parts for each chunk; None for one with values that the codec cannot represent."""
-        return pipelined(_batches(chunks), self._stage, self._start, self._finish, self._slots)
+        return pipelined(_batches(chunks), self._stage, self._start, self._collect, self._finish, self._slots)
 
     def _stage(self, chunks: list[Chunk], slot: Slot) -> _Chunks:
         if self._joint is None:
@@ -128,15 +130,20 @@ class ChunkEncoder:
                 torch.stack([done.coded.places[1:], done.coded.sizes, done.coded.checksums, done.faults])
             )
             digests = slot.fetch(done.digests)
-        return _Encoding(batch.chunks, slot, (host, sent), done, numbers, digests, levels)
+            known = slot.mark()
+        return _Encoding(batch.chunks, slot, (host, sent), done, numbers, digests, known, levels)
+
+    def _collect(self, batch: _Encoding) -> _Encoding:
+        batch.known()
+        with batch.slot as slot:
+            batch.arena = slot.fetch(batch.done.coded.arena[: int(batch.numbers[0, -1])])
+        return batch
 
     def _finish(self, batch: _Encoding) -> Iterator[list[EncodedPart] | None]:
         batch.slot.wait()
+        assert batch.arena is not None
         places = [0, *batch.numbers[0].tolist()]
-        with batch.slot as slot:
-            arena = slot.fetch(batch.done.coded.arena[: places[-1]])
-            slot.wait()
-        streams: Any = memoryview(arena.numpy().data)
+        streams: Any = memoryview(batch.arena.numpy().data)
         for u, chunk in enumerate(batch.chunks):
             if batch.numbers[3, u]:
                 yield None
@@ -234,7 +241,7 @@ class ChunkDecoder:
             slot.wait()
             yield name, host.numpy().view(np.uint16)
 
-        yield from pipelined(names, start, lambda one: one, finish, slots)
+        yield from pipelined(names, start, lambda one: one, lambda one: one, finish, slots)
 
     def _decoded(self) -> dict[str, torch.Tensor]:
         """All tensors; none where some value is not finite."""
@@ -250,7 +257,7 @@ class ChunkDecoder:
         entries = {tuple(part.plan for part in chunk): chunk for chunk in self._chunks}
         batches = ([entries[plans] for plans in batch] for batch in _batches(entries))
         start = lambda batch: self._start(batch, joint, tensors)  # noqa: E731
-        odd = list(pipelined(batches, self._stage, start, self._finish, slots))
+        odd = list(pipelined(batches, self._stage, start, lambda batch: batch, self._finish, slots))
         return {} if any(odd) else tensors
 
     def _stage(self, chunks: list[tuple[PartEntry, ...]], slot: Slot) -> _Entries:
@@ -260,7 +267,6 @@ class ChunkDecoder:
     def _start(self, batch: _Entries, joint: Joint, tensors: dict[str, torch.Tensor]) -> _Decoding:
         import torch
 
-        from kvpack.device.staging import signed
         from kvpack.stages.entropy.scaled_rans import cuda
 
         plan = batch.chunks[0][0].plan

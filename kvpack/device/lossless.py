@@ -8,7 +8,7 @@ parts that do not compress) goes the CPU's way.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
@@ -20,9 +20,9 @@ from kvpack.archive import Archive, Capture
 from kvpack.codecs import Chain
 from kvpack.container import PartEntry, layer_of
 from kvpack.container.layout import PartPlan
-from kvpack.device.staging import Source, Staged, pieces_of, pipelined, signed, unsigned
+from kvpack.device.staging import SLOTS, Source, Staged, pieces_of, pipelined, signed, unsigned
 from kvpack.errors import CorruptError
-from kvpack.pipeline import Bits, chain_of
+from kvpack.pipeline import chain_of
 from kvpack.stages.device.host import Slot
 from kvpack.stages.entropy.rans import Rans
 from kvpack.stages.quantizers.float_split import FloatSplit
@@ -32,10 +32,8 @@ if TYPE_CHECKING:
 
     from kvpack.stages.device.launch import Launcher
 
-BATCH_BYTES = 64 << 20
+BATCH_BYTES = 96 << 20
 BATCH_PARTS = 512
-SLOTS = 4
-"""Batches staged, under way or being written at a time."""
 
 EncodedPart = tuple[int, list[tuple[str, Any, int]]]
 """Digest of the original; streams: name, bytes, checksum."""
@@ -83,8 +81,10 @@ class _Encoding:
     alive: Any
     coded: Any
     numbers: torch.Tensor
+    known: Callable[[], None]
     mantissas: torch.Tensor
     mantissa_size: int
+    arena: torch.Tensor | None = None
 
 
 class Encoder:
@@ -98,7 +98,7 @@ class Encoder:
 
     def encode(self, plans: Iterable[PartPlan]) -> Iterator[EncodedPart]:
         """The plans' digests and streams, in order; a stream's bytes are pinned, and to be used before the next."""
-        return pipelined(_batches(plans), self._stage, self._start, self._finish, self._slots)
+        return pipelined(_batches(plans), self._stage, self._start, self._collect, self._finish, self._slots)
 
     def _stage(self, plans: list[PartPlan], slot: Slot) -> _Plans:
         pieces = (piece for plan in plans for piece in pieces_of(plan, self._start_of_data))
@@ -121,18 +121,22 @@ class Encoder:
             assert coded.mantissa_checksums is not None
             columns = (coded.places[1:], coded.sizes, coded.checksums, coded.mantissa_checksums, coded.digests)
             numbers = slot.fetch(torch.stack(columns))
+            known = slot.mark()
             mantissas = slot.fetch(coded.mantissas)
-        return _Encoding(slot, count, (host, sent), coded, numbers, mantissas, 1 + cuda.mantissa_size(parts))
+        return _Encoding(slot, count, (host, sent), coded, numbers, known, mantissas, 1 + cuda.mantissa_size(parts))
+
+    def _collect(self, batch: _Encoding) -> _Encoding:
+        batch.known()
+        with batch.slot as slot:
+            batch.arena = slot.fetch(batch.coded.arena[: int(batch.numbers[0, -1])])
+        return batch
 
     def _finish(self, batch: _Encoding) -> Iterator[EncodedPart]:
         batch.slot.wait()
-        places = [0, *batch.numbers[0].tolist()]
-        with batch.slot as slot:
-            arena = slot.fetch(batch.coded.arena[: places[-1]])
-            slot.wait()
-        sizes = batch.numbers[1].tolist()
-        sums, mantissa_sums, digests = map(unsigned, batch.numbers[2:])
-        streams: Any = memoryview(arena.numpy().data)
+        assert batch.arena is not None
+        places, sizes = [0, *batch.numbers[0].tolist()], batch.numbers[1].tolist()
+        sums, mantissa_sums, digests = (unsigned(column.tolist()) for column in batch.numbers[2:])
+        streams: Any = memoryview(batch.arena.numpy().data)
         mantissas = batch.mantissas.numpy()
         for i in range(batch.count):
             yield (
@@ -172,6 +176,7 @@ class Decoder:
         self._gpu, self._archive = gpu, archive
         self._source = source or Source(archive.container.view)
         self._slots = [Slot(gpu) for _ in range(SLOTS)]
+        self._taken: dict[tuple[Any, ...], bool] = {}
         self._parts: dict[str, list[PartEntry]] = {}
         for part in archive.parts:
             self._parts.setdefault(part.plan.tensor.name, []).append(part)
@@ -184,12 +189,15 @@ class Decoder:
     def _takes_part(self, part: PartEntry) -> bool:
         from kvpack.stages.entropy.rans.cuda import MAX_PAYLOAD
 
-        chain = chain_of(self._archive.codecs[part.codec], part.plan.tensor.name)
-        if not takes(part.plan, chain) or len(part.streams) != 2:
+        name, shape = part.plan.tensor.name, part.plan.shape
+        kind = (part.codec, name.endswith(".keys"), part.plan.tensor.dtype, shape)
+        if kind not in self._taken:
+            self._taken[kind] = takes(part.plan, chain_of(self._archive.codecs[part.codec], name))
+        if not self._taken[kind] or len(part.streams) != 2:
             return False
-        (_, coded, _), (_, packed, _) = self._archive.container.streams(part)
-        size = 1 + prod(part.plan.shape) * 7 // 8
-        return 0 < len(coded) <= MAX_PAYLOAD and coded[0] == 1 and len(packed) == size and packed[0] == 0
+        (coded, at), (packed, packed_at) = part.streams
+        view, size = self._archive.container.view, 1 + prod(shape) * 7 // 8
+        return 0 < coded.size <= MAX_PAYLOAD and view[at] == 1 and packed.size == size and view[packed_at] == 0
 
     def read(self, names: Sequence[str], *, fetch: bool = True) -> Iterator[tuple[str, Any]]:
         """Names and tensors in order: bit patterns in pinned memory, or with ``fetch`` False bf16 in device memory.
@@ -200,12 +208,12 @@ class Decoder:
         """
         for ours, run in groupby(names, key=self.takes):
             if ours:
-                start = lambda batch: self._start(batch, fetch)  # noqa: E731
-                yield from pipelined(self._batches(list(run)), self._stage, start, self._finish, self._slots)
+                batches, start = self._batches(run), lambda batch: self._start(batch, fetch)
+                yield from pipelined(batches, self._stage, start, lambda batch: batch, self._finish, self._slots)
             else:
                 yield from ((name, self._archive.read(name)) for name in run)
 
-    def _batches(self, names: list[str]) -> Iterator[list[str]]:
+    def _batches(self, names: Iterable[str]) -> Iterator[list[str]]:
         tensors = self._archive.tensors
         for _, run in groupby(names, key=lambda name: tensors[name].shape):
             batch: list[str] = []
@@ -249,8 +257,8 @@ class Decoder:
         from kvpack.stages.entropy.rans import cuda
 
         slot, shape = batch.slot, parts[0].plan.shape
-        streams = [stream for part in parts for stream in self._archive.container.streams(part)]
-        sizes = [len(data) for _, data, _ in streams]
+        streams = [stream for part in parts for stream in part.streams]
+        sizes = [record.size for record, _ in streams]
         starts, places, end = [], [], 0
         for i, size in enumerate(sizes):
             starts.append(at)
@@ -259,14 +267,15 @@ class Decoder:
             end += -(-(size - i % 2) // 16) * 16  # mantissas without their mode byte
         stride = batch.tensors[0].numel()
         targets = [target + 2 * stride * i for i in range(len(parts))]
-        table = slot.send(torch.tensor([starts, sizes, signed(total for _, _, total in streams), places]))
+        table = slot.send(torch.tensor([starts, sizes, signed(record.checksum for record, _ in streams), places]))
         wanted = slot.send(torch.tensor([targets, signed(part.digest for part in parts)]))
         goal = cuda.Parts(wanted[0], shape, stride // shape[0], item=2, shift=7, width=9, floats=True)
         arena = torch.empty(end + cuda.slack(goal), dtype=torch.uint8, device=slot.device)
         aligned = (table[3] + arena.data_ptr()).view(-1, 2)
         odd = torch.arange(len(sizes), device=slot.device) % 2
         self._gpu.launch("device/align:align", {}, (8, len(sizes)), 256, 0, table[0] + odd, table[1] - odd, aligned)
-        heads = [bytes(data[:16]) for _, data, _ in streams[::2]]
+        view = self._archive.container.view
+        heads = [view[place : place + 16] for _, place in streams[::2]]
         own, mantissas = aligned.t().contiguous()
         meta, digests, sums = cuda.decode(
             self._gpu, own, table[1][::2].contiguous(), goal, mantissas, cuda.shared_for(heads), (table[0], table[1])
@@ -290,9 +299,7 @@ class Decoder:
                     raise CorruptError(f"{part.plan.name}: rans stream: unsound")
                 if digest:
                     raise CorruptError(f"corrupt: {part.plan.name} does not match the digest of the original")
-        for i, name in enumerate(batch.names):
-            if batch.fetched is not None:
-                bits: Bits = batch.fetched[i].numpy().view(np.uint16)
-                yield name, bits
-            else:
-                yield name, batch.tensors[i].view(torch.bfloat16)
+        every: Any = batch.tensors.view(torch.bfloat16)
+        if batch.fetched is not None:
+            every = batch.fetched.numpy().view(np.uint16)
+        yield from zip(batch.names, every, strict=True)

@@ -18,6 +18,9 @@ from kvpack.stages.device.host import Slot
 if TYPE_CHECKING:
     import torch
 
+SLOTS = 5
+"""Batches at a time: one that is staged, two under way, one collected, one that is used."""
+
 COPY_BYTES = 4 << 20
 """Bytes that a thread copies at a time."""
 
@@ -93,22 +96,35 @@ def pieces_of(plan: PartPlan, data_start: int) -> list[Piece]:
 
 
 def pipelined(
-    items: Iterable[T], stage: Callable[[T, Slot], S], start: Callable[[S], R], finish: Callable[[R], Iterable[Out]],
+    items: Iterable[T],
+    stage: Callable[[T, Slot], S],
+    start: Callable[[S], R],
+    collect: Callable[[R], R],
+    finish: Callable[[R], Iterable[Out]],
     slots: Sequence[Slot],
-) -> Iterator[Out]:  # fmt: skip
-    """What ``finish`` gives for every item in order, while the next are staged and under way in the other slots."""
+) -> Iterator[Out]:
+    """What ``finish`` gives for every item in order, while later ones are staged, under way or collected elsewhere.
+
+    ``collect`` may wait for results whose size must be known before they are fetched: two more are under way meanwhile.
+    """
     staged: deque[S] = deque()
     under_way: deque[R] = deque()
+    collected: deque[R] = deque()
     for number, item in enumerate(items):
-        staged.append(stage(item, slots[number % len(slots)]))
-        if len(staged) == 2:
+        staged.append(stage(item, slots[number % SLOTS]))
+        if len(staged) > 1:
             under_way.append(start(staged.popleft()))
-        if len(under_way) == len(slots) - 1:
-            yield from finish(under_way.popleft())
-    while staged:
-        under_way.append(start(staged.popleft()))
+        if len(under_way) > 2:
+            collected.append(collect(under_way.popleft()))
+        if len(collected) > 1:
+            yield from finish(collected.popleft())
+    under_way.extend(map(start, staged))
     while under_way:
-        yield from finish(under_way.popleft())
+        collected.append(collect(under_way.popleft()))
+        if len(collected) > 1:
+            yield from finish(collected.popleft())
+    while collected:
+        yield from finish(collected.popleft())
 
 
 def signed(values: Iterable[int]) -> list[int]:

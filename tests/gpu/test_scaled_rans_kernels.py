@@ -15,7 +15,7 @@ from kvpack.stages.entropy.scaled_rans import ScaledRans, cuda
 from kvpack.stages.symbols import LARGEST, zigzag
 
 FREQUENCIES = tables(np.zeros((CLASSES, ALPHABET)))
-SHAPES = [(1, 1), (1, 40), (63, 33), (200, 17), (300, 128), (2, 2048)]
+SHAPES = [(1, 32), (1, 40), (63, 33), (200, 50), (300, 128), (2, 2048)]
 
 
 def plane(shape: tuple[int, int], kind: str, seed: int) -> tuple[np.ndarray, Scales]:

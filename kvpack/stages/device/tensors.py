@@ -12,8 +12,8 @@ Tensor = torch.Tensor
 
 
 def sent(array: NDArray[Any], device: str) -> Tensor:
-    """A copy of an array (which may be read-only) in device memory."""
-    return torch.from_numpy(np.array(array, order="C")).to(device)
+    """A copy of an array (which may be read-only) in device memory, without waiting for what is under way there."""
+    return torch.from_numpy(np.array(array, order="C")).to(device, non_blocking=True)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

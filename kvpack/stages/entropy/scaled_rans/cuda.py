@@ -27,21 +27,21 @@ Tensor = torch.Tensor
 
 META, FAULT = 8, 4
 """Ints of ``planes.cuh`` a plane, and a position."""
-SYMBOLS, RUN, WARPS, RING_BYTES = 64, 64, 4, 512
+SYMBOLS, RUN, WARPS, RING_BYTES = 64, 32, 4, 512
 MOST_TABLES = 64
 MOST_ROWS, MOST_CODES = 1 << 15, 1 << 29
 """Tokens and codes a plane; raw bits of one are counted in 31 bits."""
 
 
 def supports(tokens: int, dims: int, tables: int) -> bool:
-    """Whether the kernels take planes ``[1, T, D]`` with so many tables."""
-    return 0 < tokens <= MOST_ROWS and dims > 0 and tokens * dims <= MOST_CODES and tables <= MOST_TABLES
+    """Whether the kernels take planes ``[1, T, D]`` with so many tables; a group steps through no more than a row."""
+    return 0 < tokens <= MOST_ROWS and dims >= GROUP and tokens * dims <= MOST_CODES and tables <= MOST_TABLES
 
 
 @dataclass(frozen=True)
 class Tables:
     """A profile's frequencies as kernels take them: ``costs`` int16, ``entries`` int64 to encode by, ``decoding`` int32
-    to decode by, each ``[K, 64]``, and ``coarse`` uint8 ``[K, 256]``: the symbol of every 64th slot.
+    to decode by, each ``[K, 64]``, and ``coarse`` uint8 ``[K, 512]``: the symbol of every 32nd slot.
     """
 
     costs: Tensor
@@ -78,7 +78,7 @@ class Tables:
 
 @dataclass(frozen=True)
 class Classes:
-    """What says each code's class, in device memory: :class:`Scales`' ``columns`` ``[D]`` and ``rows`` ``[U, T]``, int32."""
+    """What says each code's class, in device memory: ``columns`` ``[D]`` and ``rows`` ``[U, T]`` of :class:`Scales`."""
 
     columns: Tensor
     rows: Tensor
@@ -175,8 +175,8 @@ def decode(gpu: Launcher, streams: Tensor, sizes: Tensor, classes: Classes, most
     gpu.launch("entropy/scaled_rans/decode:heads", {}, (planes, 1), 1024, 0, streams, sizes, tokens * dims, most, bases,
                meta)  # fmt: skip
     gpu.launch("entropy/scaled_rans/decode:decode", {}, (-(-most // WARPS), planes), 32 * WARPS,
-               WARPS * RING_BYTES + 8 * SYMBOLS * tables.count + 2 * SYMBOLS, streams, bases, most, *where, tokens, dims,
-               tables.count, tables.decoding, tables.coarse, codes, raw, meta)  # fmt: skip
+               WARPS * RING_BYTES + 4 * tables.decoding.numel() + tables.coarse.numel() + 2 * SYMBOLS, streams, bases,
+               most, *where, tokens, dims, tables.count, tables.decoding, tables.coarse, codes, raw, meta)  # fmt: skip
     gpu.launch("entropy/scaled_rans/decode:place", {}, (planes, 1), 1024, 0, streams, sizes, raw, tokens, starts, meta)
     gpu.launch("entropy/scaled_rans/decode:join", {}, (-(-rows // 8), 1), 256, 0, streams, rows, tokens, dims, raw,
                starts, meta, codes)  # fmt: skip

@@ -30,18 +30,38 @@ extern "C" __global__ void __launch_bounds__(1024) heads(
     own[RAW_BYTES] = (int)raw_bytes, own[WORDS] = words, own[FAULT] = 2 * words != body;
 }
 
-// raw [U * T], zeroed before, gets each row's raw bits. coarse [K, 256]: the symbol of every 64th slot; entries [K, 64]:
+#define RUN 32
+#define RUNS ((1 << PRECISION) / RUN)
+#define STEPS 4  // as many as words may go by without refill
+
+// What says the classes of a lane's next codes.
+struct Ahead {
+    int column[STEPS], scale[STEPS], row[STEPS];
+    __device__ __forceinline__ void load(const Plane &plane, Place &place) {
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            row[i] = place.row < plane.tokens ? place.row : plane.tokens - 1;
+            column[i] = plane.columns[place.column], scale[i] = plane.rows[row[i]];
+            place.on(plane.dims);
+        }
+    }
+};
+
+// raw [U * T], zeroed before, gets each row's raw bits. coarse [K, RUNS]: the symbol of every 32nd slot; entries [K, 64]:
 // frequency << 14 | start. A warp a group.
 extern "C" __global__ void __launch_bounds__(32 * WARPS) decode(
     const u64 *streams, const int *bases, i64 groups_most, const int *columns, const int *rows, i64 tokens, i64 dims,
-    i64 tables, const u32 *entries, const u32 *coarse, u16 *codes, int *raw, int *meta) {
+    i64 tables, const u32 *entries, const uint4 *coarse, u16 *codes, int *raw, int *meta) {
     extern __shared__ u32 shared[];  // rings of the warps, entries, coarse, codes
     int *own = meta + blockIdx.y * META;
     if (own[FAULT] == 1 || blockIdx.x * WARPS >= own[GROUPS]) return;
     u32 *held = shared + WARPS * RING / 4;
     u8 *runs = (u8 *)(held + tables * SYMBOLS);
-    u16 *code = (u16 *)(runs + tables * 256);
-    for (int i = threadIdx.x; i < tables * SYMBOLS; i += 32 * WARPS) held[i] = entries[i], ((u32 *)runs)[i] = coarse[i];
+    u16 *code = (u16 *)(runs + tables * RUNS);
+#pragma unroll 8
+    for (int i = threadIdx.x; i < tables * SYMBOLS; i += 32 * WARPS) held[i] = entries[i];
+#pragma unroll 8
+    for (int i = threadIdx.x; i < tables * RUNS / 16; i += 32 * WARPS) ((uint4 *)runs)[i] = coarse[i];
     if (threadIdx.x < SYMBOLS) code[threadIdx.x] = (u16)code_of(threadIdx.x);
     __syncthreads();
     int group = blockIdx.x * WARPS + threadIdx.x / 32, l = threadIdx.x % 32, span = own[SPAN];
@@ -55,33 +75,36 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) decode(
     Words words = open_words((const u16 *)(stream + 128ll * own[GROUPS]) + bases[0], (u64 *)shared + threadIdx.x / 32 * (RING / 8));
     u32 begin = words.at;
     Place place = {(first + l) / plane.dims, (first + l) % plane.dims};
-    for (int at = l; at - l < count; at += 32 * 4) {
-        int k[4], row[4];
+    Ahead next;
+    next.load(plane, place);
+    int counted = next.row[0], bits = 0;  // raw bits in the row that the lane is in
+    for (int at = l; at - l < count; at += 32 * STEPS) {
+        Ahead now = next;
+        if (at - l + 32 * STEPS < count) next.load(plane, place);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            bool live = at + 32 * i < count;
-            k[i] = live ? plane.class_of(place.row, place.column) : 0, row[i] = place.row;
-            place.on(plane.dims);
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
+        for (int i = 0; i < STEPS; i++) {
             if (at - l + 32 * i >= count) break;  // the same for all lanes
             bool live = at + 32 * i < count;
+            int k = plane.class_of(now.column[i], now.scale[i]);
             u32 slot = x & ((1u << PRECISION) - 1);
-            int symbol = runs[k[i] * 256 + (slot >> 6)];
-            u32 entry = held[k[i] * SYMBOLS + symbol];
-            while (slot - (entry & 0x3FFF) >= entry >> PRECISION) entry = held[k[i] * SYMBOLS + ++symbol];
-            u32 next = (entry >> PRECISION) * (x >> PRECISION) + slot - (entry & 0x3FFF);
-            next = take(words, next, live && next < LOW, below);
+            int symbol = runs[k * RUNS + slot / RUN];
+            u32 entry = held[k * SYMBOLS + symbol];
+            while (slot - (entry & 0x3FFF) >= entry >> PRECISION) entry = held[k * SYMBOLS + ++symbol];
+            u32 state = (entry >> PRECISION) * (x >> PRECISION) + slot - (entry & 0x3FFF);
+            state = take(words, state, live && state < LOW, below);
             if (live) {
-                x = next;
+                x = state;
                 codes[at + 32 * i] = code[symbol];
-                int width = raw_width(magnitude_of(code[symbol]));
-                if (width) atomicAdd(&raw[row[i]], width);
+                if (now.row[i] != counted) {
+                    if (bits) atomicAdd(&raw[counted], bits);
+                    counted = now.row[i], bits = 0;
+                }
+                bits += raw_width(magnitude_of(code[symbol]));
             }
         }
         refill(words);
     }
+    if (bits) atomicAdd(&raw[counted], bits);
     bool fine = __ballot_sync(ALL, x == LOW) == ALL && words.at - begin == 2u * (bases[1] - bases[0]);
     if (l == 0 && !fine) own[FAULT] = 2;
 }
@@ -109,7 +132,9 @@ extern "C" __global__ void __launch_bounds__(256) join(
     codes += (i64)row * dims;
     for (int first = 0; first < dims; first += 32) {
         u32 code = first + l < dims ? codes[first + l] : 0;
-        int width = raw_width(magnitude_of(code)), sum = warp_scan(width);
+        int width = raw_width(magnitude_of(code));
+        if (!__ballot_sync(ALL, width != 0)) continue;
+        int sum = warp_scan(width);
         if (width) {
             i64 at = bit + sum - width;
             u32 value = 0;

@@ -54,7 +54,9 @@ extern "C" __global__ void __launch_bounds__(256) raw(
     codes += (i64)row * dims;
     for (int first = 0; first < dims; first += 32) {
         u32 magnitude = first + l < dims ? magnitude_of(codes[first + l]) : 0;
-        int width = raw_width(magnitude), sum = warp_scan(width);
+        int width = raw_width(magnitude);
+        if (!__ballot_sync(ALL, width != 0)) continue;
+        int sum = warp_scan(width);
         if (width) {
             i64 at = bit + sum - width;
             u64 value = (u64)(magnitude & ((1u << width) - 1)) << (at & 31);

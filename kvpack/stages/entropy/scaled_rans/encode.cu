@@ -4,7 +4,7 @@
 // has room for a word a symbol, a group's words end where its codes do; lengths [U, groups_most] and states
 // [U, groups_most, 32] are written.
 #include "planes.cuh"
-#define AHEAD 4
+#define AHEAD 8
 
 struct Lane {
     u32 state;
@@ -26,12 +26,13 @@ __device__ __forceinline__ void put(Lane &lane, u64 entry, bool live, u32 below,
     if (live) lane.state = (quotient << PRECISION) + start + rest;
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS) encode(
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 4) encode(
     const u16 *codes, const int *columns, const int *rows, i64 tokens, i64 dims, i64 tables, const u64 *entries,
     const int *meta, u16 *scratch, i64 groups_most, int *lengths, u32 *states) {
     extern __shared__ u64 table[];
     const int *own = meta + blockIdx.y * META;
     if (blockIdx.x * WARPS >= own[GROUPS]) return;
+#pragma unroll 8
     for (int i = threadIdx.x; i < tables * SYMBOLS; i += 32 * WARPS) table[i] = entries[i];
     __syncthreads();
     int group = blockIdx.x * WARPS + threadIdx.x / 32, l = threadIdx.x % 32, span = own[SPAN];
@@ -46,19 +47,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) encode(
     Place place = {(first + at) / plane.dims, (first + at) % plane.dims};
     for (; at >= 0; at -= 32 * AHEAD) {
         u32 v[AHEAD];
-        int k[AHEAD];
+        int column[AHEAD], row[AHEAD];
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
             int mine = at - 32 * i;
-            bool live = mine >= 0 && mine < count;
-            v[i] = live ? codes[mine] : 0;
-            k[i] = live ? plane.class_of(place.row, place.column) : 0;
+            v[i] = codes[mine < 0 ? 0 : mine < count ? mine : count - 1];
+            column[i] = plane.columns[place.column];
+            row[i] = plane.rows[place.row < 0 ? 0 : place.row < plane.tokens ? place.row : plane.tokens - 1];
             place.back(plane.dims);
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
-            int mine = at - 32 * i;
-            put(lane, table[k[i] * SYMBOLS + symbol_of(v[i])], mine >= 0 && mine < count, below, end);
+            int mine = at - 32 * i, k = plane.class_of(column[i], row[i]);
+            put(lane, table[k * SYMBOLS + symbol_of(v[i])], mine >= 0 && mine < count, below, end);
         }
     }
     if (l == 0) lengths[blockIdx.y * groups_most + group] = -lane.at;

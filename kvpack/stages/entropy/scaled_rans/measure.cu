@@ -10,11 +10,12 @@ extern "C" __global__ void __launch_bounds__(256) measure(
     int row = (int)(blockIdx.x * 8 + threadIdx.x / 32), bits = 0;
     u32 cost = 0;
     if (row >= all_rows) return;
+    int mine = rows[row];
     codes += (i64)row * dims;
 #pragma unroll 4
     for (int c = threadIdx.x % 32; c < plane.dims; c += 32) {
         u32 code = codes[c];
-        cost += costs[plane.class_of(row, c) * SYMBOLS + symbol_of(code)];
+        cost += costs[plane.class_of(columns[c], mine) * SYMBOLS + symbol_of(code)];
         bits += raw_width(magnitude_of(code));
     }
     u64 sum = warp_sum((u64)cost);

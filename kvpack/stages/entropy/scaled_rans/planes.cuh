@@ -17,20 +17,22 @@ struct Plane {
     const int *columns, *rows;  // [D], [U * T]: a code's class is (column - row) >> 3, within the tables
     int tokens, dims, top;      // top: the last table
     __device__ __forceinline__ int size() const { return tokens * dims; }
-    __device__ __forceinline__ int class_of(int row, int column) const {
-        int k = (columns[column] - rows[row]) >> 3;
+    __device__ __forceinline__ int class_of(int column, int row) const {
+        int k = (column - row) >> 3;
         return k < 0 ? 0 : k > top ? top : k;
     }
 };
 
-// Where a lane stands in a plane; it steps by 32 codes.
+// Where a lane stands in a plane; it steps by 32 codes, no more than a row. Without branches, so that loads stay together.
 struct Place {
     int row, column;
     __device__ __forceinline__ void on(int dims) {
-        for (column += 32; column >= dims; column -= dims) row++;
+        bool over = (column += 32) >= dims;
+        column -= over ? dims : 0, row += over;
     }
     __device__ __forceinline__ void back(int dims) {
-        for (column -= 32; column < 0; column += dims) row--;
+        bool under = (column -= 32) < 0;
+        column += under ? dims : 0, row -= under;
     }
 };
 

@@ -40,7 +40,7 @@ def restore(
     predicted_exponent: int,
     exponent: int,
 ) -> Tensor:
-    """Values times ``2**exponent``, halves ``[N, R]``: magnitudes at their bins' centroids ``[K, 4]`` times the rows' steps.
+    """Values times ``2**exponent``, halves ``[N, R]``: magnitudes at their bins' centroids ``[K, 4]`` times steps.
 
     ``predicted`` float32 ``[N, R]``, times ``2**-predicted_exponent``, is added.
     """
