@@ -121,9 +121,8 @@ class ChunkEncoder:
         levels = self._joint.levels(first.first, len(batch.chunks), shape[1])
         with batch.slot as slot:
             sent = slot.send(host)
-            addresses = (
-                torch.arange(len(batch.chunks) * tensors, device=slot.device) * (2 * prod(shape)) + sent.data_ptr()
-            )
+            begin = sent.data_ptr() + batch.staged.skip
+            addresses = torch.arange(len(batch.chunks) * tensors, device=slot.device) * (2 * prod(shape)) + begin
             given = addresses.view(len(batch.chunks), tensors)
             done = self._joint.compress(given, shape, shape[1] * shape[2], first.first, levels)
             numbers = slot.fetch(
@@ -289,7 +288,7 @@ class ChunkDecoder:
             starts = np.cumsum([0, *sizes[:-1]]).tolist()
             table = slot.send(torch.tensor([starts, sizes, places[:-1], signed(total for _, _, total in streams)]))
             aligned = table[2] + arena.data_ptr()
-            begins = table[0] + received.data_ptr()
+            begins = table[0] + received.data_ptr() + batch.staged.skip
             self._gpu.launch("device/align:align", {}, (64, len(sizes)), 256, 0, begins, table[1], aligned)
             groups = cuda.groups_of([bytes(data[:8]) for _, data, _ in streams], sizes, size)
             addresses = slot.send(torch.tensor(targets))

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvpack.archive import Archive, Capture
 from kvpack.codecs import Chain
-from kvpack.container import PartEntry, layer_of
+from kvpack.container import PartEntry
 from kvpack.container.layout import PartPlan
 from kvpack.device.staging import SLOTS, Source, Staged, pieces_of, pipelined, signed, unsigned
 from kvpack.errors import CorruptError
@@ -113,7 +114,8 @@ class Encoder:
         host = batch.staged.ready()
         with batch.slot as slot:
             sent = slot.send(host)
-            addresses = torch.arange(count, device=slot.device) * (2 * prod(shape)) + sent.data_ptr()
+            first = sent.data_ptr() + batch.staged.skip
+            addresses = torch.arange(count, device=slot.device) * (2 * prod(shape)) + first
             parts = cuda.Parts(addresses, shape, shape[1] * shape[2], item=2, shift=7, width=9, floats=True)
             coded = cuda.encode(self._gpu, parts)
             assert coded.mantissas is not None
@@ -148,12 +150,17 @@ class Encoder:
             )
 
 
+TAKEN, CODED, CODED_SIZE, CODED_SUM, TABLES, PACKED, PACKED_SIZE, PACKED_SUM, DIGEST = range(9)
+"""Columns of what a decoder knows of parts: whether it takes one; offsets, sizes and checksums of its streams; how many
+tables the first has, less one; the original's digest."""
+
+
 @dataclass(frozen=True)
 class _Names:
-    """Tensors of one shape that are being staged; ``parts`` are chunk by chunk."""
+    """Tensors of one shape that are being staged; ``parts`` ``[C, N]``, rows of each chunk's tensors."""
 
     names: list[str]
-    parts: list[PartEntry]
+    parts: NDArray[np.int64]
     slot: Slot
     staged: Staged
 
@@ -165,7 +172,7 @@ class _Decoding:
     alive: list[Any]
     tensors: torch.Tensor
     fetched: torch.Tensor | None
-    checks: list[tuple[list[PartEntry], torch.Tensor]]
+    checks: list[tuple[NDArray[np.int64], torch.Tensor]]
 
 
 class Decoder:
@@ -176,28 +183,31 @@ class Decoder:
         self._gpu, self._archive = gpu, archive
         self._source = source or Source(archive.container.view)
         self._slots = [Slot(gpu) for _ in range(SLOTS)]
-        self._taken: dict[tuple[Any, ...], bool] = {}
-        self._parts: dict[str, list[PartEntry]] = {}
-        for part in archive.parts:
-            self._parts.setdefault(part.plan.tensor.name, []).append(part)
+        self._kinds: dict[tuple[Any, ...], bool] = {}
+        self._parts: dict[str, list[int]] = {}
+        for i, part in enumerate(archive.parts):
+            self._parts.setdefault(part.plan.tensor.name, []).append(i)
+        self._table = np.array([self._row(part) for part in archive.parts], np.int64).reshape(-1, DIGEST + 1)
 
     def takes(self, name: str) -> bool:
         """Whether a tensor is the GPU's: all its parts bf16, lossless, of shapes the kernels take, and compressed."""
-        spec = self._archive.tensors[name]
-        return layer_of(spec) is not None and spec.elements > 0 and all(map(self._takes_part, self._parts[name]))
+        return name in self._parts and all(self._table[i, TAKEN] for i in self._parts[name])
 
-    def _takes_part(self, part: PartEntry) -> bool:
+    def _row(self, part: PartEntry) -> list[int]:
         from kvpack.stages.entropy.rans.cuda import MAX_PAYLOAD
 
         name, shape = part.plan.tensor.name, part.plan.shape
-        kind = (part.codec, name.endswith(".keys"), part.plan.tensor.dtype, shape)
-        if kind not in self._taken:
-            self._taken[kind] = takes(part.plan, chain_of(self._archive.codecs[part.codec], name))
-        if not self._taken[kind] or len(part.streams) != 2:
-            return False
+        kind = (part.codec, name.endswith(".keys"), part.plan.layer is None, part.plan.tensor.dtype, shape)
+        if kind not in self._kinds:
+            chain = chain_of(self._archive.codecs[part.codec], name)
+            self._kinds[kind] = part.plan.layer is not None and takes(part.plan, chain)
+        if not self._kinds[kind] or len(part.streams) != 2:
+            return [0] * (DIGEST + 1)
         (coded, at), (packed, packed_at) = part.streams
         view, size = self._archive.container.view, 1 + prod(shape) * 7 // 8
-        return 0 < coded.size <= MAX_PAYLOAD and view[at] == 1 and packed.size == size and view[packed_at] == 0
+        taken = 16 <= coded.size <= MAX_PAYLOAD and view[at] == 1 and packed.size == size and view[packed_at] == 0
+        sums = signed((coded.checksum, packed.checksum, part.digest))
+        return [taken, at, coded.size, sums[0], view[at + 1] if taken else 0, packed_at, packed.size, *sums[1:]]
 
     def read(self, names: Sequence[str], *, fetch: bool = True) -> Iterator[tuple[str, Any]]:
         """Names and tensors in order: bit patterns in pinned memory, or with ``fetch`` False bf16 in device memory.
@@ -225,10 +235,12 @@ class Decoder:
             yield batch
 
     def _stage(self, names: list[str], slot: Slot) -> _Names:
-        chunks = zip(*(self._parts[name] for name in names), strict=True)  # one shape, so the same chunks
-        parts = [part for chunk in chunks for part in chunk]
-        pieces = (piece for part in parts for piece in self._archive.container.places(part))
-        return _Names(names, parts, slot, self._source.stage(slot, pieces))
+        parts = np.array([self._parts[name] for name in names]).T  # one shape, so the same chunks
+        pieces = self._table[parts.reshape(-1)][:, [CODED, CODED_SIZE, PACKED, PACKED_SIZE]].reshape(-1, 2)
+        follows = np.flatnonzero(pieces[1:, 0] != pieces[:-1].sum(1)) + 1
+        firsts = np.concatenate([[0], follows]).astype(np.int64)
+        runs = zip(pieces[firsts, 0].tolist(), np.add.reduceat(pieces[:, 1], firsts).tolist(), strict=True)
+        return _Names(names, parts, slot, self._source.stage(slot, runs))
 
     def _start(self, batch: _Names, fetch: bool) -> _Decoding:
         import torch
@@ -240,66 +252,66 @@ class Decoder:
             received = torch.empty(-(-len(host) // 8) * 8 + 8, dtype=torch.uint8, device=slot.device)
             received[: len(host)].copy_(host, non_blocking=True)
             under_way = _Decoding(slot, batch.names, [host, received], tensors, None, [])
-            at = received.data_ptr()
-            for first in range(0, len(batch.parts), len(batch.names)):
-                chunk = batch.parts[first : first + len(batch.names)]
+            at = received.data_ptr() + batch.staged.skip
+            for chunk in batch.parts:
+                plan = self._archive.parts[chunk[0]].plan
                 for some in range(0, len(chunk), BATCH_PARTS):
-                    targets = tensors[some:].data_ptr() + 2 * chunk[0].plan.first * spec.shape[2]
-                    at = self._decode(under_way, chunk[some : some + BATCH_PARTS], at, targets)
+                    target = tensors[some:].data_ptr() + 2 * plan.first * spec.shape[2]
+                    at = self._decode(under_way, chunk[some : some + BATCH_PARTS], plan, at, target)
             if fetch:
                 under_way.fetched = slot.fetch(tensors)
         return under_way
 
-    def _decode(self, batch: _Decoding, parts: list[PartEntry], at: int, target: int) -> int:
+    def _decode(self, batch: _Decoding, parts: NDArray[np.int64], plan: PartPlan, at: int, target: int) -> int:
         """Ask for the decoding of parts whose streams lie from ``at`` on, and for all their checks; where they end."""
         import torch
 
         from kvpack.stages.entropy.rans import cuda
 
-        slot, shape = batch.slot, parts[0].plan.shape
-        streams = [stream for part in parts for stream in part.streams]
-        sizes = [record.size for record, _ in streams]
-        starts, places, end = [], [], 0
-        for i, size in enumerate(sizes):
-            starts.append(at)
-            places.append(end)
-            at += size
-            end += -(-(size - i % 2) // 16) * 16  # mantissas without their mode byte
+        slot, rows = batch.slot, self._table[parts]
+        sizes = rows[:, [CODED_SIZE, PACKED_SIZE]].reshape(-1)
+        ends = at + np.cumsum(sizes)
+        odd = np.arange(len(sizes)) % 2  # mantissas are aligned without their mode byte
+        spaces = (sizes - odd + 15) // 16 * 16
         stride = batch.tensors[0].numel()
-        targets = [target + 2 * stride * i for i in range(len(parts))]
-        table = slot.send(torch.tensor([starts, sizes, signed(record.checksum for record, _ in streams), places]))
-        wanted = slot.send(torch.tensor([targets, signed(part.digest for part in parts)]))
-        goal = cuda.Parts(wanted[0], shape, stride // shape[0], item=2, shift=7, width=9, floats=True)
-        arena = torch.empty(end + cuda.slack(goal), dtype=torch.uint8, device=slot.device)
-        aligned = (table[3] + arena.data_ptr()).view(-1, 2)
-        odd = torch.arange(len(sizes), device=slot.device) % 2
-        self._gpu.launch("device/align:align", {}, (8, len(sizes)), 256, 0, table[0] + odd, table[1] - odd, aligned)
-        view = self._archive.container.view
-        heads = [view[place : place + 16] for _, place in streams[::2]]
-        own, mantissas = aligned.t().contiguous()
+        goals = target + 2 * stride * np.arange(len(parts))
+        columns = (ends - sizes, sizes, rows[:, [CODED_SUM, PACKED_SUM]].reshape(-1), np.cumsum(spaces) - spaces, odd)
+        table = slot.send(torch.from_numpy(np.stack(columns)))
+        wanted = slot.send(torch.from_numpy(np.stack([goals, rows[:, DIGEST]])))
+        goal = cuda.Parts(wanted[0], plan.shape, stride // plan.shape[0], item=2, shift=7, width=9, floats=True)
+        arena = torch.empty(int(spaces.sum()) + cuda.slack(goal), dtype=torch.uint8, device=slot.device)
+        places = table[3] + arena.data_ptr()
+        own, mantissas = places.view(-1, 2).t().contiguous()
+        begins, lengths = table[0] + table[4], table[1] - table[4]
+        self._gpu.launch("device/align:align", {}, (8, len(sizes)), 256, 0, begins, lengths, places)
+        shared = cuda.shared_for(int(rows[:, TABLES].max()) + 1)
         meta, digests, sums = cuda.decode(
-            self._gpu, own, table[1][::2].contiguous(), goal, mantissas, cuda.shared_for(heads), (table[0], table[1])
+            self._gpu, own, table[1][::2].contiguous(), goal, mantissas, shared, (table[0], table[1])
         )
         assert sums is not None
         wrong = sums.ne(table[2])
         faults = torch.stack([wrong[::2] | wrong[1::2], meta[:, cuda.FAULT] != 0, digests != wanted[1]])
         batch.checks.append((parts, slot.fetch(faults)))
         batch.alive += [arena, table, wanted]
-        return at
+        return int(ends[-1])
 
     def _finish(self, batch: _Decoding) -> Iterator[tuple[str, Any]]:
         import torch
 
         batch.slot.wait()
         for parts, faults in batch.checks:
-            for part, (checksum, coding, digest) in zip(parts, faults.T.tolist(), strict=True):
-                if checksum:
-                    raise CorruptError(f"corrupt: the checksum of a stream of {part.plan.name} does not match")
-                if coding:
-                    raise CorruptError(f"{part.plan.name}: rans stream: unsound")
-                if digest:
-                    raise CorruptError(f"corrupt: {part.plan.name} does not match the digest of the original")
+            for kind, found in enumerate(faults.numpy()):
+                if found.any():
+                    self._refuse(kind, self._archive.parts[parts[found.argmax()]].plan.name)
         every: Any = batch.tensors.view(torch.bfloat16)
         if batch.fetched is not None:
             every = batch.fetched.numpy().view(np.uint16)
         yield from zip(batch.names, every, strict=True)
+
+    def _refuse(self, kind: int, name: str) -> NoReturn:
+        messages = (
+            f"corrupt: the checksum of a stream of {name} does not match",
+            f"{name}: rans stream: unsound",
+            f"corrupt: {name} does not match the digest of the original",
+        )
+        raise CorruptError(messages[kind])

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 SLOTS = 5
 """Batches at a time: one that is staged, two under way, one collected, one that is used."""
 
+ALIGNED = 256
+"""What addresses that are sent from are a multiple of."""
+
 COPY_BYTES = 4 << 20
 """Bytes that a thread copies at a time."""
 
@@ -34,10 +37,11 @@ Piece = tuple[int, int]
 
 @dataclass(frozen=True)
 class Staged:
-    """Pinned bytes, once :meth:`ready` has returned."""
+    """Pinned bytes, once :meth:`ready` has returned; those that were asked for begin at ``skip``."""
 
     host: torch.Tensor
     copies: Sequence[Future[None]] = ()
+    skip: int = 0
 
     def ready(self) -> torch.Tensor:
         """Wait for the copies."""
@@ -60,7 +64,8 @@ class Source:
         runs = _merged(pieces)
         if self._pinned is not None and len(runs) == 1:
             ((offset, size),) = runs
-            return Staged(self._pinned[offset : offset + size])
+            skip = offset % ALIGNED
+            return Staged(self._pinned[offset - skip : offset + size], skip=skip)
         host = slot.pinned(sum(size for _, size in runs))
         target, at, copies = host.numpy(), 0, []
         for offset, size in runs:

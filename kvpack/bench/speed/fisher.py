@@ -16,10 +16,15 @@ from kvpack.codecs import CODECS
 from kvpack.device.joint import Compressed, Joint
 from kvpack.stages.base import Part, Side
 from kvpack.stages.device.tensors import product, scaled_product
+from kvpack.stages.entropy.scaled_rans.reference import PRECISION
 from kvpack.stages.packed import pack_matrix
+from kvpack.stages.quantizers.dead_zone import ROUNDING
+from kvpack.stages.symbols import ALPHABET, LARGEST, split, zigzag
 from kvpack.stages.transforms.token_klt.model import DECAYS, LAGS, PLACES
 
 CODEC = CODECS["fisher-4"]
+CLASSES, UNIT_CLASS = 64, 20
+"""Classes of the made profile, and the one of a scatter as wide as the step."""
 CHUNK = 2048
 VOCABULARY = 49152
 THETA = 500_000.0
@@ -53,11 +58,21 @@ def deviations(shape: Shape) -> NDArray[np.float64]:
     return sigma
 
 
+def tables(rng: np.random.Generator) -> NDArray[np.int32]:
+    """Frequencies ``[K, 63]`` of the symbols of Laplace's distribution, counted, a quarter of an octave a class."""
+    out = np.empty((CLASSES, ALPHABET), np.int32)
+    for k in range(CLASSES):
+        scaled = rng.laplace(size=1 << 16) * 2.0 ** ((k + 0.5 - UNIT_CLASS) / 4 - 0.5)
+        magnitude = np.minimum(np.floor(np.abs(scaled) + ROUNDING), LARGEST)
+        symbols, _, _ = split(zigzag(np.where(scaled < 0, -magnitude, magnitude)))
+        counts = np.bincount(symbols, minlength=ALPHABET)
+        out[k] = 1 + counts * ((1 << PRECISION) - ALPHABET) // counts.sum()
+        out[k, 0] += (1 << PRECISION) - out[k].sum()
+    return out
+
+
 def profile(shape: Shape, device: str) -> dict[str, NDArray[Any]]:
     """Random orthonormal directions, random predictions half as large as what they leave, Laplace's tables."""
-    from kvpack.calibration.scales import CLASSES, UNIT_CLASS, tables
-    from kvpack.stages.symbols import ALPHABET
-
     rng = np.random.default_rng(0)
     sigma = deviations(shape)
     linear: Any = torch.linalg
@@ -69,7 +84,7 @@ def profile(shape: Shape, device: str) -> dict[str, NDArray[Any]]:
         "spread": np.ones(shape.size, np.float32),
         "order": np.arange(VOCABULARY, dtype=np.int32),
         "columns": np.rint(32 * np.log2(sigma)).astype(np.int32) + 8 * UNIT_CLASS + 4,
-        "tables": tables(np.zeros((CLASSES, ALPHABET))),
+        "tables": tables(rng),
         "centroids": np.zeros((CLASSES, 4), np.float32),
     }
     matrices = {

@@ -30,8 +30,7 @@ def rows(gpu: Timed, tensors: torch.Tensor, data: str) -> Iterator[Speed]:
     packed = torch.arange(parts.count, device=gpu.device) * coded.mantissas.shape[1] + coded.mantissas.data_ptr() + 16
     streams, length = coded.places[:-1] + coded.arena.data_ptr(), 1 + cuda.mantissa_size(parts)
     ranges = torch.cat([streams, packed - 1]), torch.cat([coded.sizes, torch.full_like(coded.sizes, length)])
-    heads = [coded.arena[place : place + 16].tolist() for place in coded.places[:-1:16].tolist()]
-    target, shared = _parts(out), cuda.shared_for(heads)
+    target, shared = _parts(out), cuda.shared_for(int(coded.meta[:, cuda.TABLES].max()))
 
     def back() -> Any:
         return cuda.decode(gpu, streams, coded.sizes, target, packed, shared, ranges)
@@ -58,7 +57,7 @@ def _symbols(gpu: Timed, symbols: torch.Tensor, data: str) -> Iterator[Speed]:
     coded, out = cuda.encode(gpu, parts), torch.full_like(symbols, 0xA5)
     target = cuda.Parts(addresses + out.data_ptr(), parts.shape, parts.head_stride)
     starts = coded.places[:-1] + coded.arena.data_ptr()
-    shared = cuda.shared_for([coded.arena[place : place + 16].tolist() for place in coded.places[:-1:16].tolist()])
+    shared = cuda.shared_for(int(coded.meta[:, cuda.TABLES].max()))
     encode = by_kernel(gpu, lambda: cuda.encode(gpu, parts))
     decode = by_kernel(gpu, lambda: cuda.decode(gpu, starts, coded.sizes, target, None, shared))
     if not torch.equal(out, symbols):
