@@ -1,5 +1,6 @@
 // Runs CUDA kernels on a CPU, a block at a time, a fiber a thread: for tests of their logic, not of races or speed.
 #include <cmath>
+#include <csetjmp>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -19,7 +20,9 @@ static Dim gridDim, blockDim, blockIdx, threadIdx;
 namespace simt {
 struct Barrier { int arrived = 0, alive = 0; unsigned generation = 0; };
 static const int MOST = 1024, STACK = 64 << 10;
-static ucontext_t scheduler, fibers[MOST];
+static ucontext_t fibers[MOST];
+static jmp_buf scheduler, places[MOST];  // switched by setjmp: swapcontext asks the kernel each time
+static bool begun[MOST];
 static char *stacks;
 static bool done[MOST];
 static int current;
@@ -29,6 +32,15 @@ alignas(1024) static char dynamic[256 << 10];
 static void *function;
 static const uint64_t *arguments;
 
+__attribute__((noinline)) inline void leave() {
+    if (!_setjmp(places[current])) _longjmp(scheduler, 1);
+}
+__attribute__((noinline)) inline void enter() {
+    if (_setjmp(scheduler)) return;
+    if (begun[current]) _longjmp(places[current], 1);
+    begun[current] = true;
+    setcontext(&fibers[current]);
+}
 inline void release(Barrier &barrier) {
     if (barrier.arrived && barrier.arrived == barrier.alive) barrier.arrived = 0, barrier.generation++;
 }
@@ -36,9 +48,7 @@ inline void wait(Barrier &barrier) {
     unsigned generation = barrier.generation;
     barrier.arrived++;
     release(barrier);
-    while (barrier.generation == generation) {
-        swapcontext(&fibers[current], &scheduler);
-    }
+    while (barrier.generation == generation) leave();
 }
 inline uint64_t *exchange(uint64_t value) {  // all lanes' values
     Barrier &warp = warps[current / 32];
@@ -57,7 +67,7 @@ inline void body() {
     done[current] = true;
     block.alive--, warps[current / 32].alive--;
     release(block), release(warps[current / 32]);
-    swapcontext(&fibers[current], &scheduler);
+    leave();
 }
 inline void run_block() {
     int threads = blockDim.x;
@@ -65,7 +75,7 @@ inline void run_block() {
     block = Barrier(), block.alive = threads;
     for (int w = 0; w < (threads + 31) / 32; w++) warps[w] = Barrier(), warps[w].alive = threads - w * 32 < 32 ? threads - w * 32 : 32;
     for (int i = 0; i < threads; i++) {
-        done[i] = false;
+        done[i] = begun[i] = false;
         getcontext(&fibers[i]);
         fibers[i].uc_stack.ss_sp = stacks + (size_t)i * STACK;
         fibers[i].uc_stack.ss_size = STACK;
@@ -76,7 +86,7 @@ inline void run_block() {
             if (!done[i]) {
                 current = i;
                 threadIdx = {(unsigned)i, 0, 0};
-                swapcontext(&scheduler, &fibers[i]);
+                enter();
             }
 }
 }  // namespace simt
