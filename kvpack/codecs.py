@@ -225,7 +225,7 @@ def _aquakv(bits: int) -> Codec:
     )
 
 
-FISHER_IMPORTANCE = 20
+FISHER_IMPORTANCE = 25
 
 
 def fisher(log_step: int, importance: int = FISHER_IMPORTANCE, name: str = "fisher") -> Codec:

@@ -23,7 +23,7 @@ from profiles import FIXTURES, THETA, TINY, model_metadata, tiny_capture
 
 from kvpack import api
 from kvpack.archive import Archive, Capture
-from kvpack.calibration import FisherOptions, Sample, calibrate, scales, token_klt
+from kvpack.calibration import FisherOptions, PredictorOptions, Sample, calibrate, prediction, scales, token_klt
 from kvpack.codecs import CODECS
 from kvpack.container.layout import VERSION
 from kvpack.floats import to_float32
@@ -64,13 +64,18 @@ def write_tiny_profile(path: Path) -> None:
             layers = [rotate(layer, frequencies, 0, -1) for layer in layers]
         halves[kind] = np.concatenate([layer[0] for layer in layers], axis=1)[None].astype(np.float16)
     tokens = capture.read("tokens").view(np.int32)[None].copy()
-    mass = np.ones(tokens.shape, np.float32)
-    sample = Sample(halves["keys"], halves["values"], tokens, mass, 2, 64, frequencies, [])
+    both = np.concatenate([halves["keys"], halves["values"]], axis=2)
+    sample = Sample(both, tokens, {0: np.ones(tokens.shape[1], np.float32)}, 2, 64, frequencies, [])
     arrays: dict[str, np.ndarray] = {"rope.inv_freq": frequencies}
     information = 1e-3 * torch.eye(64).repeat(4, 1, 1)
     embeddings = torch.randn(int(tokens.max()) + 1, 16, generator=torch.Generator().manual_seed(0))
-    for _, found in token_klt.learn(sample, [0], information, SINKS, embeddings, RANK, TABLE_BUDGET):
-        arrays |= {f"fisher.{name}": array for name, array in found.items()}
+    parts: dict[str, np.ndarray] = {}
+    for _, found in token_klt.learn(sample, [0], information, SINKS, embeddings, RANK):
+        parts |= found
+    coordinates = token_klt.coordinates(sample, [0], parts, torch.device("cpu"))
+    for _, found in prediction.learn(tokens, coordinates, embeddings, TABLE_BUDGET, PredictorOptions(8, 20)):
+        parts |= found
+    arrays |= {f"fisher.{name}": array for name, array in parts.items()}
     arrays |= {f"fisher.{name}": array for name, array in scales.scatter(sample, [0], arrays).items()}
     on_cpu: Any = SimpleNamespace(network=SimpleNamespace(device="cpu"))
     arrays |= calibrate(on_cpu, sample, ("kvtc", "aquakv"), FisherOptions())

@@ -11,11 +11,12 @@ import numpy as np
 
 from kvpack.archive import Capture
 from kvpack.calibration.aquakv import gaussian_grid
-from kvpack.calibration.scales import ALPHABET, CLASSES, UNIT_CLASS, tables
+from kvpack.calibration.scales import CLASSES, UNIT_CLASS, tables
 from kvpack.codecs import AQUAKV_BITS, CODECS, KVTC_RATES, Codec
 from kvpack.container import layer_of
 from kvpack.profile import Profile, write_profile
 from kvpack.stages.packed import pack_matrix
+from kvpack.stages.symbols import SMALLEST
 from kvpack.stages.transforms.token_klt.model import DECAYS, LAGS, PLACES
 from kvpack.tensorfile import TensorFile, build_header
 
@@ -64,24 +65,31 @@ def matrix(name: str, values: np.ndarray, groups: int) -> dict[str, np.ndarray]:
 
 @cache
 def fisher_arrays(layers: int, heads: int, dims: int) -> dict[str, np.ndarray]:
-    """No whitening, a random basis of everything, 16 random token vectors, small random weights; one sink."""
+    """No whitening, a random basis of everything and a local direction a layer, 16 random token vectors, small random
+    weights, two units; one sink.
+    """
     rng = np.random.default_rng(1)
     blocks, size = 2 * layers * heads, 2 * layers * heads * dims
-    own, reach = 3, 2
+    own, reach, units = 3, 2, 2
     inputs = own + (LAGS + len(DECAYS)) * reach + PLACES
+    columns = size + layers
     centroids = np.zeros((CLASSES, 4), np.float32)
     centroids[:, 1:] = [-0.05, -0.02, -0.01]
     section = {
         "mean": np.zeros((2, size), np.float16),
         "spread": np.ones(size, np.float32),
         "order": (np.arange(VOCABULARY) % 16).astype(np.int32),
-        "columns": np.full(size, 8 * UNIT_CLASS + 4, np.int32),
-        "tables": tables(np.zeros((CLASSES, ALPHABET))),
+        "columns": np.full(columns, 8 * UNIT_CLASS + 4, np.int32),
+        "tables": tables(np.zeros((CLASSES, len(SMALLEST)))),
         "centroids": centroids,
         **matrix("whiten", np.tile(np.eye(dims), (blocks, 1)), blocks),
         **matrix("basis", np.linalg.qr(rng.standard_normal((size, size)))[0], 1),
         **matrix("table", rng.standard_normal((16, own)), 4),
-        **matrix("weights", 0.05 * rng.standard_normal((inputs, size)), 1),
+        "groups": np.arange(layers, dtype=np.int32),
+        **matrix("local", rng.standard_normal((size, 1)), 1),
+        "scale": np.ones(inputs, np.float32),
+        **matrix("hidden", rng.standard_normal((inputs, units)), 1),
+        **matrix("weights", 0.05 * rng.standard_normal((inputs + units, columns)), 1),
     }
     return {f"fisher.{name}": array for name, array in section.items()}
 

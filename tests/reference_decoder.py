@@ -63,7 +63,7 @@ def decode(data: bytes, profile: bytes = b"") -> bytes:
     magic, major, minor, critical, _, header_length, header_crc, own = struct.unpack_from("<8sHHIIIII", data)
     need(magic == b"\x89KVP\r\n\x1a\n", "magic")
     need(zlib.crc32(data[:28]) == own, "prologue")
-    need((major, minor) == (0, 3) and critical == 0, "version")
+    need((major, minor) == (0, 4) and critical == 0, "version")
     index_at, index_length, index_crc, total, prologue_crc, footer_crc, end = struct.unpack("<QIIQII8s", data[-40:])
     need(end == b"\x89KVPEND\n" and zlib.crc32(data[-40:-12]) == footer_crc, "footer")
     need(total == len(data) and index_at + index_length + 40 == total and prologue_crc == own, "extents")
@@ -255,7 +255,7 @@ def decode_chain(
     for name, shape, width in planes:
         if math.prod(shape) and width:
             if entropy["name"] == "scaled_rans" and name == "coefficients":
-                scales = dead_zone_scales(codes[-1], quantizer["configuration"], profile)
+                scales = dead_zone_scales(codes[len(whole) :], quantizer["configuration"], profile)
                 codes.append(scaled_rans(streams.pop(name), shape, *scales))
                 continue
             codes.append(ENTROPY[entropy["name"]](streams.pop(name), shape, width))

@@ -74,7 +74,7 @@ def transformed(transform: dict[str, Any], array: Array, profile: Profile) -> Ar
     if name == "klt":
         return {**array, "shape": (1, tokens, profile[f"{config['section']}.basis"].shape[1]), "heads": 1}
     if name == "token_klt":
-        return {**array, "shape": (1, tokens, profile[f"{config['section']}.basis.step"].shape[1]), "heads": 1}
+        return {**array, "shape": (1, tokens, profile[f"{config['section']}.weights.step"].shape[1]), "heads": 1}
     need(name in ("rotation", "unrope"), "transform")
     return array
 
@@ -117,22 +117,33 @@ def unpacked(profile: Profile, name: str) -> np.ndarray:
 
 
 def token_klt(coordinates: np.ndarray, section: str, array: Array, profile: Profile) -> np.ndarray:
-    """Coordinates ``[T, R]`` to a token's elements ``[T, P]``, keys before RoPE."""
+    """Coordinates ``[T, K]`` to a token's elements ``[T, P]``, keys before RoPE."""
     first, tokens = array["first"], array["shape"][1]
-    mean, basis = profile[f"{section}.mean"], unpacked(profile, f"{section}.basis")
+    mean, spread = profile[f"{section}.mean"], profile[f"{section}.spread"][:, None]
+    basis, local = (unpacked(profile, f"{section}.{name}") * spread for name in ("basis", "local"))
     sinks, position = len(mean) - 1, np.arange(first, first + tokens)
-    expected = np.zeros_like(coordinates)
+    z = coordinates.copy()
     if array["tokens"] is not None:
+        begin = max(0, max(first, sinks) - 2048)
         table = unpacked(profile, f"{section}.table")[profile[f"{section}.order"]]
-        weights = unpacked(profile, f"{section}.weights")
-        given = token_inputs(table[array["tokens"][: first + tokens]], len(weights))[first:]
-        expected = np.where(position[:, None] < sinks, np.float32(0), given @ weights)
-    synthesis = basis * profile[f"{section}.spread"][:, None]
-    return (coordinates + expected) @ synthesis.T + mean[np.minimum(position, sinks)]
+        scale = profile[f"{section}.scale"]
+        given = token_inputs(table[array["tokens"][begin : first + tokens]], len(scale), begin)[first - begin :] / scale
+        units = np.maximum(given @ unpacked(profile, f"{section}.hidden"), 0)
+        expected = np.concatenate([given, units], axis=1) @ unpacked(profile, f"{section}.weights")
+        z += np.where(position[:, None] < sinks, np.float32(0), expected)
+    common, half = basis.shape[1], len(basis) // 2
+    x = z[:, :common] @ basis.T
+    groups = profile[f"{section}.groups"]
+    layer = np.arange(half) // (half // len(groups))
+    group = np.concatenate([groups[layer], groups[layer]])  # of each element, keys and values
+    for g in range(groups[-1] + 1):
+        own = z[:, common + g * local.shape[1] : common + (g + 1) * local.shape[1]]
+        x[:, group == g] += own @ local[group == g].T
+    return x + mean[np.minimum(position, sinks)]
 
 
-def token_inputs(vectors: np.ndarray, inputs: int) -> np.ndarray:
-    """A token's vector, the leading elements of those behind it, its place: ``[T, inputs]``."""
+def token_inputs(vectors: np.ndarray, inputs: int, first: int) -> np.ndarray:
+    """A token's vector, the leading elements of those behind it, its place from ``first`` on: ``[T, inputs]``."""
     tokens, size = vectors.shape
     reach = (inputs - size - 3) // 7
     near = vectors[:, :reach]
@@ -145,7 +156,7 @@ def token_inputs(vectors: np.ndarray, inputs: int) -> np.ndarray:
             mean[t] = total / weight if t else 0
             total, weight = total * decay + near[t], weight * decay + np.float32(1)
         columns.append(mean)
-    n = np.minimum(np.arange(tokens), 2047).astype(np.float32)[:, None]
+    n = np.minimum(first + np.arange(tokens), 2047).astype(np.float32)[:, None]
     return np.concatenate([*columns, np.ones_like(n), np.log1p(n) / 8, 1 / np.sqrt(n + 1)], axis=1)
 
 
@@ -326,20 +337,24 @@ def higgs(codes: list[np.ndarray], config: dict[str, Any], array: Array, profile
 
 def dead_zone_planes(_: dict[str, Any], array: Array, __: Profile) -> list[Plane]:
     rows, tokens, dims = array["shape"]
-    return [("levels", (rows, tokens, 1), 5), ("coefficients", (rows, tokens, dims), 16)]
+    one = (rows, tokens, 1)
+    return [("levels", one, 5), ("shifts", one, 4), ("coefficients", (rows, tokens, dims), 16)]
 
 
-def dead_zone_scales(codes: np.ndarray, config: dict[str, Any], profile: Profile) -> tuple[np.ndarray, np.ndarray]:
-    """The class of each coefficient ``[T, R]``, and the frequency tables ``[K, 63]``."""
+def dead_zone_scales(
+    codes: list[np.ndarray], config: dict[str, Any], profile: Profile
+) -> tuple[np.ndarray, np.ndarray]:
+    """The class of each coefficient ``[T, K]`` from levels and shifts, and the frequency tables ``[C, 63]``."""
     columns, tables = (profile[f"{config['section']}.{name}"].astype(np.int64) for name in ("columns", "tables"))
-    rows = config["log_step"] + 8 * (codes.reshape(-1).astype(np.int64) - 16)
+    levels, shifts = (plane.reshape(-1).astype(np.int64) for plane in codes[:2])
+    rows = config["log_step"] + 8 * (levels - 16) - 8 * (shifts - 8)
     return np.clip((columns[None] - rows[:, None]) >> 3, 0, len(tables) - 1), tables
 
 
 def dead_zone(codes: list[np.ndarray], config: dict[str, Any], _: Array, profile: Profile) -> np.ndarray:
-    zigzag = codes[1][0].astype(np.int64)
+    zigzag = codes[2][0].astype(np.int64)
     magnitude, sign = (zigzag + 1) >> 1, np.where(zigzag & 1, -1, 1)
-    classes, _ = dead_zone_scales(codes[0], config, profile)
+    classes, _ = dead_zone_scales(codes, config, profile)
     offset = profile[f"{config['section']}.centroids"][classes, np.minimum(magnitude, 3)]
     exponent = config["log_step"] / 32 + (codes[0].reshape(-1, 1).astype(np.int64) - 16) / 4
     values = np.where(magnitude > 0, sign * (magnitude + offset), 0).astype(np.float32)

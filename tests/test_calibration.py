@@ -142,8 +142,9 @@ def test_the_sample_is_the_models_cache(folder: Path) -> None:
     model = load_model(str(folder / "model"), device="cpu")
     text = (folder / "0.txt").read_text()
     sample = collect(model, [("0.txt", text)], CorpusOptions(tokens=256, context=128))
-    assert sample.keys.shape == sample.values.shape == (2, 128, 2 * 2 * 8)
-    assert sample.keys.dtype == sample.values.dtype == np.float16
+    assert sample.both.shape == (2, 128, 2 * 2 * 2 * 8)
+    assert sample.both.dtype == np.float16
+    held_keys, held_values = sample.kind("keys"), sample.kind("values")
     assert (sample.layers, sample.channels) == (2, 16)
     ids = model.tokenizer(text).input_ids
     second = ids[len(ids) // 2 :][:128]
@@ -152,14 +153,16 @@ def test_the_sample_is_the_models_cache(folder: Path) -> None:
         np.concatenate([layer.float().numpy().transpose(1, 0, 2).reshape(128, -1) for layer in layers], axis=1)
         for layers in (cache.values, cache.keys)
     )
-    assert (sample.values[1] == values.astype(np.float16)).all()
-    lengths = (np.square(some.astype(np.float32)).sum(1) for some in (sample.keys[1], keys))
+    assert (held_values[1] == values.astype(np.float16)).all()
+    lengths = (np.square(some.astype(np.float32)).sum(1) for some in (held_keys[1], keys))
     assert np.allclose(*lengths, rtol=1e-2)
     assert (sample.tokens[1] == second).all()
-    assert np.allclose(sample.mass[1], cache.attention_mass.float().mean((0, 1)).numpy())
+    mass = run_tokens(model, ids[:128], CaptureOptions(queries=0)).attention_mass.float().mean((0, 1)).numpy()
+    assert list(sample.mass) == sample.held == [0]
+    assert np.allclose(sample.mass[0], mass)
     rows = sample.rows("values", 1000)
     assert (rows.shape, rows.dtype) == ((2 * 124, 32), np.float32)
-    assert (rows[124:] == sample.values[1, 4:]).all()
+    assert (rows[124:] == held_values[1, 4:]).all()
     assert len(sample.rows("values", 100)) <= 100
     assert sample.documents[0]["sequences"] == 2
 
@@ -172,7 +175,7 @@ def test_calibrate_end_to_end(cli: Cli, folder: Path, tmp_path: Path) -> None:
     assert done.out == f"{out}: 8 sequences, 1024 tokens, {out.stat().st_size} bytes\n"
     said = [line.split(":")[0] for line in done.err.splitlines()]
     levels = [f"fisher-{level}" for level in FISHER_LEVELS]
-    assert said == ["fisher"] * 6 + levels + ["kvtc"] * 2 + ["aquakv"] * 4
+    assert said == ["fisher"] * 8 + levels + ["kvtc"] * 2 + ["aquakv"] * 4
     quiet = cli(*command(folder, again, "-q", "--codecs", "all"))
     assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
     assert out.read_bytes() == again.read_bytes()
@@ -205,9 +208,11 @@ def test_calibrate_for_fisher_alone(cli: Cli, folder: Path, tmp_path: Path) -> N
     assert out.read_bytes() == again.read_bytes()
     profile = Profile.open(out)
     assert {name.split(".")[0] for name in profile} == {"rope", "fisher"}
-    size, rank = profile["fisher.basis.rows"][0], profile["fisher.basis.step"].shape[1]
-    assert size == 64
-    assert 20 <= rank <= 64
+    assert profile["fisher.basis.rows"][0] == profile["fisher.local.rows"][0] == 64
+    assert profile["fisher.basis.step"].shape[1] == 20
+    assert list(profile["fisher.groups"]) == [0, 1]
+    rank = 20 + 2 * profile["fisher.local.step"].shape[1]
+    assert rank == profile["fisher.weights.step"].shape[1] == 30
     tables = profile["fisher.tables"]
     assert (tables >= 1).all()
     assert (tables.sum(1) == 1 << 14).all()
@@ -223,9 +228,9 @@ def test_calibrate_for_fisher_alone(cli: Cli, folder: Path, tmp_path: Path) -> N
 
 
 def test_histograms_of_scatter_become_tables() -> None:
-    counts = np.zeros((scales.CLASSES, scales.ALPHABET))
+    counts = np.zeros((scales.CLASSES, 32))
     smooth = scales.tables(counts)
-    counts[10, 3] = 1e6
+    counts[10, 2] = 1e6
     spiked = scales.tables(counts)
     assert (spiked.sum(1) == 1 << 14).all()
     assert (np.delete(spiked, 10, 0) == np.delete(smooth, 10, 0)).all()

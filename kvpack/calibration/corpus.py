@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from kvpack.calibration.rotary import inverse_frequencies
-from kvpack.capture import CaptureOptions, Model, run_tokens
+from kvpack.calibration.rotary import inverse_frequencies, rotated
+from kvpack.capture import CaptureOptions, Model, prefill, run_tokens
 from kvpack.errors import UnsupportedError, UsageError
 from kvpack.stages.base import Floats
-from kvpack.stages.transforms.unrope import rotate
 
 SKIPPED = 4
 """First tokens of a sequence that are left out: attention sinks, unlike all others (arXiv 2309.17453)."""
+
+HELD_BACK = 8
+"""One sequence in so many is not learnt from."""
 
 Halves = NDArray[np.float16]
 Progress = Callable[[int, int], None]
@@ -34,24 +37,45 @@ class CorpusOptions:
 
 @dataclass(frozen=True)
 class Sample:
-    """S sequences of T tokens: keys before RoPE and values ``[S, T, L * H * D]`` float16, layer by layer.
+    """S sequences of T tokens: ``both`` ``[S, T, P]`` float16, all layers' keys before RoPE, then all their values.
 
-    ``tokens`` ``[S, T]`` int32 are their ids, ``mass`` ``[S, T]`` float32 their attention mass, mean over layers and
-    heads. ``layers`` is L, ``channels`` H * D; ``documents`` says what they come from, for the profile's metadata.
+    ``tokens`` ``[S, T]`` int32 are their ids, ``mass`` ``[T]`` float32 of each sequence held back its attention mass,
+    mean over layers and heads. ``layers`` is L, ``channels`` H * D, and P is 2 * L * H * D; ``documents`` says what
+    they come from, for the
+    profile's metadata.
     """
 
-    keys: Halves
-    values: Halves
+    both: Halves
     tokens: NDArray[np.int32]
-    mass: Floats
+    mass: dict[int, Floats]
     layers: int
     channels: int
     frequencies: Floats
     documents: list[dict[str, Any]]
 
+    @property
+    def held(self) -> list[int]:
+        """Sequences that nothing is learnt from, but that show how what was learnt does on others."""
+        return _held_back(len(self.tokens))
+
+    @property
+    def learnt(self) -> list[int]:
+        """The other sequences; the same one where there is but one."""
+        return [s for s in range(len(self.tokens)) if s not in set(self.held)] or self.held
+
+    @property
+    def size(self) -> int:
+        """Elements a token: P."""
+        return int(self.both.shape[2])
+
+    def kind(self, name: str) -> Halves:
+        """``keys`` or ``values``: ``[S, T, L * H * D]``."""
+        half = self.size // 2
+        return self.both[:, :, :half] if name == "keys" else self.both[:, :, half:]
+
     def rows(self, kind: str, most: int) -> Floats:
         """At most ``most`` keys or values ``[N, L * H * D]`` float32, taken evenly, the first tokens left out."""
-        kept = getattr(self, kind)[:, SKIPPED:]
+        kept = self.kind(kind)[:, SKIPPED:]
         stride = -(-kept.shape[0] * kept.shape[1] // most)
         return np.asarray(kept.reshape(-1, kept.shape[2])[::stride], np.float32)
 
@@ -80,20 +104,33 @@ def collect(
         digest = hashlib.sha256(text.encode()).hexdigest()
         documents.append({"name": Path(name).name, "sha256": digest, "sequences": len(mine)})
     frequencies = inverse_frequencies(model)
-    keys, values, mass = [], [], []
+    both, mass, held = None, {}, _held_back(len(sequences))
     for i, ids in enumerate(sequences):
-        cache = run_tokens(model, ids, CaptureOptions(queries=0))
-        shape = cache.keys[0].shape
-        if any(tensor.shape != shape for tensor in (*cache.keys, *cache.values)):
+        if i in held or both is None:  # the first is run with all of a capture's checks
+            cache = run_tokens(model, ids, CaptureOptions(queries=0))
+            mass[i] = cache.attention_mass.float().mean((0, 1)).numpy()
+            layers = cache.keys, cache.values
+        else:
+            layers = prefill(model, ids)
+        shape = layers[0][0].shape
+        if any(tensor.shape != shape for kind in layers for tensor in kind):
             raise UsageError(f"{model.name} has layers of different shapes: no codec with a profile can code them")
-        keys.append(_flat([rotate(layer.float().numpy(), frequencies, 0, -1) for layer in cache.keys]))
-        values.append(_flat([layer.float().numpy() for layer in cache.values]))
-        mass.append(cache.attention_mass.float().mean((0, 1)).numpy())
+        keys, values = (torch.stack(kind).to(model.network.device).float() for kind in layers)
+        flat = torch.cat([rotated(keys, frequencies, -1), values]).permute(2, 0, 1, 3).reshape(options.context, -1)
+        if flat.abs().max() > torch.finfo(torch.float16).max:
+            raise UnsupportedError("the model's keys or values are beyond float16: cannot calibrate for it")
+        if both is None:
+            both = np.empty((len(sequences), *flat.shape), np.float16)
+        both[i] = flat.half().cpu().numpy()
         if progress:
             progress(i + 1, len(sequences))
-    layers, channels = len(cache.keys), shape[0] * shape[2]
-    arrays = np.stack(keys), np.stack(values), np.array(sequences, np.int32), np.stack(mass)
-    return Sample(*arrays, layers, channels, frequencies, documents)
+    assert both is not None
+    tokens, count = np.array(sequences, np.int32), len(layers[0])
+    return Sample(both, tokens, mass, count, shape[0] * shape[2], frequencies, documents)
+
+
+def _held_back(count: int) -> list[int]:
+    return list(range(HELD_BACK // 2, count, HELD_BACK)) or [0]
 
 
 def _sequences(name: str, ids: list[int], options: CorpusOptions, texts: int) -> list[list[int]]:
@@ -102,16 +139,3 @@ def _sequences(name: str, ids: list[int], options: CorpusOptions, texts: int) ->
         raise UsageError(f"{name}: {len(ids)} tokens, fewer than one sequence of {options.context}")
     stride = len(ids) // count
     return [ids[i * stride : i * stride + options.context] for i in range(count)]
-
-
-def _flat(layers: list[Floats]) -> Halves:
-    """Layers ``[H, T, D]`` to ``[T, L * H * D]``.
-
-    Raises:
-        UnsupportedError: values beyond float16.
-
-    """
-    flat = np.concatenate([layer.transpose(1, 0, 2).reshape(layer.shape[1], -1) for layer in layers], axis=1)
-    if np.abs(flat).max(initial=0) > np.finfo(np.float16).max:
-        raise UnsupportedError("the model's keys or values are beyond float16: cannot calibrate for it")
-    return flat.astype(np.float16)

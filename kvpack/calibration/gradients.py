@@ -15,12 +15,18 @@ from numpy.typing import NDArray
 from transformers import DynamicCache
 
 from kvpack.calibration.corpus import SKIPPED, Sample
+from kvpack.calibration.rotary import rotated
 from kvpack.capture import Model
 
 RECENT = 64
 """Last tokens that are left out of the average, as the first ``SKIPPED`` are: their gradients would swamp it."""
 
-SINK = 30.0
+SINK = 100.0
+
+TEMPER, FLOOR = 0.5, 0.03
+"""A token's share of the average is its energy to the power ``1 - TEMPER``: few tokens have most of the gradient, and
+they have finer steps besides (:mod:`kvpack.stages.quantizers.dead_zone`). ``FLOOR`` bounds what the calmest count.
+"""
 
 JUDGED = 256
 """Tokens of a continuation, at most an eighth of the sequence."""
@@ -64,26 +70,18 @@ class Network:
             parameter.requires_grad_(False)
         config = model.config
         self.heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        angles = torch.arange(sample.tokens.shape[1])[:, None] * torch.from_numpy(sample.frequencies).double()[None]
-        self._cos, self._sin = (f(angles).float().to(self.device) for f in (torch.cos, torch.sin))
+        self._frequencies = sample.frequencies
 
     def logits(self, rows: torch.Tensor, follow: Continuation) -> torch.Tensor:
         """Float32 logits ``[N, V]`` behind the first ``cached - 1`` of ``rows``."""
         held = follow.cached - 1
         split = rows[:held].reshape(held, 2, self.layers, self.heads, -1).permute(1, 2, 3, 0, 4)
-        keys, values = self._rotated(split[0]).to(self.dtype), split[1].to(self.dtype)
+        keys, values = rotated(split[0], self._frequencies, 1).to(self.dtype), split[1].to(self.dtype)
         cache = DynamicCache(config=self._model.network.config)
         for layer in range(self.layers):
             cache.update(keys[layer][None], values[layer][None], layer)
         fed = torch.tensor([[follow.last, *follow.labels[:-1].tolist()]], device=self.device)
         return self._model.logits(fed, cache)[0].float()
-
-    def _rotated(self, keys: torch.Tensor) -> torch.Tensor:
-        """RoPE of ``[..., T, D]`` from position 0 on, as ``unrope`` undoes it."""
-        half = self._cos.shape[1]
-        cos, sin = self._cos[: keys.shape[-2]], self._sin[: keys.shape[-2]]
-        left, right = keys[..., :half], keys[..., half : 2 * half]
-        return torch.cat([left * cos - right * sin, right * cos + left * sin, keys[..., 2 * half :]], dim=-1)
 
     def gradients(self, rows: torch.Tensor, follow: Continuation, seed: int) -> Iterator[torch.Tensor]:
         """:data:`DIRECTIONS` gradients ``[cached - 1, 2 * L * H * D]``, whose mean of g g' is F."""
@@ -101,7 +99,7 @@ class Network:
 def fisher(
     network: Network, sample: Sample, sequences: list[int], plain_share: float, progress: Progress | None = None
 ) -> tuple[torch.Tensor, int]:
-    """F of every layer's keys, then values, of each head: ``[2 * L * H, D, D]``, mean over tokens; and the sinks.
+    """F of every layer's keys, then values, of each head: ``[2 * L * H, D, D]``, a tempered mean over tokens; sinks.
 
     Sinks are the leading tokens up to the last of :data:`SKIPPED` whose gradients have :data:`SINK` times the energy of
     the others' mean.
@@ -118,12 +116,15 @@ def fisher(
             weight = plain_share if follow.kind == PLAIN else 1 - plain_share
             if weight <= 0:
                 continue
-            for gradient in network.gradients(rows, follow, s):
-                middle = gradient[SKIPPED : max(len(gradient) - RECENT, SKIPPED + 1)].reshape(-1, blocks, dims)
-                leading += gradient[:SKIPPED].square().sum(1)
-                mean += float(middle.square().sum() / len(middle))
-                mine = torch.einsum("tbd,tbe->bde", middle, middle) * (weight / len(middle))
-                total = mine if total is None else total + mine
+            found = list(network.gradients(rows, follow, s))
+            leading += sum(gradient[:SKIPPED].square().sum(1) for gradient in found)
+            middle = torch.stack([gradient[SKIPPED : max(len(gradient) - RECENT, SKIPPED + 1)] for gradient in found])
+            energy = middle.square().sum(2).mean(0)
+            mean += float(energy.mean()) * len(found)
+            calm = (energy / energy.mean().clamp_min(1e-30) + FLOOR) ** -TEMPER
+            split = middle.reshape(len(found), -1, blocks, dims)
+            mine = torch.einsum("stbd,stbe,t->bde", split, split, calm) * (weight / middle.shape[1])
+            total = mine if total is None else total + mine
         if progress:
             progress(i + 1, len(sequences))
     assert total is not None
@@ -132,6 +133,5 @@ def fisher(
 
 
 def rows_of(sample: Sample, sequence: int, device: torch.device | str) -> torch.Tensor:
-    """A sequence's ``[T, 2 * L * H * D]`` float32: all layers' keys before RoPE, then values."""
-    both = np.concatenate([sample.keys[sequence], sample.values[sequence]], axis=1)
-    return torch.from_numpy(both).to(device).float()
+    """A sequence's ``[T, P]`` float32: all layers' keys before RoPE, then values."""
+    return torch.from_numpy(sample.both[sequence]).to(device).float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from kvpack.capture import CaptureOptions, Model, run_tokens
 from kvpack.errors import UnsupportedError
@@ -39,6 +40,15 @@ def inverse_frequencies(model: Model) -> Floats:
     frequencies = np.array(next(iter(found)), np.float32)
     _check(model, frequencies)
     return frequencies
+
+
+def rotated(keys: torch.Tensor, frequencies: Floats, sign: int) -> torch.Tensor:
+    """Keys ``[..., T, D]`` from position 0 on, with RoPE (``sign`` 1) or without it (-1): ``unrope``'s on a device."""
+    angles = torch.arange(keys.shape[-2])[:, None] * torch.from_numpy(frequencies).double()[None]
+    cos, sin = (f(angles).float().to(keys.device) for f in (torch.cos, torch.sin))
+    half, sin = len(frequencies), sign * sin
+    left, right = keys[..., :half], keys[..., half : 2 * half]
+    return torch.cat([left * cos - right * sin, right * cos + left * sin, keys[..., 2 * half :]], dim=-1)
 
 
 def _check(model: Model, frequencies: Floats) -> None:

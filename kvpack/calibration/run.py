@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,10 @@ import transformers
 from numpy.typing import NDArray
 
 import kvpack
-from kvpack.calibration import aquakv, gradients, kvtc, scales, token_klt
+from kvpack.calibration import aquakv, gradients, kvtc, prediction, scales, token_klt
 from kvpack.calibration.corpus import SKIPPED, CorpusOptions, Sample
 from kvpack.calibration.gradients import Network
+from kvpack.calibration.prediction import PredictorOptions
 from kvpack.capture import Model
 from kvpack.codecs import AQUAKV_BITS, KVTC_RATES
 from kvpack.stages.base import Floats
@@ -29,23 +30,24 @@ SECTIONS = ("fisher", "kvtc", "aquakv")
 PLAIN_SHARE = 0.1
 """Of gradients from plain continuations; the others are of repeated passages (the ablation in docs/fisher.md)."""
 
-HELD_BACK = 8
-"""One sequence in so many is not learnt from, but shows how what was learnt does on others."""
-
 RIVALS_TOKENS = 32768
 CURVE_SEQUENCES = 6
+EXPECTED_BYTES = 0.3
+"""Of each weight of the prediction's units and of the common coordinates, local ones included."""
+
 SCATTER_SEQUENCES = 12
 
-BUDGET = 0.045
+BUDGET = 0.0495
 """Of the bytes of the model's weights in bf16: what the section ``fisher`` may take at most, if it can be kept so."""
 
 
 @dataclass(frozen=True)
 class FisherOptions:
-    """``rank`` coordinates a token; gradients of ``gradients`` sequences."""
+    """``rank`` common coordinates a token; gradients of ``gradients`` sequences; the prediction's units and steps."""
 
-    rank: int = 640
+    rank: int = 1216
     gradients: int = 24
+    prediction: PredictorOptions = field(default_factory=PredictorOptions)
 
 
 def calibrate(
@@ -69,22 +71,27 @@ def calibrate(
 
 
 def _fisher(model: Model, sample: Sample, options: FisherOptions, tell: Say) -> Arrays:
-    count = len(sample.tokens)
-    held = list(range(HELD_BACK // 2, count, HELD_BACK)) or [0]
-    learnt = [s for s in range(count) if s not in held] or held
+    held, learnt = sample.held, sample.learnt
     network = Network(model, sample)
     chosen = learnt[:: max(1, len(learnt) // max(options.gradients, 1))][: options.gradients]
     tell(f"fisher: gradients of {len(chosen)} sequences")
     information, sinks = gradients.fisher(network, sample, chosen, PLAIN_SHARE)
+    table = prediction.embeddings(model.network, sample, information.device)
+    parts: Arrays = {}
+    for what, found in token_klt.learn(sample, learnt, information, sinks, table, options.rank):
+        tell(f"fisher: {what}, {_bytes(found):,} bytes")
+        parts |= found
+    coordinates = token_klt.coordinates(sample, learnt, parts, information.device)
     weights = sum(parameter.numel() for parameter in model.network.parameters())
-    blocks, dims, _ = information.shape
-    budget = int(2 * weights * BUDGET) - (blocks * dims + 2048) * (options.rank + 576) * 5 // 8
-    sizes = options.rank, max(budget, 1 << 16)
-    table = token_klt.embeddings(model.network, sample, information.device)
+    units, columns = options.prediction.units, coordinates[0].shape[1]
+    later = int((EXPECTED_BYTES * (units * 2048 + (units + 2048) * options.rank)) + 40 * columns)
+    budget = max(int(2 * weights * BUDGET) - _bytes(parts) - later, 1 << 16)
+    for what, found in prediction.learn(sample.tokens[learnt], coordinates, table, budget, options.prediction):
+        tell(f"fisher: {what}, {_bytes(found):,} bytes")
+        parts |= found
+    del coordinates
     arrays: Arrays = {"rope.inv_freq": sample.frequencies}
-    for what, found in token_klt.learn(sample, learnt, information, sinks, table, *sizes):
-        tell(f"fisher: {what}")
-        arrays |= {f"fisher.{name}": array for name, array in found.items()}
+    arrays |= {f"fisher.{name}": array for name, array in parts.items()}
     some = held[:: -(-len(held) // SCATTER_SEQUENCES)]
     tell(f"fisher: scatter on {len(some)} sequences held back")
     arrays |= {f"fisher.{name}": array for name, array in scales.scatter(sample, some, arrays).items()}
@@ -93,6 +100,10 @@ def _fisher(model: Model, sample: Sample, options: FisherOptions, tell: Say) -> 
         tell(f"fisher-{level}: KL {row[1]:.4f} plain, {row[3]:.4f} repeat")
         rows.append(row)
     return {**arrays, "fisher.curve": np.array(rows, np.float32)}
+
+
+def _bytes(arrays: Arrays) -> int:
+    return sum(array.nbytes for array in arrays.values())
 
 
 def _aquakv(sample: Sample, tell: Say) -> Arrays:

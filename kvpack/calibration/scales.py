@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,12 @@ from numpy.typing import NDArray
 from kvpack.calibration.corpus import SKIPPED, Sample
 from kvpack.calibration.gradients import PLAIN, Continuation, Network, continuations, rows_of
 from kvpack.codecs import FISHER_IMPORTANCE, FISHER_LEVELS, fisher_log_step
+from kvpack.parallel import ordered_map
 from kvpack.stages.base import Floats, Part, Scales, Side
 from kvpack.stages.entropy.scaled_rans.reference import PRECISION
-from kvpack.stages.quantizers.dead_zone import ROUNDING, DeadZone, token_levels
-from kvpack.stages.symbols import ALPHABET, SMALLEST, split
+from kvpack.stages.jit import njit
+from kvpack.stages.quantizers.dead_zone import BUCKETS, DeadZone, quantise, token_levels
+from kvpack.stages.symbols import ALPHABET, SMALLEST
 from kvpack.stages.transforms.token_klt import TokenKlt, model_of
 
 CLASSES = 64
@@ -26,9 +29,15 @@ UNIT_CLASS = 20
 PRIOR = 60.0
 """Weight of the Laplace distribution beside counts, in symbols a class."""
 
+DEAD_ZONE = 0.37
+"""Of that distribution: magnitudes are rounded down after adding this."""
+
+ROUNDS = 3
+
 SECTION = "fisher"
 KLT = TokenKlt(section=SECTION)
-Arrays = dict[str, NDArray[Any]]
+Array = NDArray[Any]
+Arrays = dict[str, Array]
 
 
 def part_of(sample: Sample, sequence: int, cached: int, profile: Mapping[str, NDArray[Any]]) -> Part:
@@ -50,61 +59,79 @@ def coefficients(sample: Sample, sequence: int, part: Part) -> Floats:
 
 
 def scatter(sample: Sample, sequences: list[int], profile: Mapping[str, NDArray[Any]]) -> Arrays:
-    """``columns`` ``[R]``, ``tables`` ``[K, 63]`` and ``centroids`` ``[K, 4]`` from sequences held back."""
+    """``columns`` ``[R]``, ``tables`` ``[K, 63]`` and ``centroids`` ``[K, 4]`` from sequences held back.
+
+    What an encoder decides depends on the tables: they start as Laplace distributions, and are counted
+    :data:`ROUNDS` times.
+    """
     parts = [part_of(sample, s, sample.tokens.shape[1], profile) for s in sequences]
     found = [coefficients(sample, s, part) for s, part in zip(sequences, parts, strict=True)]
     power = np.mean([np.square(z[SKIPPED:], dtype=np.float64).mean(0) for z in found], axis=0)
     columns = np.rint(16 * np.log2(np.maximum(power, 1e-30))).astype(np.int32) + 8 * UNIT_CLASS + 4
-    counts = np.zeros((CLASSES, ALPHABET))
-    offsets, weights = np.zeros((CLASSES, 4)), np.zeros((CLASSES, 4))
-    unknown = np.ones((CLASSES, ALPHABET), np.int32)
-    for level in FISHER_LEVELS:
-        quantizer = _quantizer(level)
-        for z, part in zip(found, parts, strict=True):
-            levels = token_levels(part, FISHER_IMPORTANCE)
-            classes = Scales(columns, quantizer.rows(levels), unknown).classes()
-            scaled = np.abs(z) / quantizer.steps(levels)
-            magnitude = np.floor(scaled + np.float32(ROUNDING)).astype(np.int64)
-            symbols, _, _ = split(np.minimum(2 * magnitude, 60000).reshape(-1).astype(np.uint16))
-            counts += _histogram(classes, symbols.reshape(classes.shape), ALPHABET)
-            bins = np.minimum(magnitude, 3)
-            offsets += _histogram(classes, bins, 4, np.asarray(scaled - magnitude, np.float32))
-            weights += _histogram(classes, bins, 4)
-    centroids = np.where(weights > 100, offsets / np.maximum(weights, 1), 0).astype(np.float32)
-    centroids[:, 0] = 0
-    return {"columns": columns, "tables": tables(counts), "centroids": centroids}
+    counts, offsets = np.zeros((CLASSES, len(SMALLEST))), np.zeros((CLASSES, 4))
+    learnt, centroids = tables(counts), np.zeros((CLASSES, 4), np.float32)
+    for _ in range(ROUNDS):
+        trial = partial(_trial, columns=columns, learnt=learnt, centroids=centroids)
+        jobs = [(level, z, part) for level in FISHER_LEVELS for z, part in zip(found, parts, strict=True)]
+        counts[:], offsets[:] = 0, 0
+        for mine, above in ordered_map(trial, jobs):
+            counts += mine
+            offsets += above
+        learnt = tables(counts)
+        heavy = np.stack([counts[:, 0], counts[:, 1], counts[:, 2], counts[:, 3:].sum(1)], axis=1)
+        centroids = np.where(heavy > 100, offsets / np.maximum(heavy, 1), 0).astype(np.float32)
+        centroids[:, 0] = 0
+    return {"columns": columns, "tables": learnt, "centroids": centroids}
+
+
+def _trial(
+    job: tuple[int, Floats, Part], columns: NDArray[np.int32], learnt: NDArray[np.int32], centroids: Floats
+) -> tuple[Array, Array]:
+    """What an encoder's choices for coefficients ``[T, R]`` at a level add to the counts and offsets."""
+    level, z, part = job
+    quantizer, levels = _quantizer(level), token_levels(part, FISHER_IMPORTANCE)
+    scales, steps = Scales(columns, quantizer.rows(levels), learnt), quantizer.steps(levels)
+    shifts, magnitude = quantise(z, steps, scales, centroids)
+    classes = Scales(columns, scales.rows - 8 * shifts, learnt).classes()
+    counts, offsets, skip = np.zeros((CLASSES, len(SMALLEST))), np.zeros((CLASSES, 4)), slice(SKIPPED, None)
+    _tally(z[skip], steps[skip, 0], classes[skip], magnitude[skip], BUCKETS, counts, offsets)
+    return counts, offsets
+
+
+@njit
+def _tally(
+    z: Floats, steps: Floats, classes: Array, magnitude: Array, buckets: Array, counts: Array, offsets: Array
+) -> None:
+    """Count buckets into ``counts`` ``[K, 32]``; add to ``offsets`` ``[K, 4]`` how far above magnitudes values lie."""
+    for t in range(len(z)):
+        for d in range(z.shape[1]):
+            k, m = classes[t, d], magnitude[t, d]
+            counts[k, buckets[m]] += 1
+            offsets[k, min(m, 3)] += abs(z[t, d]) / steps[t] - m
 
 
 def _quantizer(level: int) -> DeadZone:
     return DeadZone(section=SECTION, log_step=fisher_log_step(level), importance=FISHER_IMPORTANCE)
 
 
-def _histogram(classes: NDArray[Any], bins: NDArray[Any], width: int, values: Floats | None = None) -> NDArray[Any]:
-    """How often, or with what sum of ``values``, each class meets each bin: ``[CLASSES, width]``."""
-    place = (classes * width + bins).reshape(-1)
-    given = None if values is None else values.reshape(-1)
-    return np.bincount(place, given, CLASSES * width).reshape(CLASSES, width)
-
-
 def laplace(width: float) -> NDArray[np.float64]:
-    """Probabilities of the symbols for a Laplace distribution of that deviation over the step, ``[63]``."""
+    """Probabilities of the buckets for a Laplace distribution of that deviation over the step, ``[32]``."""
     rate = np.sqrt(2) / width
-    edges = np.concatenate([[0.0], np.append(SMALLEST[1:], 2.0 * SMALLEST[-1]) - ROUNDING])
-    mass = np.diff(-np.exp(-rate * edges))
-    return np.concatenate([[mass[0]], np.repeat(mass[1:] / 2, 2)])
+    edges = np.concatenate([[0.0], np.append(SMALLEST[1:], 2.0 * SMALLEST[-1]) - DEAD_ZONE])
+    found: NDArray[np.float64] = np.diff(-np.exp(-rate * edges))
+    return found
 
 
 def tables(counts: NDArray[np.float64]) -> NDArray[np.int32]:
-    """Frequencies ``[K, 63]`` that sum to ``2**PRECISION``, each at least 1.
+    """Frequencies of symbols ``[K, 63]`` that sum to ``2**PRECISION``, each at least 1.
 
-    ``counts`` of positive symbols are split evenly between the signs, and smoothed towards a Laplace distribution.
+    ``counts`` of buckets ``[K, 32]`` are split evenly between the signs, and smoothed towards a Laplace distribution.
     """
     total = 1 << PRECISION
-    out = np.empty(counts.shape, np.int32)
+    out = np.empty((len(counts), ALPHABET), np.int32)
     for k, mine in enumerate(counts):
-        magnitude = np.concatenate([mine[:1], mine[1::2] + mine[2::2]])
-        even = np.concatenate([magnitude[:1], np.repeat(magnitude[1:] / 2, 2)])
-        p = even + PRIOR * laplace(2.0 ** ((k + 0.5 - UNIT_CLASS) / 4))
+        p = mine + PRIOR * laplace(2.0 ** ((k + 0.5 - UNIT_CLASS) / 4))
+        p = np.concatenate([p[:1], np.repeat(p[1:] / 2, 2)])
         frequency = np.maximum(np.floor(p / p.sum() * total), 1)
         frequency[frequency.argmax()] += total - frequency.sum()
         out[k] = frequency
@@ -135,11 +162,14 @@ class _Case:
             exact = network.logits(rows_of(sample, sequence, network.device), follow).log_softmax(-1)
         return cls(follow, part, coefficients(sample, sequence, part), exact)
 
-    def kl(self, network: Network, quantizer: DeadZone) -> float:
-        """Next-token KL behind the quantised cache, nats a token."""
+    def rows(self, quantizer: DeadZone) -> Floats:
+        """The quantised cache ``[T, P]``."""
         small = KLT.output(self.part)
         back = quantizer.decode(quantizer.encode(self.z[None], small), small)[0]
-        rows = model_of(self.part, SECTION).rows(back, self.part)
+        return model_of(self.part, SECTION).rows(back, self.part)
+
+    def kl(self, network: Network, rows: Floats) -> float:
+        """Next-token KL behind a cache ``[T, P]``, nats a token."""
         with torch.inference_mode():
             other = network.logits(torch.from_numpy(rows).to(network.device), self.follow).log_softmax(-1)
         p = self.exact.double()
@@ -158,8 +188,8 @@ def curve(
     for level in FISHER_LEVELS:
         quantizer = _quantizer(level)
         found: dict[str, list[float]] = {}
-        for case in cases:
-            found.setdefault(case.follow.kind, []).append(case.kl(network, quantizer))
+        for case, rows in zip(cases, ordered_map(partial(_Case.rows, quantizer=quantizer), cases), strict=True):
+            found.setdefault(case.follow.kind, []).append(case.kl(network, rows))
         row = [float(quantizer.log_step)]
         for kind in sorted(found, key=lambda kind: kind != PLAIN):
             row += [float(np.mean(found[kind])), max(found[kind])]

@@ -1,4 +1,4 @@
-"""What ``token_klt`` learns: means, a whitening, a basis, a prediction from token ids (derived in ``docs/fisher.md``).
+"""What ``token_klt`` learns: means, a whitening, common and local directions (derived in ``docs/fisher.md``).
 
 Everything large is streamed a sequence at a time; for P elements a token, R coordinates and N tokens, memory is
 N * P halves and O(P R), time O(N P R).
@@ -6,9 +6,9 @@ N * P halves and O(P R), time O(N P R).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,33 +16,24 @@ from numpy.typing import NDArray
 
 from kvpack.calibration.corpus import SKIPPED, Sample
 from kvpack.calibration.gradients import rows_of
-from kvpack.stages.base import Floats, Part
-from kvpack.stages.packed import pack_matrix, unpack_matrix
-from kvpack.stages.transforms.token_klt.model import DECAYS, LAGS, context_inputs, dual, places, token_inputs
+from kvpack.calibration.prediction import Arrays, Ridge, embedded, pack, unpack
+from kvpack.stages.base import Floats
+from kvpack.stages.transforms.token_klt.model import dual, local_of
 
-DAMPING = 1e-2
+DAMPING = 0.1
 """Of F's mean diagonal, added to it: directions without a measured gradient still matter a little."""
 
-RIDGE = 1e-3
-REACH = 192
-"""Leading coordinates of a token's row that tell of later tokens (M)."""
-
-EMBEDDED = 1024
-"""At most so many dimensions of the model's token embeddings are used."""
-
+BASIS_TOKENS = 65536
 ITERATIONS = 3
 OVERSAMPLED = 64
-BASIS_TOKENS = 65536
-REFERENCE_STEP = 2.0 ** (-234 / 32)
-"""What rounding of basis and table is held against: the step of ``fisher-4``."""
 
-BASIS_STEP = 0.003
+GROUPS = 6
+"""Groups of layers that have directions of their own, each a quarter as many as the common ones."""
+
+BASIS_STEP = 0.006
 """Rounding of an element's share in a direction, of the element's standard deviation. Noise is bounded where it would
 be seen, in the elements themselves: in whitened space it would fall on directions that no cache goes in.
 """
-
-TABLE_GROUPS = 32
-Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +45,10 @@ class Whitened:
 
     def rows(self, sample: Sample, sequence: int) -> torch.Tensor:
         """Whitened rows ``[T - SKIPPED, P]`` of a sequence."""
-        x = self.centred(sample, sequence)
+        return self.whitened(self.centred(sample, sequence))
+
+    def whitened(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows ``[n, P]`` whitened."""
         blocks, dims, _ = self.whiten.shape
         rows: torch.Tensor = torch.einsum("tbd,bde->tbe", x.reshape(-1, blocks, dims), self.whiten)
         return rows.reshape(x.shape)
@@ -74,7 +68,7 @@ class Whitened:
 def whitening(sample: Sample, sequences: list[int], fisher: torch.Tensor, sinks: int) -> Whitened:
     """Means of the sequences, and the symmetric square root of the damped F."""
     device = fisher.device
-    size = sample.keys.shape[2] * 2
+    size = sample.size
     total = torch.zeros(sinks + 1, size, dtype=torch.float64, device=device)
     for s in sequences:
         x = rows_of(sample, s, device).double()
@@ -87,224 +81,151 @@ def whitening(sample: Sample, sequences: list[int], fisher: torch.Tensor, sinks:
     return Whitened(mean.half().float(), root.float() * scale.sqrt().float()[:, None, None])
 
 
-def embeddings(network: Any, sample: Sample, device: torch.device) -> torch.Tensor:
-    """Normalised token embeddings ``[V, E]``, in at most :data:`EMBEDDED` principal directions of the sample."""
-    table: torch.Tensor = network.get_input_embeddings().weight.detach().to(device).float()
-    table = table / table.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
-    if table.shape[1] <= EMBEDDED:
-        return table
-    rows = table[torch.from_numpy(sample.tokens.reshape(-1)[:65536]).long().to(device)]
-    vectors = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1)[:, :EMBEDDED]
-    projected: torch.Tensor = table @ vectors
-    return projected
-
-
-class Ridge:
-    """Linear regression streamed in pieces."""
-
-    def __init__(self) -> None:
-        """Nothing added yet."""
-        self._gram: torch.Tensor | float = 0.0
-        self._cross: torch.Tensor | float = 0.0
-
-    def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """``[T, I]`` and ``[T, O]``."""
-        self._gram = self._gram + inputs.T @ inputs
-        self._cross = self._cross + inputs.T @ targets
-
-    def solve(self) -> torch.Tensor:
-        """``[I, O]``."""
-        gram, cross = torch.as_tensor(self._gram).double(), torch.as_tensor(self._cross)
-        gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
-        solution: torch.Tensor = torch.linalg.solve(gram, cross.double()).float()
-        return solution
-
-
-def _first_inputs(table: torch.Tensor, tokens: NDArray[np.int32]) -> torch.Tensor:
-    """Embeddings of each token, the one before it and a decaying mean of those before: ``[T - SKIPPED, 3 E + 3]``."""
-    rows = table[torch.from_numpy(tokens).long().to(table.device)]
-    behind = context_inputs(rows.cpu().numpy())[[0, LAGS + DECAYS.index(0.85)], SKIPPED:]
-    parts = [rows[SKIPPED:], *torch.from_numpy(behind).to(rows.device)]
-    return torch.cat([*parts, torch.from_numpy(places(SKIPPED, len(tokens))).to(rows.device)], dim=1)
-
-
-def leading_directions(batches: list[torch.Tensor], rank: int, seed: int) -> torch.Tensor:
-    """Leading eigenvectors ``[P, R]`` of the covariance of rows, ``[n, P]`` a batch.
+def leading_directions(
+    spread: Callable[[torch.Tensor], torch.Tensor], size: int, rank: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leading eigenvectors ``[P, R]`` and eigenvalues ``[R]`` of a covariance that ``spread`` multiplies ``[P, n]`` by.
 
     Subspace iteration from a random start (Halko, Martinsson & Tropp, arXiv 0909.4061, algorithm 4.4): O(N P R) time
     without a P x P matrix.
     """
-    size = batches[0].shape[1]
     rank = min(rank, size)
     width = min(size, rank + OVERSAMPLED)
-    device = batches[0].device
-    basis = torch.randn(size, width, generator=torch.Generator().manual_seed(seed)).to(device)
+    basis = torch.randn(size, width, generator=torch.Generator().manual_seed(0)).to(device)
     for _ in range(ITERATIONS):
-        narrow = torch.linalg.qr(basis).Q.to(batches[0].dtype)
-        basis = torch.zeros(size, width, device=device)
-        for rows in batches:
-            basis += (rows.T @ (rows @ narrow)).float()
+        basis = spread(torch.linalg.qr(basis).Q)
     basis = torch.linalg.qr(basis).Q
-    small = torch.zeros(width, width, device=device)
-    for rows in batches:
-        inner = (rows @ basis.to(rows.dtype)).float()
-        small += inner.T @ inner
-    vectors = torch.linalg.eigh(small.double()).eigenvectors[:, width - rank :]
-    chosen: torch.Tensor = (basis.double() @ vectors).float().flip(1)
-    return chosen
+    small = (basis.T @ spread(basis)).double()
+    values, vectors = torch.linalg.eigh((small + small.T) / 2)
+    chosen: torch.Tensor = (basis.double() @ vectors[:, width - rank :]).float().flip(1)
+    return chosen, values[width - rank :].flip(0)
 
 
 def learn(
-    sample: Sample,
-    sequences: list[int],
-    fisher: torch.Tensor,
-    sinks: int,
-    table: torch.Tensor,
-    rank: int,
-    budget: int,
+    sample: Sample, sequences: list[int], fisher: torch.Tensor, sinks: int, table: torch.Tensor, rank: int
 ) -> Iterator[tuple[str, Arrays]]:
-    """The arrays of a profile's section, in steps: what has been found, and arrays by their names within the section.
-
-    ``budget`` is how many bytes the token table may take.
-    """
+    """The arrays of a profile's section but for the prediction: what has been found, and arrays by their names."""
     white = whitening(sample, sequences, fisher, sinks)
     dims = white.whiten.shape[1]
     step = (white.whiten.abs().amax(1) / 127).clamp_min(1e-30).cpu().numpy()
-    packed = _packed("whiten", white.whiten.reshape(-1, dims).cpu().numpy(), step)
-    rounded = torch.from_numpy(_unpacked(packed, "whiten")).to(fisher.device)
+    packed = pack("whiten", white.whiten.reshape(-1, dims).cpu().numpy(), step)
+    rounded = torch.from_numpy(unpack(packed, "whiten")).to(fisher.device)
     white = Whitened(white.mean, rounded.reshape(white.whiten.shape))
     yield "means and whitening", {"mean": white.mean.half().cpu().numpy(), **packed}
+    spread = _spread(sample, sequences, fisher)
+    basis = _directions(_axes(sample, sequences, white, table, rank), white, spread)
+    yield "common directions", {"spread": spread, **pack("basis", *basis)}
+    groups = np.arange(sample.layers, dtype=np.int32) * min(GROUPS, sample.layers) // sample.layers
+    width = min(max(1, rank // 4), 2 * sample.channels * int((groups == 0).sum()))
+    synthesis = unpack(pack("basis", *basis), "basis").T * spread
+    local = _local(sample, sequences, white, synthesis, groups.astype(np.int32), width, spread)
+    yield "local directions", {"groups": groups.astype(np.int32), **pack("local", *local)}
+
+
+def coordinates(sample: Sample, sequences: list[int], arrays: Arrays, device: torch.device) -> list[torch.Tensor]:
+    """Of each sequence ``[T - SKIPPED, R]`` bfloat16 what a :class:`TokenModel` of :func:`learn`'s arrays would have,
+    but for the prediction.
+    """
+    spread, whiten = arrays["spread"], unpack(arrays, "whiten")
+    synthesis = np.ascontiguousarray(unpack(arrays, "basis").T * spread)
+    blocks = whiten.reshape(-1, whiten.shape[1], whiten.shape[1])
+    local = local_of(blocks, synthesis, unpack(arrays, "local") * spread[:, None], arrays["groups"])
+    common, half, at = dual(blocks, synthesis), sample.size // 2, len(synthesis)
+    analysis = np.zeros((sample.size, at + local.width), np.float32)
+    analysis[:, :at] = common
+    for (a, b), mine in zip(local.bounds, local.analysis, strict=True):
+        columns = slice(at, at + mine.shape[1])
+        analysis[a:b, columns], analysis[half + a : half + b, columns] = mine[: b - a], mine[b - a :]
+        at += mine.shape[1]
+    analysis[:, len(synthesis) :] -= common @ local.cross
+    project, mean = (torch.from_numpy(np.asarray(a, np.float32)).to(device) for a in (analysis, arrays["mean"][-1]))
+    return [((rows_of(sample, s, device)[SKIPPED:] - mean) @ project).to(torch.bfloat16) for s in sequences]
+
+
+Axes = tuple[torch.Tensor, torch.Tensor]
+"""Directions in whitened space ``[P, R]``, and the root mean squares ``[R]`` of what goes along them."""
+
+
+def _axes(sample: Sample, sequences: list[int], white: Whitened, table: torch.Tensor, rank: int) -> Axes:
+    """The ``rank`` leading directions of what a linear prediction from token ids leaves."""
     first = Ridge()
     for s in sequences:
-        first.add(_first_inputs(table, sample.tokens[s]), white.rows(sample, s))
+        first.add(embedded(table, sample.tokens[s]), white.rows(sample, s))
     weights = first.solve()
-    span = _span(sample, sequences, white, table, weights, rank)
-    coordinates = [white.rows(sample, s) @ span for s in sequences]
-    turn, deviations = _principal_axes(sample, sequences, table, weights @ span, coordinates)
-    basis = _rounded_basis(white.unwhitened((span @ turn).T).T, _spread(sample, sequences), deviations)
-    yield f"{span.shape[1]} directions", basis
-    synthesis = _unpacked(basis, "basis").T * basis["spread"]
-    analysis = torch.from_numpy(dual(white.whiten.cpu().numpy(), synthesis)).to(table.device)
-    coordinates = [white.centred(sample, s) @ analysis for s in sequences]
-    vectors = _token_vectors(sample.tokens[sequences], table, weights[: table.shape[1]])
-    vectors_packed = _rounded_table(vectors, sample.tokens[sequences], budget)
-    yield "token table", vectors_packed
-    used = _unpacked(vectors_packed, "table")[vectors_packed["order"]]
-    yield "prediction", _prediction(sample, sequences, used, coordinates)
-
-
-def _span(
-    sample: Sample, sequences: list[int], white: Whitened, table: torch.Tensor, weights: torch.Tensor, rank: int
-) -> torch.Tensor:
-    """An orthonormal basis ``[P, R]`` of the ``rank`` leading directions of what the prediction leaves, and of all
-    that a token's own embedding predicts: cut off, that would be missing wherever the token stands.
-    """
     stride = max(1, len(sequences) * sample.tokens.shape[1] // BASIS_TOKENS)
-    rest = []
+    rest, power = [], torch.zeros((), device=table.device)
     for s in sequences:
         some = slice(s % stride, None, stride)
-        rest.append(white.rows(sample, s)[some] - _first_inputs(table, sample.tokens[s])[some] @ weights)
-    unit = torch.stack([rows.square().mean() for rows in rest]).mean().sqrt().clamp_min(1e-30)
-    leading = leading_directions([(rows / unit).to(torch.bfloat16) for rows in rest], rank, seed=0)
-    own = weights[: table.shape[1]]
-    both = torch.cat([leading, torch.linalg.qr(own.T).Q], dim=1)
-    span: torch.Tensor = torch.linalg.qr(both[:, : both.shape[0]]).Q
-    return span
+        rest.append(white.rows(sample, s)[some] - embedded(table, sample.tokens[s])[some] @ weights)
+        power += rest[-1].square().mean()
+    unit = (power / len(rest)).sqrt().clamp_min(1e-30)
+    rest = [(rows / unit).to(torch.bfloat16) for rows in rest]
 
+    def spread(basis: torch.Tensor) -> torch.Tensor:
+        narrow, total = basis.to(torch.bfloat16), torch.zeros_like(basis)
+        for rows in rest:
+            total += (rows.T @ (rows @ narrow)).float()
+        return total
 
-def _principal_axes(
-    sample: Sample, sequences: list[int], table: torch.Tensor, weights: torch.Tensor, coordinates: list[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A rotation ``[R, R]`` to the eigenvectors of what the prediction leaves, largest first, and the root mean squares
-    ``[R]`` of the coordinates themselves.
-    """
-    size = weights.shape[1]
-    left, whole = (torch.zeros(size, size, dtype=torch.float64, device=weights.device) for _ in range(2))
-    for s, found in zip(sequences, coordinates, strict=True):
-        rest = found - _first_inputs(table, sample.tokens[s]) @ weights
-        left += (rest.T @ rest).double()
-        whole += (found.T @ found).double()
-    turn = torch.linalg.eigh(left).eigenvectors.flip(1)
-    power = ((turn.T @ whole) * turn.T).sum(1) / sum(map(len, coordinates))
-    return turn.float(), power.clamp_min(1e-30).sqrt().float()
-
-
-def _spread(sample: Sample, sequences: list[int]) -> Floats:
-    """Standard deviation of each element ``[P]``, about 0 between sequences' own means and all."""
-    power = np.zeros(2 * sample.keys.shape[2])
-    total = np.zeros_like(power)
+    leading, _ = leading_directions(spread, sample.size, rank, table.device)
+    squares = torch.zeros(leading.shape[1], device=table.device)
     for s in sequences:
-        x = rows_of(sample, s, "cpu").numpy()[SKIPPED:].astype(np.float64)
-        power += np.square(x).mean(0) / len(sequences)
+        squares += (white.rows(sample, s) @ leading).square().mean(0) / len(sequences)
+    return leading, squares.sqrt()
+
+
+def _directions(axes: Axes, white: Whitened, spread: Floats) -> tuple[Floats, Floats]:
+    """Shares ``[P, R]`` of each element, over ``spread``, and steps ``[1, R]``, the finer the more goes along them."""
+    directions, deviations = axes
+    shares = np.asarray(white.unwhitened(directions.T).T.cpu().numpy() / spread[:, None], np.float32)
+    step = np.maximum(BASIS_STEP / deviations.clamp_min(1e-15).cpu().numpy(), np.abs(shares).max(0) / 127)
+    return shares, np.maximum(step, 1e-30)[None].astype(np.float32)
+
+
+def _local(
+    sample: Sample,
+    sequences: list[int],
+    white: Whitened,
+    synthesis: Floats,
+    groups: NDArray[np.int32],
+    width: int,
+    spread: Floats,
+) -> tuple[Floats, Floats]:
+    """Of each group the ``width`` leading directions of what ``synthesis`` ``[R, P]`` leaves: as ``_directions``."""
+    device, half = white.mean.device, sample.size // 2
+    layer = half // len(groups)
+    analysis = torch.from_numpy(dual(white.whiten.cpu().numpy(), synthesis)).to(device)
+    back = torch.from_numpy(synthesis).to(device)
+    members = [torch.from_numpy(np.flatnonzero(groups == g)).to(device) for g in range(int(groups[-1]) + 1)]
+    elements = [(g[:, None] * layer + torch.arange(layer, device=device)).reshape(-1) for g in members]
+    elements = [torch.cat([e, half + e]) for e in elements]
+    totals = [torch.zeros(len(e), len(e), device=device) for e in elements]
+    for s in sequences:
+        rows = white.centred(sample, s)
+        rest = white.whitened(rows - (rows @ analysis) @ back)
+        for total, e in zip(totals, elements, strict=True):
+            total.add_(rest[:, e].T @ rest[:, e], alpha=1 / (len(rest) * len(sequences)))
+    found, deviations = torch.zeros(sample.size, width, device=device), torch.zeros(width, device=device)
+    for total, e in zip(totals, elements, strict=True):
+        vectors, values = leading_directions(partial(torch.matmul, total), len(e), width, device)
+        found[e] = vectors
+        deviations += values.clamp_min(0).sqrt().float() / len(totals)
+    return _directions((found, deviations), white, spread)
+
+
+def _spread(sample: Sample, sequences: list[int], fisher: torch.Tensor) -> Floats:
+    """The unit ``[P]`` that shares are rounded in: an element's standard deviation, over the fourth root of the harm
+    that rounding does where it lies, mean over its head. Noise goes where it harms less, within bounds.
+    """
+    total, power = (torch.zeros(sample.size, dtype=torch.float64, device=fisher.device) for _ in range(2))
+    for s in sequences:
+        x = rows_of(sample, s, fisher.device)[SKIPPED:].double()
         total += x.mean(0) / len(sequences)
-    return np.asarray(np.sqrt(np.maximum(power - np.square(total), 1e-12)), np.float32)
-
-
-def _rounded_basis(synthesis: torch.Tensor, spread: Floats, deviations: torch.Tensor) -> Arrays:
-    """Directions ``[P, R]``, over each element's deviation, rounded the finer the more their coordinates deviate."""
-    shares = np.asarray(synthesis.cpu().numpy() / spread[:, None], np.float32)
-    step = np.maximum(BASIS_STEP / deviations.cpu().numpy(), np.abs(shares).max(0) / 127)[None].astype(np.float32)
-    return {"spread": spread, **_packed("basis", shares, step)}
-
-
-def _token_vectors(tokens: NDArray[np.int32], table: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Of every token id what its embedding ``[V, E]`` predicts by ``own`` ``[E, P]``: ``[V, E]``, in principal axes."""
-    counts = torch.bincount(torch.from_numpy(tokens.reshape(-1)).long(), minlength=len(table)).to(table.device).float()
-    spread = (table.T * counts) @ table / counts.sum()
-    values, turn = torch.linalg.eigh(spread.double())
-    root = (turn * values.clamp_min(0).sqrt()) @ turn.T
-    across = (own @ own.T).double()
-    axes = torch.linalg.eigh(root @ across @ root).eigenvectors.flip(1)
-    # own = left @ right with right orthonormal rows: coordinates in P are table @ left; axes turn them by importance
-    lengths, turns = torch.linalg.eigh(across)
-    left = turns * lengths.clamp_min(1e-30).sqrt()
-    spun = torch.linalg.qr(left.T @ root @ axes).Q
-    vectors: torch.Tensor = (table.double() @ left @ spun).float()
-    return vectors
-
-
-def _rounded_table(own: torch.Tensor, tokens: NDArray[np.int32], budget: int) -> Arrays:
-    """Rows in groups by how often their tokens occur, rare ones rounded coarser, within ``budget`` bytes."""
-    vocabulary = len(own)
-    counts = np.bincount(tokens.reshape(-1), minlength=vocabulary)
-    order = np.argsort(-counts, kind="stable")
-    place = np.empty(vocabulary, np.int32)
-    place[order] = np.arange(vocabulary)
-    groups = min(TABLE_GROUPS, vocabulary)
-    size = -(-vocabulary // groups)
-    rows = np.zeros((groups * size, own.shape[1]), np.float32)
-    rows[:vocabulary] = own.cpu().numpy()[order]
-    often = np.zeros(groups * size)
-    often[:vocabulary] = counts[order]
-    share = (often.reshape(groups, size).mean(1) + 0.25) / (counts.sum() + 0.25 * vocabulary)
-    widest = np.abs(rows).reshape(groups, size, -1).max(1)
-    base, packed = REFERENCE_STEP / 2, None
-    while packed is None or packed["table.codes"].size > budget:
-        step = np.maximum(base * np.sqrt(share.max() / share)[:, None], widest / 127).astype(np.float32)
-        packed = _packed("table", rows, np.maximum(step, 1e-30))
-        base *= 1.25
-        if base > 1e6 * REFERENCE_STEP:
-            break
-    return {"order": place, **packed}
-
-
-def _packed(name: str, matrix: Floats, step: Floats) -> Arrays:
-    """The arrays that :func:`_unpacked` reads."""
-    return {f"{name}.{field}": array for field, array in pack_matrix(matrix, step).items()}
-
-
-def _unpacked(arrays: Arrays, name: str) -> Floats:
-    return unpack_matrix(Part("F32", (1, 0, 0), 0, 0, profile=arrays), name)
-
-
-def _prediction(sample: Sample, sequences: list[int], table: Floats, coordinates: list[torch.Tensor]) -> Arrays:
-    """What a token's own vector, those behind it and its place tell of its coordinates."""
-    device = coordinates[0].device
-    reach = min(REACH, table.shape[1])
-    ridge = Ridge()
-    for s, found in zip(sequences, coordinates, strict=True):
-        inputs = token_inputs(table[sample.tokens[s]], reach, SKIPPED)
-        ridge.add(torch.from_numpy(inputs).to(device), found)
-    weights = ridge.solve().cpu().numpy()
-    step = np.maximum(np.abs(weights).max(0, keepdims=True) / 127, 1e-30)
-    return _packed("weights", weights, step)
+        power += x.square().mean(0) / len(sequences)
+    variance = (power - total.square()).clamp_min(1e-12)
+    weights = fisher.diagonal(dim1=1, dim2=2).double()
+    weights = weights + DAMPING * weights.mean(1, keepdim=True)
+    harm = (variance.reshape(weights.shape) * weights).mean(1).clamp_min(1e-30)
+    relative = (harm / harm.log().mean().exp()) ** -0.25
+    found: Floats = (variance.sqrt() * relative.repeat_interleave(weights.shape[1])).float().cpu().numpy()
+    return found

@@ -16,7 +16,7 @@ except ImportError as error:
 del _accelerate, _gguf, _transformers
 
 from kvpack.capture.model import Model, load_model  # noqa: E402
-from kvpack.capture.run import CapturedCache, CaptureOptions, run, run_tokens  # noqa: E402
+from kvpack.capture.run import CapturedCache, CaptureOptions, prefill, run, run_tokens  # noqa: E402
 from kvpack.capture.write import write_capture  # noqa: E402
 
-__all__ = ["CaptureOptions", "CapturedCache", "Model", "load_model", "run", "run_tokens", "write_capture"]
+__all__ = ["CaptureOptions", "CapturedCache", "Model", "load_model", "prefill", "run", "run_tokens", "write_capture"]

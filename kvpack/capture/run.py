@@ -111,6 +111,14 @@ def run_tokens(
     )
 
 
+def prefill(model: Model, ids: list[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Keys and values ``[H, T, D]`` of every layer, on the model's device, of one pass over ``ids``; no probes."""
+    cache = DynamicCache(config=model.network.config)
+    with torch.inference_mode():
+        model.logits(torch.tensor([ids], device=model.network.device), cache, logits_to_keep=1)
+    return [layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers]
+
+
 def probe_positions(total: int, count: int) -> list[int]:
     """``count`` positions spread evenly over the second half of ``total`` tokens, the last one included."""
     first = total // 2

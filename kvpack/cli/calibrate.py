@@ -24,8 +24,12 @@ def calibrate(
     codecs: Annotated[
         str, typer.Option(help="Whose needs, with commas: fisher, kvtc, aquakv; or 'all'.", metavar="FAMILIES")
     ] = "fisher",
-    rank: Annotated[int, typer.Option(min=1, max=8192, help="Coordinates a token that fisher codes.")] = 640,
+    rank: Annotated[
+        int, typer.Option(min=1, max=8192, help="Common directions of fisher; local ones are half as many again.")
+    ] = 1216,
     gradients: Annotated[int, typer.Option(min=1, help="Sequences that fisher back-propagates through.")] = 24,
+    units: Annotated[int, typer.Option(min=1, max=16384, help="Units of fisher's prediction from token ids.")] = 1024,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of those units; a GPU takes thousands.")] = 300,
     dtype: common.Dtype = "auto",
     device: common.Device = "auto",
     force: common.Force = False,
@@ -51,7 +55,7 @@ def calibrate(
         sample = calibration.collect(loaded, contents, options, progress)
     remark = lambda line: common.say(line, quiet=quiet, to_stderr=True)  # noqa: E731
     try:
-        fisher = calibration.FisherOptions(rank, gradients)
+        fisher = calibration.FisherOptions(rank, gradients, calibration.PredictorOptions(units, steps))
         arrays = calibration.calibrate(loaded, sample, sections, fisher, remark)
     except (MemoryError, RuntimeError) as error:
         raise KvpackError(f"not enough memory to calibrate: use fewer --tokens ({error})") from None

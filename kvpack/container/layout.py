@@ -16,7 +16,7 @@ from kvpack.tensorfile import TensorSpec
 
 MAGIC = b"\x89KVP\r\n\x1a\n"
 END_MAGIC = b"\x89KVPEND\n"
-VERSION = (0, 3)
+VERSION = (0, 4)
 """Major and minor version of the format this kvpack writes; while major is 0 it reads no other."""
 
 KNOWN_CRITICAL = 0

@@ -1,7 +1,7 @@
 """``fisher``'s files on a GPU: chunks of captures to streams, and chunks of archives to tensors.
 
 A batch is chunks of one length; it is staged, coded and fetched like those of the lossless codec. Levels of tokens are
-the CPU's: a byte a token, known before a chunk is sent.
+the CPU's, known before a chunk is sent; their shifts are the GPU's; the streams of both, a few bits a token, the CPU's.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from kvpack.profile import Profile
 from kvpack.stages.base import Part, Side
 from kvpack.stages.device.host import Slot
 from kvpack.stages.quantizers.dead_zone import MIDDLE
+from kvpack.stages.quantizers.dead_zone.reference import MOST_SHIFT
 from kvpack.units import Unit
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class _Encoding:
     digests: torch.Tensor
     known: Callable[[], None]
     levels: Any
+    shifts: torch.Tensor
     arena: torch.Tensor | None = None
 
 
@@ -128,9 +130,9 @@ class ChunkEncoder:
             numbers = slot.fetch(
                 torch.stack([done.coded.places[1:], done.coded.sizes, done.coded.checksums, done.faults])
             )
-            digests = slot.fetch(done.digests)
+            digests, shifts = slot.fetch(done.digests), slot.fetch(done.shifts)
             known = slot.mark()
-        return _Encoding(batch.chunks, slot, (host, sent), done, numbers, digests, known, levels)
+        return _Encoding(batch.chunks, slot, (host, sent), done, numbers, digests, known, levels, shifts)
 
     def _collect(self, batch: _Encoding) -> _Encoding:
         batch.known()
@@ -147,20 +149,23 @@ class ChunkEncoder:
             if batch.numbers[3, u]:
                 yield None
                 continue
-            levels = self._levels(batch.levels[u])
+            levels, shifts = self._beside(batch.levels[u], batch.shifts[u].numpy())
             coded = streams[places[u] : places[u] + int(batch.numbers[1, u])]
             mine = [
                 ("levels", levels, checksum(levels)),
+                ("shifts", shifts, checksum(shifts)),
                 ("coefficients", coded, *unsigned(batch.numbers[2, u : u + 1])),
             ]
             stack = _stack(chunk, self._codec, self._profile, self._side)[0]
             digests = dict(zip(stack, unsigned(batch.digests[u]), strict=True))
             yield [(digests[plan], mine if plan is chunk[0] else []) for plan in chunk]
 
-    def _levels(self, levels: Any) -> bytes:
-        codes = (levels + MIDDLE).astype(np.uint8)[None, :, None]
-        plane = self._codec.keys.quantizer.planes(Part("", (1, len(levels), 1), 0, 0))[0]
-        return self._codec.keys.entropy.encode(codes, plane)
+    def _beside(self, levels: Any, shifts: Any) -> list[bytes]:
+        """Streams of both."""
+        planes = self._codec.keys.quantizer.planes(Part("", (1, len(levels), 1), 0, 0))
+        codes = [levels + MIDDLE, shifts + MOST_SHIFT]
+        entropy = self._codec.keys.entropy
+        return [entropy.encode(c.astype(np.uint8)[None, :, None], p) for c, p in zip(codes, planes[:2], strict=True)]
 
 
 @dataclass(frozen=True)
@@ -199,7 +204,7 @@ class ChunkDecoder:
             return False
         return all(
             takes_chunk(tuple(part.plan for part in chunk), self._codec, self._archive.profile, self._known())
-            and [len(part.streams) for part in chunk] == [2] + [0] * (len(chunk) - 1)
+            and [len(part.streams) for part in chunk] == [3] + [0] * (len(chunk) - 1)
             for chunk in self._chunks
         )
 
@@ -260,7 +265,7 @@ class ChunkDecoder:
         return {} if any(odd) else tensors
 
     def _stage(self, chunks: list[tuple[PartEntry, ...]], slot: Slot) -> _Entries:
-        pieces = [self._archive.container.places(chunk[0])[1] for chunk in chunks]
+        pieces = [self._archive.container.places(chunk[0])[2] for chunk in chunks]
         return _Entries(chunks, slot, self._source.stage(slot, pieces))
 
     def _start(self, batch: _Entries, joint: Joint, tensors: dict[str, torch.Tensor]) -> _Decoding:
@@ -270,8 +275,8 @@ class ChunkDecoder:
 
         plan = batch.chunks[0][0].plan
         heads, tokens, dims = plan.shape
-        levels = np.stack([self._levels(chunk[0]) for chunk in batch.chunks])
-        streams = [self._archive.container.streams(chunk[0])[1] for chunk in batch.chunks]
+        levels, shifts = np.stack([self._beside(chunk[0]) for chunk in batch.chunks], axis=1)
+        streams = [self._archive.container.streams(chunk[0])[2] for chunk in batch.chunks]
         sizes = [len(data) for _, data, _ in streams]
         size = tokens * joint.rank
         places = np.cumsum([0, *(-(-n // 16) * 16 for n in sizes)]).tolist()
@@ -301,21 +306,24 @@ class ChunkDecoder:
                 plan.tensor.shape[1] * dims,
                 plan.first,
                 levels,
+                shifts,
             )
             faults = slot.fetch(torch.stack([sums != table[3], unsound != 0, odd != 0]))
         return _Decoding(batch.chunks, slot, (host, received, arena, table, addresses), faults)
 
-    def _levels(self, part: PartEntry) -> Any:
-        """Levels of the chunk's tokens ``[T]``."""
-        _, data, expected = self._archive.container.streams(part)[0]
-        if checksum(data) != expected:
-            raise CorruptError(f"corrupt: the checksum of {part.plan.name}, stream 'levels', does not match")
-        plane = self._codec.keys.quantizer.planes(Part("", (1, part.plan.tokens, 1), 0, 0))[0]
-        try:
-            codes = self._codec.keys.entropy.decode(data, plane)
-        except CorruptError as error:
-            raise CorruptError(f"{part.plan.name}: {error}") from None
-        return codes.reshape(-1).astype(np.int32) - MIDDLE
+    def _beside(self, part: PartEntry) -> Any:
+        """Levels and shifts of the chunk's tokens ``[2, T]``."""
+        planes = self._codec.keys.quantizer.planes(Part("", (1, part.plan.tokens, 1), 0, 0))[:2]
+        found = []
+        for plane, (_, data, expected) in zip(planes, self._archive.container.streams(part), strict=False):
+            if checksum(data) != expected:
+                raise CorruptError(f"corrupt: the checksum of {part.plan.name}, stream {plane.name!r}, does not match")
+            try:
+                codes = self._codec.keys.entropy.decode(data, plane)
+            except CorruptError as error:
+                raise CorruptError(f"{part.plan.name}: {error}") from None
+            found.append(codes.reshape(-1).astype(np.int32))
+        return np.stack(found) - np.array([[MIDDLE], [MOST_SHIFT]], np.int32)
 
     def _finish(self, batch: _Decoding) -> Iterator[bool]:
         batch.slot.wait()

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from kvpack.codecs import Chain
 from kvpack.stages.base import Part, Scales
 from kvpack.stages.entropy.scaled_rans import ScaledRans, checked
-from kvpack.stages.quantizers.dead_zone import MIDDLE, ROUNDING, DeadZone, token_levels
+from kvpack.stages.quantizers.dead_zone import MIDDLE, DeadZone, token_levels
+from kvpack.stages.quantizers.dead_zone.reference import MOST_SHIFT
 from kvpack.stages.transforms.token_klt import TokenKlt
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from kvpack.stages.transforms.token_klt.cuda import Stacks
 
 Levels = NDArray[np.int32]
-"""Levels of the tokens of units of one length, ``[U, T]``."""
+"""Levels, or shifts, of the tokens of units of one length, ``[U, T]``."""
 
 
 def is_joint(chain: Chain) -> bool:
@@ -44,11 +45,12 @@ def is_joint(chain: Chain) -> bool:
 
 @dataclass(frozen=True)
 class Compressed:
-    """In device memory: streams of the units' coefficients, digests int64 ``[U, S]`` of the original tensors, faults
-    int32 ``[U]``, not 0 where the GPU cannot represent a unit.
+    """In device memory: streams of the units' coefficients, shifts int32 ``[U, T]``, digests int64 ``[U, S]`` of the
+    original tensors, faults int32 ``[U]``, not 0 where the GPU cannot represent a unit.
     """  # fmt: skip
 
     coded: Coded
+    shifts: torch.Tensor
     digests: torch.Tensor
     faults: torch.Tensor
 
@@ -63,10 +65,8 @@ class Joint:
             MismatchError: the profile is not sound, or not for this cache.
 
         """
-        import torch
-
-        from kvpack.stages.device.tensors import sent
         from kvpack.stages.entropy.scaled_rans.cuda import Tables
+        from kvpack.stages.quantizers.dead_zone.cuda import Choices
         from kvpack.stages.transforms.token_klt.cuda import Matrices, Tokens, turns
 
         klt, quantizer = chain.transforms[0], chain.quantizer
@@ -75,21 +75,20 @@ class Joint:
         self._gpu, self._quantizer, self._part = gpu, quantizer, replace(part, first=0)
         model = klt.model(part)
         self._coordinates = klt.output(part)
-        scales = self._scales(np.zeros(part.shape[1], np.int32))
+        scales = self._scales(*np.zeros((2, part.shape[1]), np.int32))
         self._tables = Tables.of(scales.tables, gpu.device)
-        self._columns = scales.columns
-        self._centroids = sent(quantizer.centroids(part), gpu.device)
-        self._roundings = torch.full((len(scales.tables),), ROUNDING, dtype=torch.float32, device=gpu.device)
-        self.matrices = Matrices.of(model, gpu.device)
+        self._choices = Choices.of(scales.tables, quantizer.centroids(part), gpu.device)
+        widest = float(quantizer.steps(np.array([MIDDLE - 1], np.int32)).max())
+        self.matrices = Matrices.of(gpu, model, -ceil(log2(widest)) - 1)  # so that no code times its step overflows
         self._tokens = None
         if part.side.tokens is not None:
             model.require(part.side.tokens)
-            self._tokens = Tokens.of(gpu, self.matrices, part.side.tokens)
+            self._tokens = Tokens.of(gpu, self.matrices.prediction, part.side.tokens)
         self._cosines, self._sines = turns(model.frequencies, part.total, gpu.device)
 
     @property
     def rank(self) -> int:
-        """R."""
+        """Coordinates a token."""
         return self.matrices.rank
 
     @staticmethod
@@ -106,24 +105,25 @@ class Joint:
         model, (rows, tokens, dims) = stage.model(part), part.shape
         tables = len(part.array(f"{chain.quantizer.section}.tables"))
         shape = (rows // tensors, tokens, dims)
-        return klt.supports(shape, len(model.frequencies)) and coder.supports(tokens, model.rank, tables)
+        return klt.supports(shape, model) and coder.supports(tokens, model.rank, tables)
 
-    def _scales(self, levels: NDArray[np.int32]) -> Scales:
+    def _scales(self, levels: NDArray[np.int32], shifts: NDArray[np.int32]) -> Scales:
         tokens, rank = len(levels), self._coordinates.shape[2]
         part = replace(self._coordinates, shape=(1, tokens, rank))
-        plane = self._quantizer.planes(part)[1]
-        return checked(self._quantizer.scaled(plane, {"levels": (levels + MIDDLE).astype(np.uint8)}, part))
+        plane = self._quantizer.planes(part)[2]
+        before = {"levels": (levels + MIDDLE).astype(np.uint8), "shifts": (shifts + MOST_SHIFT).astype(np.uint8)}
+        return checked(self._quantizer.scaled(plane, before, part))
 
     def levels(self, first: int, units: int, tokens: int) -> Levels:
         """What the encoder decides for tokens from ``first`` on."""
         part = replace(self._part, first=first, shape=(1, units * tokens, 1))
         return token_levels(part, self._quantizer.importance).reshape(units, tokens)
 
-    def _classes(self, levels: Levels) -> tuple[Classes, NDArray[np.float32]]:
+    def _classes(self, levels: Levels, shifts: Levels) -> tuple[Classes, NDArray[np.float32]]:
         """Classes in device memory, and each token's step, ``[U * T]``."""
         from kvpack.stages.entropy.scaled_rans.cuda import Classes
 
-        scales = [self._scales(one) for one in levels]
+        scales = [self._scales(*both) for both in zip(levels, shifts, strict=True)]
         steps = self._quantizer.steps(levels.reshape(-1)).reshape(-1)
         return Classes.of(scales, self._tables, self._gpu.device), steps
 
@@ -147,14 +147,16 @@ class Joint:
         from kvpack.stages.transforms.token_klt.cuda import forward
 
         gpu, matrices = self._gpu, self.matrices
-        classes, steps = self._classes(levels)
+        classes, steps = self._classes(levels, np.zeros_like(levels))
         faults = torch.zeros(len(addresses), dtype=torch.int32, device=gpu.device)
         stacks = self._stacks(addresses, shape, head_stride, first)
         z, digests = forward(gpu, matrices, stacks, self._tokens, faults)
         units = sent(steps * np.float32(2.0**matrices.analysis_exponent), gpu.device)
-        codes = quantize(gpu, z, units, classes.columns, classes.rows, self._roundings, faults)
+        codes, shifts, rows = quantize(gpu, z, units, classes.columns, classes.rows, self._choices, faults)
         del z
-        return Compressed(encode(gpu, codes.view(*levels.shape, -1), classes), digests, faults)
+        classes = replace(classes, rows=rows.view(levels.shape))
+        coded = encode(gpu, codes.view(*levels.shape, -1), classes)
+        return Compressed(coded, shifts.view(levels.shape), digests, faults)
 
     def decompress(
         self,
@@ -166,6 +168,7 @@ class Joint:
         head_stride: int,
         first: int,
         levels: Levels,
+        shifts: Levels,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The inverse of :meth:`compress`, from streams ``[U]`` as :func:`scaled_rans.cuda.decode` takes them.
 
@@ -179,14 +182,13 @@ class Joint:
         from kvpack.stages.transforms.token_klt.cuda import inverse, predict
 
         gpu, matrices = self._gpu, self.matrices
-        classes, steps = self._classes(levels)
+        classes, steps = self._classes(levels, shifts)
         codes, unsound, sums = decode(gpu, streams, sizes, classes, groups)
         predicted = None
         if self._tokens is not None:
             predicted = predict(gpu, matrices, self._tokens, first, levels.size)
-        exponent = -ceil(log2(steps.max(initial=1e-30))) - 1  # so that no code times its step overflows a half
-        z = restore(gpu, codes.view(levels.size, -1), sent(steps, gpu.device), classes.columns,
-                    classes.rows, self._centroids, predicted, matrices.weights_exponent, exponent)  # fmt: skip
+        z = restore(gpu, codes.view(levels.size, -1), sent(steps, gpu.device), classes.columns, classes.rows,
+                    self._choices, predicted, matrices.prediction.weights_exponent, matrices.exponent)  # fmt: skip
         odd = torch.zeros(len(levels), dtype=torch.int32, device=gpu.device)
-        inverse(gpu, matrices, z, exponent, self._stacks(addresses, shape, head_stride, first), odd)
+        inverse(gpu, matrices, z, self._stacks(addresses, shape, head_stride, first), odd)
         return unsound, sums, odd

@@ -14,6 +14,6 @@ def test_a_made_cache_comes_back(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(fisher, "VOCABULARY", 500)
     monkeypatch.setattr(fisher, "seconds", lambda function: [function(), 1.0, 1.0, 1.0][1:])
     monkeypatch.setattr(fisher, "by_kernel", lambda _, function: {"all": [function(), 1.0][1:]})
-    lines = list(fisher.rows(gpu, fisher.Shape("tiny", 2, 2, 32, 48, 16, 8), 2 * 256 * 256))
+    lines = list(fisher.rows(gpu, fisher.Shape("tiny", 2, 2, 32, 40, 2, 4, 16, 8, 12), 2 * 256 * 256))
     assert [line.what for line in lines[:2]] == ["fisher compress", "fisher decompress"]
     assert {line.data for line in lines} == {"tiny, 2 x 128, R 48"}

@@ -15,16 +15,17 @@ from kvpack.bench.speed.timing import Speed, Timed, by_kernel, seconds, speed
 from kvpack.codecs import CODECS
 from kvpack.device.joint import Compressed, Joint
 from kvpack.stages.base import Part, Side
-from kvpack.stages.device.tensors import product, scaled_product
+from kvpack.stages.device.tensors import add_product, product, scaled_product
 from kvpack.stages.entropy.scaled_rans.reference import PRECISION
 from kvpack.stages.packed import pack_matrix
-from kvpack.stages.quantizers.dead_zone import ROUNDING
 from kvpack.stages.symbols import ALPHABET, LARGEST, split, zigzag
 from kvpack.stages.transforms.token_klt.model import DECAYS, LAGS, PLACES
 
 CODEC = CODECS["fisher-4"]
 CLASSES, UNIT_CLASS = 64, 20
 """Classes of the made profile, and the one of a scatter as wide as the step."""
+ROUNDING = 0.4
+"""Magnitudes that the made tables count are rounded down after adding it."""
 CHUNK = 2048
 VOCABULARY = 49152
 THETA = 500_000.0
@@ -32,23 +33,33 @@ THETA = 500_000.0
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's cache and a profile: ``embedded`` elements of a token's vector, ``reach`` of which tell of others."""
+    """A model's cache and a profile: ``common`` directions and ``local`` ones of each of ``groups`` groups of layers,
+    ``embedded`` elements of a token's vector, ``reach`` of which tell of others, ``units`` of the prediction.
+    """  # fmt: skip
 
     name: str
     layers: int
     heads: int
     dims: int
-    rank: int
+    common: int
+    groups: int
+    local: int
     embedded: int
     reach: int = 192
+    units: int = 1024
 
     @property
     def size(self) -> int:
         """P."""
         return 2 * self.layers * self.heads * self.dims
 
+    @property
+    def rank(self) -> int:
+        """Coordinates a token."""
+        return self.common + self.groups * self.local
 
-SHAPES = (Shape("8B shape", 32, 8, 128, 2048, 1024), Shape("SmolLM2 shape", 30, 3, 64, 1216, 576))
+
+SHAPES = (Shape("8B shape", 32, 8, 128, 1792, 8, 32, 1024), Shape("SmolLM2 shape", 30, 3, 64, 1216, 6, 304, 576))
 
 
 def deviations(shape: Shape) -> NDArray[np.float64]:
@@ -76,13 +87,21 @@ def profile(shape: Shape, device: str) -> dict[str, NDArray[Any]]:
     rng = np.random.default_rng(0)
     sigma = deviations(shape)
     linear: Any = torch.linalg
-    basis = linear.qr(torch.randn(shape.size, shape.rank, device=device)).Q.cpu().numpy()
+    basis = linear.qr(torch.randn(shape.size, shape.common, device=device)).Q.cpu().numpy()
+    groups = np.arange(shape.layers, dtype=np.int32) * shape.groups // shape.layers
+    member = np.tile(np.repeat(groups, shape.size // (2 * shape.layers)), 2)  # of each element
+    local = np.empty((shape.size, shape.local))
+    for group in range(shape.groups):
+        mine = np.flatnonzero(member == group)
+        local[mine] = linear.qr(torch.randn(len(mine), shape.local, device=device)).Q.cpu().numpy()
     inputs = shape.embedded + (LAGS + len(DECAYS)) * shape.reach + PLACES
-    weights = rng.standard_normal((inputs, shape.rank)) * sigma / 2 / np.sqrt(inputs)
+    weights = rng.standard_normal((inputs + shape.units, shape.rank)) * sigma / 2 / np.sqrt(inputs + shape.units)
     section: dict[str, NDArray[Any]] = {
         "mean": np.zeros((2, shape.size), np.float16),
         "spread": np.ones(shape.size, np.float32),
+        "groups": groups,
         "order": np.arange(VOCABULARY, dtype=np.int32),
+        "scale": np.ones(inputs, np.float32),
         "columns": np.rint(32 * np.log2(sigma)).astype(np.int32) + 8 * UNIT_CLASS + 4,
         "tables": tables(rng),
         "centroids": np.zeros((CLASSES, 4), np.float32),
@@ -90,7 +109,9 @@ def profile(shape: Shape, device: str) -> dict[str, NDArray[Any]]:
     matrices = {
         "whiten": np.tile(np.eye(shape.dims), (shape.size // shape.dims, 1)),
         "basis": basis,
+        "local": local,
         "table": rng.standard_normal((VOCABULARY, shape.embedded)),
+        "hidden": rng.standard_normal((inputs, shape.units)) / np.sqrt(inputs),
         "weights": weights,
     }
     for name, matrix in matrices.items():
@@ -109,7 +130,13 @@ def cache(shape: Shape, part: Part, device: str) -> torch.Tensor:
     z = torch.empty(tokens, shape.rank, device=device)
     z.copy_(torch.distributions.Laplace(0.0, 2**-0.5).sample(z.shape).to(device) * sigma)
     z += torch.from_numpy(model.predict(part)).to(device)
-    x = z @ torch.from_numpy(model.synthesis).to(device)
+    x = z[:, : shape.common] @ torch.from_numpy(model.synthesis).to(device)
+    half, at = shape.size // 2, shape.common
+    for (a, b), synthesis in zip(model.local.bounds, model.local.synthesis, strict=True):
+        keys, values = (z[:, at : at + shape.local] @ torch.from_numpy(synthesis).to(device)).chunk(2, 1)
+        at += shape.local
+        x[:, a:b] += keys
+        x[:, half + a : half + b] += values
     x += x.std() * 0.05 * torch.randn_like(x)
     tensors = x.view(tokens, 2 * shape.layers, shape.heads, shape.dims).permute(1, 2, 0, 3).contiguous()
     del x, z
@@ -139,12 +166,12 @@ def rows(gpu: Timed, shape: Shape, nbytes: int) -> Iterator[Speed]:
         return joint.compress(offsets + given.data_ptr(), one, stride, 0, levels)
 
     done = compress()
-    coded, size = done.coded, 2 * given.numel()
+    coded, shifts, size = done.coded, done.shifts.cpu().numpy(), 2 * given.numel()
     arena = torch.cat([coded.arena[: int(coded.places[-1])], coded.arena.new_zeros(4 * CHUNK * shape.rank)])
     streams, groups = coded.places[:-1] + arena.data_ptr(), CHUNK * shape.rank * 14 // 8 // 12288 + 2
 
     def decompress() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return joint.decompress(streams, coded.sizes, groups, offsets + out.data_ptr(), one, stride, 0, levels)
+        return joint.decompress(streams, coded.sizes, groups, offsets + out.data_ptr(), one, stride, 0, levels, shifts)
 
     unsound, sums, odd = decompress()
     error = float((out - given).float().square().mean() / given.float().square().mean())
@@ -163,13 +190,32 @@ def rows(gpu: Timed, shape: Shape, nbytes: int) -> Iterator[Speed]:
 def _products(joint: Joint, tokens: int, label: str, size: int) -> Iterator[Speed]:
     """The matrix products alone."""
     m = joint.matrices
-    stack, z = (torch.randn(tokens, n, device=m.means.device).half() for n in (len(m.analysis), m.rank))
-    inputs = stack[:, m.size :].contiguous()
-    for name, function, flops in (
-        ("compress: project", lambda: product(stack, m.analysis), stack.numel() * m.rank),
-        ("decompress: predict", lambda: product(inputs, m.weights), inputs.numel() * m.rank),
-        ("decompress: synthesis", lambda: scaled_product(z, m.synthesis, 0.5), z.numel() * m.size),
+    told, width = m.told.shape[0], m.prediction.width
+    stack, z = (torch.randn(tokens, n, device=m.means.device).half() for n in (m.size + told, m.rank))
+    inputs, rows = stack[:, m.size : m.size + width].contiguous(), stack[:, : m.size].contiguous()
+    local = z[:, m.shared :]
+
+    def analyse() -> None:
+        product(stack[:, : len(m.common)], m.common)
+        product(stack[:, m.size :], m.told)
+        for group in m.groups:
+            product(stack[:, group.columns], group.analysis)
+
+    def predict() -> None:
+        product(inputs[:, : m.prediction.inputs], m.prediction.hidden)
+        product(inputs, m.prediction.weights)
+
+    def synthesise() -> None:
+        scaled_product(z[:, : m.shared], m.synthesis, 0.5)
+        for group in m.groups:
+            add_product(rows[:, group.columns], local[:, group.coordinates], group.synthesis, 2.0**-20)
+
+    own = sum(group.analysis.numel() for group in m.groups)
+    for name, function, entries in (
+        ("compress: project", analyse, m.common.numel() + m.told.numel() + own),
+        ("decompress: predict", predict, m.prediction.hidden.numel() + m.prediction.weights.numel()),
+        ("decompress: synthesis", synthesise, m.synthesis.numel() + own),
     ):
         times = seconds(function)
-        middle = median(times)
-        yield speed(f"  {name}", label, size, times, f"{middle * 1e6:.0f} us, {2 * flops / middle / 1e12:.0f} TFLOP/s")
+        middle, flops = median(times), 2 * tokens * entries
+        yield speed(f"  {name}", label, size, times, f"{middle * 1e6:.0f} us, {flops / middle / 1e12:.0f} TFLOP/s")

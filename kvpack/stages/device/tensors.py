@@ -29,3 +29,11 @@ def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     if a.is_cuda:
         return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)
     return (scale * (a.float() @ b.float())).half()
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """Add ``scale * (a @ b)`` of halves to halves, rows of which may lie apart."""
+    if out.is_cuda:
+        out.addmm_(a, b, alpha=scale)
+    else:
+        out.copy_(out.float() + scale * (a.float() @ b.float()))

@@ -1,9 +1,11 @@
-"""``dead_zone``: one uniform step for every coefficient, a dead zone about zero, and a level a token.
+"""``dead_zone``: one uniform step for every coefficient, a dead zone about zero, a level and a shift a token.
 
 The step of token t is ``2 ** (log_step / 32 + level_t / 4)``. Coefficients of a whitened space all take the same step:
 reverse water-filling (Cover & Thomas, 10.3.3). A token that attention reads more gets a finer one: for a loss that
 is the sum of m_t times a token's squared error, the best step goes as m_t ** -1/2; because the mass of the last
 queries only suggests what later ones read, the exponent is smaller.
+
+A token's coefficients scatter more or less than those of other tokens; its shift says by how many classes.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from numpy.typing import NDArray
 
 from kvpack.errors import MismatchError
 from kvpack.stages.base import Codes, Floats, Part, PlaneSpec, Profile, Quantizer, Scales, UnrepresentableError
-from kvpack.stages.symbols import LARGEST, unzigzag, zigzag
+from kvpack.stages.quantizers.dead_zone import cpu
+from kvpack.stages.quantizers.dead_zone.reference import MOST_SHIFT, magnitude_bits, thresholds
+from kvpack.stages.symbols import LARGEST, SMALLEST, unzigzag, zigzag
 
 MIDDLE = 16
 """Code of level 0; levels are -16 to 15."""
@@ -25,8 +29,7 @@ MIDDLE = 16
 MASS_EXPONENT, AGE_EXPONENT = 0.6, 0.6
 """Of a token's weight: attention mass, and 1 / distance from the end (regressed on gradients; docs/fisher.md)."""
 
-ROUNDING = 0.37
-"""Magnitudes are rounded down after adding this: between 1/2 (no dead zone) and what saves most bits a harm."""
+BUCKETS = np.searchsorted(SMALLEST, np.arange(LARGEST + 1), side="right").astype(np.uint8) - 1
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class DeadZone(Quantizer):
     """
 
     name: ClassVar[str] = "dead_zone"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     exact: ClassVar[bool] = False
     profiled: ClassVar[bool] = True
 
@@ -52,16 +55,18 @@ class DeadZone(Quantizer):
             raise ValueError("log_step is -1024 to 1024 and importance 0 to 100")
 
     def planes(self, part: Part) -> list[PlaneSpec]:
-        """``levels`` ``[1, T, 1]``, then ``coefficients`` ``[1, T, R]``."""
+        """``levels`` and ``shifts`` ``[1, T, 1]``, then ``coefficients`` ``[1, T, R]``."""
         rows, tokens, rank = part.shape
-        return [PlaneSpec("levels", (rows, tokens, 1), 5), PlaneSpec("coefficients", (rows, tokens, rank), 16)]
+        one = (rows, tokens, 1)
+        coefficients = PlaneSpec("coefficients", (rows, tokens, rank), 16)
+        return [PlaneSpec("levels", one, 5), PlaneSpec("shifts", one, 4), coefficients]
 
     def scaled(self, plane: PlaneSpec, before: Mapping[str, Codes], part: Part) -> PlaneSpec:
-        """Coefficients scatter as the profile says, over the token's step."""
+        """Coefficients scatter as the profile says, over the token's step, a class more or less by its shift."""
         if plane.name != "coefficients":
             return plane
-        levels = before["levels"].reshape(-1).astype(np.int32) - MIDDLE
-        return replace(plane, scales=self._scales(levels, part))
+        levels, shifts = (before[name].reshape(-1).astype(np.int32) for name in ("levels", "shifts"))
+        return replace(plane, scales=self._scales(levels - MIDDLE, part, shifts - MOST_SHIFT))
 
     def expected_bits(self, profile: Profile) -> float:
         """Bits of a token's coefficients, if they scatter as in calibration, at level 0."""
@@ -75,11 +80,12 @@ class DeadZone(Quantizer):
         """Each token's step in 32nds of an octave, ``[T]``."""
         return (self.log_step + 8 * levels).astype(np.int32)
 
-    def _scales(self, levels: NDArray[np.int32], part: Part) -> Scales:
+    def _scales(self, levels: NDArray[np.int32], part: Part, shifts: NDArray[np.int32] | None = None) -> Scales:
         columns, tables = part.array(f"{self.section}.columns"), part.array(f"{self.section}.tables")
-        if columns.shape != (part.shape[2],) or tables.ndim != 2:
+        if columns.shape != (part.shape[2],) or tables.ndim != 2 or (tables < 1).any():
             raise MismatchError("the profile's scales are not for its own basis")
-        return Scales(columns, self.rows(levels), tables)
+        rows = self.rows(levels)
+        return Scales(columns, rows if shifts is None else rows - 8 * shifts, tables)
 
     def centroids(self, part: Part) -> Floats:
         """The profile's, ``[K, 4]``."""
@@ -93,32 +99,48 @@ class DeadZone(Quantizer):
         return np.exp2(self.log_step / 32 + levels[:, None] / 4).astype(np.float32)
 
     def encode(self, data: NDArray[Any], part: Part) -> list[Codes]:
-        """Coefficients ``[1, T, R]``, float32, to levels and zigzag codes.
+        """Coefficients ``[1, T, R]``, float32, to levels, shifts and zigzag codes.
 
         Raises:
             UnrepresentableError: coefficients too large for the step.
 
         """
         levels = token_levels(part, self.importance)
+        scales, steps = self._scales(levels, part), self.steps(levels)
         with np.errstate(over="ignore", invalid="ignore"):
-            magnitude = np.floor(np.abs(data[0]) / self.steps(levels) + np.float32(ROUNDING))
-        if not (magnitude <= LARGEST).all():
-            raise UnrepresentableError("coefficients too large for the step")
+            if not (np.abs(data[0]) < LARGEST * steps).all():
+                raise UnrepresentableError("coefficients too large for the step")
+        shifts, magnitude = quantise(data[0], steps, scales, self.centroids(part))
         codes = zigzag(np.where(data[0] < 0, -magnitude, magnitude))
-        return [(levels + MIDDLE).astype(np.uint8)[None, :, None], codes[None]]
+        every = (levels + MIDDLE).astype(np.uint8), (shifts + MOST_SHIFT).astype(np.uint8)
+        return [*(plane[None, :, None] for plane in every), codes[None]]
 
     def decode(self, codes: list[Codes], part: Part) -> Floats:
         """Each magnitude at its bin's centroid, times the token's step."""
-        levels = codes[0].reshape(-1).astype(np.int32) - MIDDLE
-        values = unzigzag(codes[1][0])
-        scales = self._scales(levels, part)
+        levels, shifts = (plane.reshape(-1).astype(np.int32) for plane in codes[:2])
+        levels -= MIDDLE
+        values = unzigzag(codes[2][0])
+        scales = self._scales(levels, part, shifts - MOST_SHIFT)
         centroids = self.centroids(part)
         out = values.astype(np.float32)
-        live = np.nonzero(values)
-        magnitude = np.abs(values[live])
-        offset = centroids[scales.classes()[live], np.minimum(magnitude, 3)]
-        out[live] += np.sign(values[live]) * offset
+        token, column = np.nonzero(values)
+        magnitude = np.abs(values[token, column])
+        classes = np.clip((scales.columns[column] - scales.rows[token]) >> 3, 0, len(centroids) - 1)
+        out[token, column] += np.sign(values[token, column]) * centroids[classes, np.minimum(magnitude, 3)]
         return (out * self.steps(levels))[None]
+
+
+def quantise(
+    values: Floats, steps: Floats, scales: Scales, centroids: Floats
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Each token's shift ``[T]``, and the magnitudes ``[T, R]`` of ``values``, decided with the shifted classes."""
+    wanted, bits = thresholds(scales.tables, centroids), magnitude_bits(scales.tables)
+    found, shifts = np.empty(values.shape, np.int32), np.empty(len(values), np.int32)
+    values, step = np.ascontiguousarray(values), steps.reshape(-1)
+    cpu.magnitudes(values, step, scales.columns, scales.rows, wanted, found)
+    cpu.shifts(found, scales.columns, scales.rows, BUCKETS, bits, shifts)
+    cpu.magnitudes(values, step, scales.columns, scales.rows - 8 * shifts, wanted, found)
+    return shifts, found
 
 
 def token_levels(part: Part, importance: int) -> NDArray[np.int32]:

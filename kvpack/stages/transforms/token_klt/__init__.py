@@ -1,7 +1,8 @@
 """``token_klt``: keys and values of all layers as one vector a token, less what its tokens tell, in a few coordinates.
 
 x is centred, whitened by the Fisher information of the model's predictions, and projected on the leading
-eigenvectors of what a linear function of the token ids leaves (Karhunen-Loeve transform). ``docs/fisher.md`` derives
+eigenvectors of what a function of the token ids leaves (Karhunen-Loeve transform), then what those leave on the
+leading ones of each group of layers. ``docs/fisher.md`` derives
 it. Keys are taken before RoPE.
 """
 
@@ -23,7 +24,7 @@ class TokenKlt(Transform):
     """With the profile's arrays ``{section}.*``, as ``docs/profile-format.md`` lists them."""
 
     name: ClassVar[str] = "token_klt"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     profiled: ClassVar[bool] = True
     stacked: ClassVar[bool] = True
     joint: ClassVar[bool] = True
@@ -46,7 +47,7 @@ class TokenKlt(Transform):
         return model
 
     def output(self, part: Part) -> Part:
-        """One row of R coordinates."""
+        """One row of the model's coordinates."""
         return replace(part, shape=(1, part.shape[1], self.model(part).rank), heads=1)
 
     def forward(self, values: Floats, part: Part) -> Floats:

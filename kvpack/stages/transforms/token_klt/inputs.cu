@@ -1,5 +1,6 @@
 // What tokens are predicted from (model.py, token_inputs), in halves: a token's own vector, those of the tokens before it,
-// decaying means of all before it, its place. vectors [V, E]; the leading reach elements tell of later tokens.
+// decaying means of all before it (but for weights below 1e-9), its place. vectors [V, E]; the leading reach elements tell of
+// later tokens.
 #define SPAN 64  // tokens a block
 #define LAGS 3
 #define DECAYS 4

@@ -1,7 +1,8 @@
 // bf16 keys and values of all layers to one row of halves a token (gather), and back (scatter).
 //
 // DIMS, a multiple of 16; with TURNED keys are turned by RoPE, pairs (i, i + DIMS / 2). A unit has S tensors [H, T, DIMS], keys
-// before values, heads head_stride elements apart, at addresses [U, S]; element (s H + h) DIMS + d of its tokens' rows.
+// before values, heads head_stride elements apart, at addresses [U, S]; element (s H + h) DIMS + d of its tokens stands in a
+// row at places [P] of s H DIMS, and h DIMS + d further.
 // firsts [U]: position of each unit's first token. cosines, sines [positions, DIMS / 2]. Grid (slices of tokens, U * S); a
 // thread has eight dimensions and those they are turned with, of one token and all heads.
 #define HALF (DIMS / 2)
@@ -52,19 +53,19 @@ __device__ __forceinline__ bool odd(uint4 v) {
     return found;
 }
 
-// rows [U * T, stride]; mean [P] is subtracted. digests [U, S] are added to, faults [U] set where a value is not finite.
+// rows [U * T, stride]; mean [P], in their order, is subtracted. digests [U, S] are added to, faults [U] set where a value is not finite.
 extern "C" __global__ void __launch_bounds__(256) gather(
     const u64 *sources, i64 head_stride, i64 heads, i64 tokens, i64 tensors, const i64 *firsts, const float *cosines,
-    const float *sines, const float *mean, u16 *rows, i64 stride, u64 *digests, int *faults) {
+    const float *sines, const i64 *places, const float *mean, u16 *rows, i64 stride, u64 *digests, int *faults) {
     int unit = blockIdx.y / (int)tensors, s = blockIdx.y % (int)tensors, j = threadIdx.x % LANES;
-    i64 t = (i64)blockIdx.x * TILE + threadIdx.x / LANES;
+    i64 t = (i64)blockIdx.x * TILE + threadIdx.x / LANES, begin = places[(i64)s * heads * DIMS] + 8 * j;
     u64 digest = 0;
     bool bad = false;
     if (t < tokens) {
         Turn turn(cosines, sines, firsts[unit] + t, j, s < tensors / 2);
         const uint4 *from = (const uint4 *)(sources[blockIdx.y] + (t * DIMS + 8 * j) * 2);
-        u16 *to = rows + (unit * tokens + t) * stride + (i64)s * heads * DIMS + 8 * j;
-        mean += (i64)s * heads * DIMS + 8 * j;
+        u16 *to = rows + (unit * tokens + t) * stride + begin;
+        mean += begin;
         u64 word = (t * DIMS + 8 * j) / 4;
 #pragma unroll 2
         for (int h = 0; h < heads; h++, from += head_stride / 8, word += tokens * DIMS / 4, to += DIMS, mean += DIMS) {
@@ -94,11 +95,11 @@ extern "C" __global__ void __launch_bounds__(256) gather(
 // rows [U * T, P]; means [sinks + 1, P], each sink's and that of all other tokens. faults [U] are set where a value is not finite.
 extern "C" __global__ void __launch_bounds__(256) scatter(
     const u16 *rows, const u64 *targets, i64 head_stride, i64 heads, i64 tokens, i64 tensors, const i64 *firsts,
-    const float *cosines, const float *sines, const float *means, i64 sinks, int *faults) {
+    const float *cosines, const float *sines, const i64 *places, const float *means, i64 sinks, int *faults) {
     int unit = blockIdx.y / (int)tensors, s = blockIdx.y % (int)tensors, j = threadIdx.x % LANES;
     i64 t = (i64)blockIdx.x * TILE + threadIdx.x / LANES, size = tensors * heads * DIMS;
     if (t >= tokens) return;
-    i64 position = firsts[unit] + t, begin = (i64)s * heads * DIMS + 8 * j;
+    i64 position = firsts[unit] + t, begin = places[(i64)s * heads * DIMS] + 8 * j;
     Turn turn(cosines, sines, position, j, s < tensors / 2);
     const u16 *from = rows + (unit * tokens + t) * size + begin;
     const float *mean = means + (position < sinks ? position : sinks) * size + begin;

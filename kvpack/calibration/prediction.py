@@ -1,0 +1,228 @@
+"""What ``token_klt`` predicts coordinates from: a vector of each token id, rectified units, linear weights.
+
+The last layer is ridge regression on what the decoder will have, rounded table and units; only the units are found by
+descent (Adam, arXiv 1412.6980), on what a linear prediction leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvpack.calibration.corpus import SKIPPED, Sample
+from kvpack.stages.base import Floats, Part
+from kvpack.stages.packed import pack_matrix, unpack_matrix
+from kvpack.stages.transforms.token_klt.model import places, token_inputs
+
+RIDGE = 1e-3
+REACH = 192
+"""Leading coordinates of a token's row that tell of later tokens (M)."""
+
+EMBEDDED = 1024
+"""At most so many dimensions of the model's token embeddings are used."""
+
+DECAY = 0.85
+"""Of the mean that the basis and the table are found with."""
+
+TABLE_GROUPS = 32
+REFERENCE_STEP = 2.0 ** (-234 / 32)
+"""What rounding and training are held against: the step of ``fisher-4``."""
+
+RATE, BATCH = 1e-3, 4096
+ROUNDING = 0.02
+"""Noise that rounding weights may add to a prediction, of what is left to code; of units' inputs, their own energy."""
+
+Arrays = dict[str, NDArray[Any]]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class PredictorOptions:
+    """``units`` rectified units, trained for ``steps`` steps."""
+
+    units: int = 1024
+    steps: int = 300
+
+
+def embeddings(network: Any, sample: Sample, device: torch.device) -> torch.Tensor:
+    """Normalised token embeddings ``[V, E]``, in at most :data:`EMBEDDED` principal directions of the sample."""
+    table: torch.Tensor = network.get_input_embeddings().weight.detach().to(device).float()
+    table = table / table.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
+    if table.shape[1] <= EMBEDDED:
+        return table
+    rows = table[torch.from_numpy(sample.tokens.reshape(-1)[:65536]).long().to(device)]
+    vectors = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1)[:, :EMBEDDED]
+    projected: torch.Tensor = table @ vectors
+    return projected
+
+
+def embedded(table: torch.Tensor, tokens: NDArray[np.int32]) -> torch.Tensor:
+    """Embeddings of each token, the one before it and a decaying mean of those before: ``[T - SKIPPED, 3 E + 3]``."""
+    rows = table[torch.from_numpy(tokens).long().to(table.device)]
+    ages = torch.arange(len(tokens), device=table.device)[:, None] - torch.arange(1, len(tokens) + 1).to(table.device)
+    weights = torch.where(ages >= 0, DECAY ** ages.clamp_min(0).float(), 0.0)
+    mean = (weights[SKIPPED:] / weights[SKIPPED:].sum(1, keepdim=True)) @ rows
+    place = torch.from_numpy(places(SKIPPED, len(tokens))).to(rows.device)
+    return torch.cat([rows[SKIPPED:], rows[SKIPPED - 1 : -1], mean, place], dim=1)
+
+
+class Ridge:
+    """Linear regression streamed in pieces."""
+
+    def __init__(self) -> None:
+        """Nothing added yet."""
+        self._gram: torch.Tensor | float = 0.0
+        self._cross: torch.Tensor | float = 0.0
+
+    def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """``[T, I]`` and ``[T, O]``."""
+        self._gram = self._gram + inputs.T @ inputs
+        self._cross = self._cross + inputs.T @ targets
+
+    def solve(self) -> torch.Tensor:
+        """``[I, O]``."""
+        gram, cross = torch.as_tensor(self._gram).double(), torch.as_tensor(self._cross)
+        gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+        solution: torch.Tensor = torch.linalg.solve(gram, cross.double()).float()
+        return solution
+
+
+def learn(
+    tokens: NDArray[np.int32],
+    coordinates: list[torch.Tensor],
+    table: torch.Tensor,
+    budget: int,
+    options: PredictorOptions,
+    progress: Progress | None = None,
+) -> Iterator[tuple[str, Arrays]]:
+    """The arrays of a prediction of ``coordinates`` (``[T - SKIPPED, R]`` of each row of ``tokens`` ``[S, T]``).
+
+    ``table`` ``[V, E]`` are the model's embeddings; the vectors of tokens may take ``budget`` bytes.
+    """
+    first = Ridge()
+    for ids, found in zip(tokens, coordinates, strict=True):
+        first.add(embedded(table, ids), found.float())
+    packed = _rounded_table(_token_vectors(tokens, table, first.solve()[: table.shape[1]]), tokens, budget)
+    yield "token table", packed
+    used = unpack(packed, "table")[packed["order"]]
+    reach = min(REACH, used.shape[1])
+    inputs = [torch.from_numpy(token_inputs(used[ids], reach, SKIPPED)).to(table.device) for ids in tokens]
+    scale = torch.stack([rows.square().mean(0) for rows in inputs]).mean(0).sqrt().clamp_min(1e-6)
+    inputs = [(rows / scale).to(torch.bfloat16) for rows in inputs]
+    units = unpack(rounded_units := _units(inputs, coordinates, options, progress), "hidden")
+    yield f"{units.shape[1]} units", {"scale": scale.cpu().numpy(), **rounded_units}
+    yield "prediction", _weights(inputs, coordinates, torch.from_numpy(units).to(table.device))
+
+
+def _token_vectors(tokens: NDArray[np.int32], table: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Of every token id what its embedding ``[V, E]`` predicts by ``own`` ``[E, R]``: ``[V, E]``, in principal axes."""
+    counts = torch.bincount(torch.from_numpy(tokens.reshape(-1)).long(), minlength=len(table)).to(table.device).float()
+    spread = (table.T * counts) @ table / counts.sum()
+    values, turn = torch.linalg.eigh(spread.double())
+    root = (turn * values.clamp_min(0).sqrt()) @ turn.T
+    across = (own @ own.T).double()
+    axes = torch.linalg.eigh(root @ across @ root).eigenvectors.flip(1)
+    # own = left @ right with right orthonormal rows: coordinates are table @ left; axes turn them by importance
+    lengths, turns = torch.linalg.eigh(across)
+    left = turns * lengths.clamp_min(1e-30).sqrt()
+    spun = torch.linalg.qr(left.T @ root @ axes).Q
+    vectors: torch.Tensor = (table.double() @ left @ spun).float()
+    return vectors
+
+
+def _rounded_table(own: torch.Tensor, tokens: NDArray[np.int32], budget: int) -> Arrays:
+    """Rows in groups by how often their tokens occur, rare ones rounded coarser, within ``budget`` bytes."""
+    vocabulary = len(own)
+    counts = np.bincount(tokens.reshape(-1), minlength=vocabulary)
+    order = np.argsort(-counts, kind="stable")
+    place = np.empty(vocabulary, np.int32)
+    place[order] = np.arange(vocabulary)
+    groups = min(TABLE_GROUPS, vocabulary)
+    size = -(-vocabulary // groups)
+    rows = np.zeros((groups * size, own.shape[1]), np.float32)
+    rows[:vocabulary] = own.cpu().numpy()[order]
+    often = np.zeros(groups * size)
+    often[:vocabulary] = counts[order]
+    share = (often.reshape(groups, size).mean(1) + 0.25) / (counts.sum() + 0.25 * vocabulary)
+    widest = np.abs(rows).reshape(groups, size, -1).max(1)
+    base, packed = REFERENCE_STEP / 16, None
+    while packed is None or packed["table.codes"].size > budget:
+        step = np.maximum(base * np.sqrt(share.max() / share)[:, None], widest / 127).astype(np.float32)
+        packed = pack("table", rows, np.maximum(step, 1e-30))
+        base *= 1.25
+        if base > 1e6 * REFERENCE_STEP:
+            break
+    return {"order": place, **packed}
+
+
+def _units(
+    inputs: list[torch.Tensor], coordinates: list[torch.Tensor], options: PredictorOptions, progress: Progress | None
+) -> Arrays:
+    """Weights ``[I, H]`` of units whose outputs have the mean square 1, rounded."""
+    device, size = inputs[0].device, inputs[0].shape[1]
+    linear = Ridge()
+    for rows, found in zip(inputs, coordinates, strict=True):
+        linear.add(rows.float(), found.float())
+    start = linear.solve()
+    x = torch.cat(inputs)
+    left = torch.cat([
+        (found.float() - rows.float() @ start).to(torch.bfloat16)
+        for rows, found in zip(inputs, coordinates, strict=True)
+    ])  # fmt: skip
+    power = torch.stack([rows.float().square().mean(0) for rows in torch.split(left, 4096)]).mean(0).clamp_min(1e-30)
+    scale, harm = power.sqrt(), power / (power + REFERENCE_STEP**2)
+    random = torch.Generator().manual_seed(0)
+    units = (torch.randn(size, options.units, generator=random) / size**0.5).to(device).requires_grad_(True)
+    out = torch.zeros(options.units, left.shape[1], device=device, requires_grad=True)
+    descent = torch.optim.Adam([units, out], lr=RATE, betas=(0.9, 0.98))
+    for step in range(options.steps):
+        descent.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 100) * (1 - step / options.steps)
+        some = torch.randint(len(x), (min(BATCH, len(x)),), generator=random).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            guess = torch.relu(x[some].float() @ units) @ out
+        loss = ((left[some].float() / scale - guess.float()).square() * harm).mean()
+        descent.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        descent.step()
+        if progress:
+            progress(step + 1, options.steps)
+    found = units.detach()
+    energy = torch.stack([torch.relu(rows.float() @ found).square().mean(0) for rows in torch.split(x, 4096)]).mean(0)
+    matrix = (found / energy.sqrt().clamp_min(1e-12)).cpu().numpy()
+    noise = np.full((1, matrix.shape[1]), np.sqrt(24 * ROUNDING / size), np.float32)
+    return pack("hidden", matrix, np.maximum(noise, np.abs(matrix).max(0, keepdims=True) / 127))
+
+
+def _weights(inputs: list[torch.Tensor], coordinates: list[torch.Tensor], units: torch.Tensor) -> Arrays:
+    """Of inputs and units ``[I + H, R]``, rounded the coarser the less it matters."""
+    ridge, power, rows = Ridge(), torch.zeros(coordinates[0].shape[1], device=units.device), 0
+    for one, found in zip(inputs, coordinates, strict=True):
+        ridge.add(_features(one, units), found.float())
+    weights = ridge.solve()
+    for one, found in zip(inputs, coordinates, strict=True):
+        power += (found.float() - _features(one, units) @ weights).square().sum(0)
+        rows += len(found)
+    left = np.sqrt(np.maximum((power / rows).cpu().numpy(), (REFERENCE_STEP / 2) ** 2))
+    matrix = weights.cpu().numpy()
+    step = np.sqrt(12 * ROUNDING / len(matrix)) * left
+    return pack("weights", matrix, np.maximum(step, np.abs(matrix).max(0) / 127)[None].astype(np.float32))
+
+
+def _features(inputs: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    rows = inputs.float()
+    return torch.cat([rows, torch.relu(rows @ units)], dim=1)
+
+
+def pack(name: str, matrix: Floats, step: Floats) -> Arrays:
+    """The arrays that :func:`unpack` reads."""
+    return {f"{name}.{field}": array for field, array in pack_matrix(matrix, step).items()}
+
+
+def unpack(arrays: Arrays, name: str) -> Floats:
+    """A packed matrix as a decoder will have it."""
+    return unpack_matrix(Part("F32", (1, 0, 0), 0, 0, profile=arrays), name)

@@ -1,0 +1,84 @@
+"""What an encoder of ``dead_zone`` decides, in numpy: a decoder needs none of it.
+
+Of two neighbouring magnitudes the one is taken that costs less, error in steps squared plus :data:`LAMBDA` for each
+bit: tables are static, so every coefficient is decided by itself, by a threshold of its class.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpack.stages.base import Floats, Scales
+from kvpack.stages.symbols import SMALLEST
+
+Array = NDArray[Any]
+
+LAMBDA = 0.1
+"""Steps squared a bit: between 0 and what a Laplace distribution's rate-distortion slope would be (docs/fisher.md)."""
+
+SHIFT_BITS = 1.0
+"""What a class of shift is taken to cost a token."""
+
+MOST_SHIFT = 8
+THRESHOLDS = 9
+"""Magnitudes beyond the last have its distance to their middle."""
+
+
+def thresholds(tables: Array, centroids: Floats) -> Floats:
+    """Of classes ``[K]``, what a scaled magnitude must reach to be coded as m: ``[K, THRESHOLDS]``, m from 0 on."""
+    bits = magnitude_bits(tables)
+    offsets = centroids[:, np.minimum(np.arange(THRESHOLDS), 3)]
+    read = np.arange(THRESHOLDS) + offsets
+    gap = np.maximum(np.diff(read, axis=1), 0.25)
+    middle = (read[:, 1:] + read[:, :-1]) / 2
+    out = np.zeros((len(tables), THRESHOLDS), np.float32)
+    out[:, 1:] = middle + LAMBDA * np.diff(bits[:, :THRESHOLDS], axis=1) / (2 * gap)
+    return out
+
+
+def magnitude_bits(tables: Array) -> NDArray[np.float64]:
+    """Bits of each bucket's first magnitude, sign and raw bits included: ``[K, 32]``."""
+    total = np.log2(tables.sum(1, keepdims=True))
+    bits = total - np.log2(tables[:, [0, *range(1, tables.shape[1], 2)]])
+    raw = np.maximum(np.log2(np.maximum(SMALLEST, 1)).astype(np.int64) - 1, 0)
+    return np.asarray(bits + np.where(SMALLEST >= 8, raw, 0))
+
+
+def magnitudes(values: Floats, steps: Floats, scales: Scales, wanted: Floats) -> NDArray[np.int64]:
+    """``[T, D]``: the largest m whose threshold ``wanted`` [K, THRESHOLDS] the scaled value reaches."""
+    scaled = np.abs(values) / steps
+    classes = scales.classes()
+    found = np.floor(scaled + np.float32(0.5)).astype(np.int64)
+    while True:
+        top = np.minimum(found, THRESHOLDS - 1)
+        low = (found > 0) & (scaled < wanted[classes, top] + (found - top).astype(np.float32))
+        if not low.any():
+            return found
+        found -= low
+
+
+def shifts(found: Array, scales: Scales, bits: Array) -> NDArray[np.int32]:
+    """Each token's shift of classes ``[T]``: from 0 on, one more or less as long as that saves bits."""
+    buckets = np.searchsorted(SMALLEST, found, side="right") - 1
+    shift = np.zeros(len(found), np.int32)
+    for token, mine in enumerate(buckets):
+        classes = (scales.columns - scales.rows[token]) >> 3
+        best = _bits(mine, classes, 0, bits)
+        for way in (-1, 1):
+            while -MOST_SHIFT < shift[token] + way < MOST_SHIFT and shift[token] * way >= 0:
+                cost = _bits(mine, classes, int(shift[token]) + way, bits)
+                if cost >= best:
+                    break
+                best, shift[token] = cost, shift[token] + way
+    return shift
+
+
+def _bits(buckets: Array, classes: Array, shift: int, bits: Array) -> float:
+    """In the order of the compiled version, so that both find the same shift."""
+    total = SHIFT_BITS * abs(shift)
+    for k, bucket in zip(np.clip(classes + shift, 0, len(bits) - 1), buckets, strict=True):
+        total += bits[k, bucket]
+    return float(total)
