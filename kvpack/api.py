@@ -172,11 +172,15 @@ def _codec_for(plan: PartPlan, codecs: Sequence[Codec]) -> int:
     return 0 if plan.layer is not None or codecs[0].lossless else names.index("lossless")
 
 
+Streams = list[tuple[str, bytes, int]]
+"""Names, bytes and checksums."""
+
+
 @dataclass(frozen=True)
 class _EncodedPart:
     codec: int
     digest: int
-    streams: list[tuple[str, bytes, int]]
+    streams: Streams
     nbytes: int
     fallback: bool
 
@@ -234,20 +238,34 @@ class _Encoder:
             return
         from kvpack import device
 
-        def ours(group: tuple[PartPlan, ...]) -> bool:
-            return len(group) == 1 and device.takes(
-                group[0], chain_of(self.codecs[self._chosen(group)], group[0].tensor.name)
-            )
+        def ours(group: tuple[PartPlan, ...]) -> str:
+            codec = self.codecs[self._chosen(group)]
+            if len(group) == 1 and device.takes(group[0], chain_of(codec, group[0].tensor.name)):
+                return "part"
+            return "chunk" if device.takes_chunk(group, codec, self.profile, self.side) else ""
 
-        encoder = device.Encoder(gpu, self.capture)
-        for on_gpu, run in groupby(groups, key=ours):
-            if not on_gpu:
-                yield from ordered_map(self, run, threads)
+        parts, chunks = device.Encoder(gpu, self.capture), None
+        for kind, run in groupby(groups, key=ours):
+            some = list(run)
+            if kind == "part":
+                encoded: Iterator[list[tuple[int, Streams]] | None] = (
+                    [one] for one in parts.encode(p for (p,) in some)
+                )
+            elif kind == "chunk":
+                codec = self.codecs[self._chosen(some[0])]
+                chunks = chunks or device.ChunkEncoder(gpu, self.capture, codec, self.profile, self.side)
+                encoded = chunks.encode(some)
+            else:
+                yield from ordered_map(self, some, threads)
                 continue
-            plans = [plan for (plan,) in run]
-            for plan, (digest, streams) in zip(plans, encoder.encode(plans), strict=True):
-                size = plan.tensor.itemsize * prod(plan.shape)
-                yield [_EncodedPart(self._chosen((plan,)), digest, streams, size, False)]
+            for group, coded in zip(some, encoded, strict=True):
+                yield self._coded(group, coded) if coded else self(group)
+
+    def _coded(self, group: tuple[PartPlan, ...], coded: list[tuple[int, Streams]]) -> list[_EncodedPart]:
+        return [
+            _EncodedPart(self._chosen(group), digest, streams, plan.tensor.itemsize * prod(plan.shape), False)
+            for plan, (digest, streams) in zip(group, coded, strict=True)
+        ]
 
     def _encode(self, codec: int, bits: list[Bits], plans: tuple[PartPlan, ...]) -> list[list[tuple[str, bytes]]]:
         given = dict(zip(plans, bits, strict=True))
@@ -304,9 +322,9 @@ def decompress(
     if gpu is None or left_out or any(cut is not None for cut in chosen.values()):
         read = ordered_map(lambda name: archive.read(name, chosen[name]), names, threads)
     else:
-        from kvpack.device import Decoder
+        from kvpack import device
 
-        read = (bits for _, bits in Decoder(gpu, archive).read(names))
+        read = (bits for _, bits in device.read(gpu, archive, names))
     for bits in read:
         output.write(as_bytes(bits))
         done += bits.nbytes

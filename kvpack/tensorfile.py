@@ -136,12 +136,12 @@ def build_header(tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: Ma
 class TensorFile:
     """A safetensors file, memory-mapped read-only.
 
-    ``data(spec)`` is a ``memoryview`` of a tensor's little-endian bytes, row-major.
+    ``data(spec)`` is a ``memoryview`` of a tensor's little-endian bytes, row-major; ``view`` of the whole file's.
     """
 
     def __init__(self, path: Path, header: Header, view: memoryview) -> None:
         """Use :meth:`open`."""
-        self.path, self.header, self._view = path, header, view
+        self.path, self.header, self.view = path, header, view
 
     @classmethod
     def open(cls, path: Path) -> TensorFile:
@@ -184,4 +184,4 @@ class TensorFile:
     def data(self, spec: TensorSpec) -> memoryview:
         """The tensor's bytes, not copied."""
         base = self.header.data_start
-        return self._view[base + spec.start : base + spec.stop]
+        return self.view[base + spec.start : base + spec.stop]

@@ -75,6 +75,11 @@ class Unit:
             side=side,
         )
 
+    def joint_stack(self) -> tuple[list[PartPlan], Part]:
+        """Of a joint codec: the parts in the order they are stacked in, and what they are as one."""
+        (stack,) = self._stacks()
+        return stack, self._part(stack)
+
     def stream_names(self) -> set[str]:
         """Names of all streams that :meth:`encode` gives."""
         names: set[str] = set()

@@ -39,7 +39,7 @@ Threads = Annotated[
 
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own; bf16 for GGUF), bf16, fp16 or fp32.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Gpu = Annotated[str, typer.Option("--device", help="Where the lossless codec works: auto, cpu, cuda, cuda:1, ...")]
+Gpu = Annotated[str, typer.Option("--device", help="Where lossless and fisher work: auto, cpu, cuda, cuda:1, ...")]
 ProfileFile = Annotated[
     Path | None,
     typer.Option("-D", "--profile", help="The .kvprofile that calibrated codecs need.", show_default=False),

@@ -29,7 +29,7 @@ class Container:
     """A ``.kvp`` file, memory-mapped read-only.
 
     ``header``, ``source`` (the safetensors header of what was compressed) and ``parts`` are checked on opening;
-    a stream's checksum when it is read.
+    a stream's checksum when it is read. ``view`` is the whole file.
     """
 
     def __init__(self, view: memoryview) -> None:
@@ -40,7 +40,7 @@ class Container:
             UnsupportedError: written by a newer kvpack.
 
         """
-        self._view = view
+        self.view = view
         size = len(view)
         prologue = bytes(view[: PROLOGUE.size])
         self.version, length, crc = unpack_prologue(prologue)
@@ -75,7 +75,7 @@ class Container:
             raise type(error)(f"{path}: {error}") from None
 
     def _checked(self, offset: int, length: int, crc: int, what: str) -> bytes:
-        raw = bytes(self._view[offset : offset + length])
+        raw = bytes(self.view[offset : offset + length])
         if zlib.crc32(raw) != crc:
             raise CorruptError(f"corrupt: the checksum of the {what} does not match")
         return raw
@@ -90,9 +90,13 @@ class Container:
         """The name of a stream's kind."""
         return self.header.streams[record.kind]
 
+    def places(self, part: PartEntry) -> list[tuple[int, int]]:
+        """Offsets and sizes of a part's streams in the file."""
+        return [(offset, record.size) for record, offset in part.streams]
+
     def streams(self, part: PartEntry) -> list[tuple[str, memoryview, int]]:
         """Names, bytes and checksums of a part's streams; nothing is verified."""
-        every = [(record, self._view[offset : offset + record.size]) for record, offset in part.streams]
+        every = [(record, self.view[offset : offset + record.size]) for record, offset in part.streams]
         return [(self.stream_name(record), data, record.checksum) for record, data in every]
 
     def read(self, part: PartEntry) -> list[tuple[str, memoryview]]:

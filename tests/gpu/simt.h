@@ -1,4 +1,6 @@
 // Runs CUDA kernels on a CPU, a block at a time, a fiber a thread: for tests of their logic, not of races or speed.
+#include <cmath>
+#include <csetjmp>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -11,12 +13,16 @@
 #define __shared__ static
 
 struct Dim { unsigned x, y, z; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
 static Dim gridDim, blockDim, blockIdx, threadIdx;
 
 namespace simt {
 struct Barrier { int arrived = 0, alive = 0; unsigned generation = 0; };
 static const int MOST = 1024, STACK = 64 << 10;
-static ucontext_t scheduler, fibers[MOST];
+static ucontext_t fibers[MOST];
+static jmp_buf scheduler, places[MOST];  // switched by setjmp: swapcontext asks the kernel each time
+static bool begun[MOST];
 static char *stacks;
 static bool done[MOST];
 static int current;
@@ -26,6 +32,15 @@ alignas(1024) static char dynamic[256 << 10];
 static void *function;
 static const uint64_t *arguments;
 
+__attribute__((noinline)) inline void leave() {
+    if (!_setjmp(places[current])) _longjmp(scheduler, 1);
+}
+__attribute__((noinline)) inline void enter() {
+    if (_setjmp(scheduler)) return;
+    if (begun[current]) _longjmp(places[current], 1);
+    begun[current] = true;
+    setcontext(&fibers[current]);
+}
 inline void release(Barrier &barrier) {
     if (barrier.arrived && barrier.arrived == barrier.alive) barrier.arrived = 0, barrier.generation++;
 }
@@ -33,9 +48,7 @@ inline void wait(Barrier &barrier) {
     unsigned generation = barrier.generation;
     barrier.arrived++;
     release(barrier);
-    while (barrier.generation == generation) {
-        swapcontext(&fibers[current], &scheduler);
-    }
+    while (barrier.generation == generation) leave();
 }
 inline uint64_t *exchange(uint64_t value) {  // all lanes' values
     Barrier &warp = warps[current / 32];
@@ -54,7 +67,7 @@ inline void body() {
     done[current] = true;
     block.alive--, warps[current / 32].alive--;
     release(block), release(warps[current / 32]);
-    swapcontext(&fibers[current], &scheduler);
+    leave();
 }
 inline void run_block() {
     int threads = blockDim.x;
@@ -62,7 +75,7 @@ inline void run_block() {
     block = Barrier(), block.alive = threads;
     for (int w = 0; w < (threads + 31) / 32; w++) warps[w] = Barrier(), warps[w].alive = threads - w * 32 < 32 ? threads - w * 32 : 32;
     for (int i = 0; i < threads; i++) {
-        done[i] = false;
+        done[i] = begun[i] = false;
         getcontext(&fibers[i]);
         fibers[i].uc_stack.ss_sp = stacks + (size_t)i * STACK;
         fibers[i].uc_stack.ss_size = STACK;
@@ -73,7 +86,7 @@ inline void run_block() {
             if (!done[i]) {
                 current = i;
                 threadIdx = {(unsigned)i, 0, 0};
-                swapcontext(&scheduler, &fibers[i]);
+                enter();
             }
 }
 }  // namespace simt
@@ -128,6 +141,32 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     for (int i = 0; i < 4; i++) out |= (unsigned)(bytes >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
     return out;
 }
+
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
+inline unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float from_half(unsigned short half) {
+    int exponent = half >> 10 & 31, mantissa = half & 1023;
+    float value = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                                 : ldexpf(exponent ? 1024 + mantissa : mantissa, (exponent ? exponent : 1) - 25);
+    return half >> 15 ? -value : value;
+}
+inline unsigned to_half(float value) {  // to nearest, ties to even, as rintf does
+    unsigned sign = __float_as_uint(value) >> 16 & 0x8000;
+    float size = fabsf(value);
+    if (!(size < 65520)) return sign | (size != size ? 0x7E00 : 0x7C00);
+    int exponent = size < 6.103515625e-5f ? -14 : ilogbf(size);
+    unsigned steps = (unsigned)rintf(ldexpf(size, 10 - exponent));
+    return sign | (steps + ((exponent + 14) << 10));
+}
+inline unsigned to_bf16(float value) {
+    unsigned bits = __float_as_uint(value);
+    return value != value ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+inline unsigned to_halves(float low, float high) { return to_half(low) | to_half(high) << 16; }
+inline unsigned to_bf16s(float low, float high) { return to_bf16(low) | to_bf16(high) << 16; }
 
 inline unsigned shared_address(const void *at) { return (unsigned)((const char *)at - simt::dynamic); }
 inline unsigned shared_word(unsigned address) { return *(unsigned *)(simt::dynamic + address); }

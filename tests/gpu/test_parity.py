@@ -82,7 +82,7 @@ def test_tensors_on_the_device(gpu: Any, tmp_path: Path) -> None:
     source = mixed(tmp_path / "mixed.safetensors")
     archive = Archive(Container(memoryview(compress(source, gpu))))
     names = [name for name in archive.tensors if name.startswith("layers.")]
-    for name, data in device.Decoder(gpu, archive).read(names, fetch=False):
+    for name, data in device.read(gpu, archive, names, fetch=False):
         expected = archive.read(name)
         if isinstance(data, np.ndarray):
             assert (data == expected).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvpack.errors import UnsupportedError, UsageError
@@ -95,6 +96,19 @@ class Slot:
         """To pinned memory, without waiting."""
         host = self.torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.on_gpu)
         return host.copy_(tensor, non_blocking=True)
+
+    def mark(self) -> Callable[[], None]:
+        """What waits for all that was asked of the stream so far, and for nothing that is asked later."""
+        if self.stream is None:
+            return lambda: None
+        event = self.stream.record_event()
+        wait: Callable[[], None] = event.synchronize
+        return wait
+
+    def settle(self) -> None:
+        """Wait for all that was asked of the device: what other streams made may then be used on this one."""
+        if self.on_gpu:
+            self.torch.cuda.synchronize(self.device)
 
     def wait(self) -> None:
         """For all that was asked of the stream."""

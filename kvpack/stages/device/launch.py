@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -157,7 +157,8 @@ class Gpu:
         """Run a kernel; a zero-sized grid runs nothing."""
         if not all(grid):
             return
-        with self._torch.cuda.device(self.index):
+        elsewhere = self._torch.cuda.current_device() != self.index  # asked, because setting it takes longer
+        with self._torch.cuda.device(self.index) if elsewhere else nullcontext():
             function = self.function(name, tuple(sorted(defines.items())))
             if shared > max(_UNASKED_SHARED, self._granted.get(function.value or 0, 0)):
                 _checked(_driver().cuFuncSetAttribute(function, _SHARED_ATTRIBUTE, shared), "asking for shared memory")

@@ -12,10 +12,14 @@ _INCLUDE = re.compile(r'^#include "([a-z_]+\.cuh)"$', re.MULTILINE)
 
 @cache
 def source_of(name: str) -> str:
-    """The source ``name`` (``entropy/rans/encode``, below ``kvpack/stages``) behind what every kernel shares."""
+    """The source ``name`` (``entropy/rans/encode``, below ``kvpack/stages``) behind what every kernel shares.
+
+    What it includes lies beside it or in ``stages/device``.
+    """
     path = STAGES / f"{name}.cu"
 
     def included(match: re.Match[str]) -> str:
-        return _INCLUDE.sub(included, (path.parent / match[1]).read_text())
+        own, shared = path.parent / match[1], STAGES / "device" / match[1]
+        return _INCLUDE.sub(included, (own if own.exists() else shared).read_text())
 
     return (STAGES / "device/common.cuh").read_text() + _INCLUDE.sub(included, path.read_text())

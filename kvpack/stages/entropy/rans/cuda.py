@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -228,7 +227,6 @@ def decode(gpu: Launcher, streams: Tensor, sizes: Tensor, parts: Parts, mantissa
     return meta, digests, sums
 
 
-def shared_for(heads: list[Any]) -> int:
-    """Shared memory in bytes that decoding streams with these first 16 bytes wants, at most 128 KiB."""
-    most = max((head[1] + 1) * SLOTS_A_TABLE * 4 for head in heads) if heads else 0
-    return int(np.clip(-(-most // 1024) * 1024, 4096, 128 << 10))
+def shared_for(tables: int) -> int:
+    """Shared memory in bytes that decoding streams with so many tables wants, at most 128 KiB."""
+    return int(np.clip(-(-tables * SLOTS_A_TABLE * 4 // 1024) * 1024, 4096, 128 << 10))

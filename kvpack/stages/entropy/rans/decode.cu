@@ -5,8 +5,8 @@
 // of packed codes of SHIFT bits, 4 bytes aligned; sums [P] gets the digest, but for the length, with FLOATS alone
 // (DIMS a multiple of 64). Tables lie in shared memory where they take no more than budget bytes.
 #include "meta.cuh"
+#include "words.cuh"
 #define HEAD 16
-#define RING 512  // bytes of words that a warp holds ready in shared memory, in two halves
 #if ITEM == 2
 typedef u16 Item;
 #else
@@ -17,33 +17,6 @@ struct Lane {
     u32 state, tail, runs, singles;  // where the table's runs of 16 slots lie, and its single slots less the tail
 };
 
-struct Words {
-    const u64 *next;      // what follows ahead
-    u64 ahead;            // of the half behind those in the ring
-    u64 *ring;
-    u32 base, at, full;   // the ring's shared address; next word, end of the half that it is in, both in bytes
-};
-
-__device__ __forceinline__ Words open_words(const u16 *first, u64 *ring) {
-    int l = threadIdx.x % 32;
-    u64 address = (u64)first;
-    const u64 *aligned = kept((const u64 *)(address & ~7ull) + l);
-    ring[l] = aligned[0], ring[32 + l] = aligned[32];
-    __syncwarp();
-    return {aligned + 96, aligned[64], ring, kept(shared_address(ring)), (u32)(address & 7), RING / 2};
-}
-
-// To be called at least every four codes: fills the half of the ring that is used up, and asks for the one after.
-__device__ __forceinline__ void refill(Words &words) {
-    if (words.at < words.full) return;
-    __syncwarp();
-    words.ring[(words.full - RING / 2) % RING / 8 + threadIdx.x % 32] = words.ahead;
-    words.ahead = *words.next;
-    words.next += 32;
-    words.full += RING / 2;
-    __syncwarp();
-}
-
 // The entry of one code (prepare.cu): code << 12 in it.
 template <bool FITS>
 __device__ __forceinline__ u32 get(Lane &lane, Words &words, const u32 *slots, bool live, u32 below) {
@@ -53,11 +26,7 @@ __device__ __forceinline__ u32 get(Lane &lane, Words &words, const u32 *slots, b
     u32 entry = FITS ? shared_word(place * 4) : slots[place];
     u32 delta = entry >> 24, offset = large ? delta << 4 | x & 15 : delta;  // slot - start
     x = (entry & 0xFFF) * (x >> 12) + ((x >> 12) + offset);
-    bool due = x < LOW && live;
-    u32 mask = __ballot_sync(ALL, due);
-    u32 word = shared_half((words.at + 2 * __popc(mask & below)) & (RING - 1) | words.base);
-    words.at += 2 * __popc(mask);
-    lane.state = due ? x << 16 | word : x;
+    lane.state = take(words, x, x < LOW && live, below);
     return entry;
 }
 

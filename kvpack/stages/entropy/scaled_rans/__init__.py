@@ -41,7 +41,7 @@ class ScaledRans(EntropyCoder):
         """Span and raw bytes, then of each group its words' number and states, all words, and the raw bits."""
         if spec.scales is None:
             return _RANS.encode(codes, spec)
-        scales = _checked(spec)
+        scales = checked(spec)
         coded, raw, widths = symbols.split(np.ascontiguousarray(codes).reshape(-1))
         span = _span(coded, scales)
         groups = -(-len(coded) // span)
@@ -58,7 +58,7 @@ class ScaledRans(EntropyCoder):
         """The inverse of :meth:`encode`."""
         if spec.scales is None:
             return _RANS.decode(data, spec)
-        scales = _checked(spec)
+        scales = checked(spec)
         if len(data) < _HEAD.size:
             raise CorruptError("scaled_rans stream: truncated")
         span, raw_bytes = _HEAD.unpack_from(data)
@@ -84,7 +84,13 @@ class ScaledRans(EntropyCoder):
         return symbols.join(coded, long, raw).reshape(spec.shape)
 
 
-def _checked(spec: PlaneSpec) -> Scales:
+def checked(spec: PlaneSpec) -> Scales:
+    """A plane's scales, if they are sound.
+
+    Raises:
+        MismatchError: they are not.
+
+    """
     scales = spec.scales
     assert scales is not None
     tables = scales.tables
@@ -96,12 +102,17 @@ def _checked(spec: PlaneSpec) -> Scales:
     return scales
 
 
+def costs(frequencies: NDArray[np.int32]) -> NDArray[np.int64]:
+    """What each symbol of each table takes, in 64ths of a bit, with log2 linear between powers of two; ``[K, 63]``."""
+    octave = np.frexp(frequencies.astype(np.float64))[1].astype(np.int64) - 1
+    found: NDArray[np.int64] = 64 * (PRECISION - octave) - ((64 * (frequencies - (1 << octave))) >> octave)
+    return found
+
+
 def _span(coded: Array, scales: Scales) -> int:
-    """Symbols a group: by the payload, estimated in 64ths of a bit with log2 linear between powers of two."""
-    octave = np.frexp(scales.tables.astype(np.float64))[1].astype(np.int64) - 1
-    cost = 64 * (PRECISION - octave) - ((64 * (scales.tables - (1 << octave))) >> octave)
+    """Symbols a group: by the payload, estimated in 64ths of a bit."""
     classes = scales.classes().reshape(-1)
-    payload = int(cost[classes, coded].sum()) // (64 * 8)
+    payload = int(costs(scales.tables)[classes, coded].sum()) // (64 * 8)
     groups = max(1, payload // GROUP_BYTES)
     return -(-len(coded) // (groups * GROUP)) * GROUP
 

@@ -87,15 +87,16 @@ class DeadZone(Quantizer):
         rows = self.rows(levels)
         return Scales(columns, rows if shifts is None else rows - 8 * shifts, tables)
 
+    def centroids(self, part: Part) -> Floats:
+        """The profile's, ``[K, 4]``."""
+        centroids, tables = part.array(f"{self.section}.centroids"), part.array(f"{self.section}.tables")
+        if centroids.shape != (len(tables), 4):
+            raise MismatchError("the profile's centroids are not for its own tables")
+        return centroids
+
     def steps(self, levels: NDArray[np.int32]) -> Floats:
         """The same as a number, ``[T, 1]``."""
         return np.exp2(self.log_step / 32 + levels[:, None] / 4).astype(np.float32)
-
-    def _centroids(self, part: Part, scales: Scales) -> Floats:
-        centroids = part.array(f"{self.section}.centroids")
-        if centroids.shape != (len(scales.tables), 4):
-            raise MismatchError("the profile's centroids are not for its own tables")
-        return centroids
 
     def encode(self, data: NDArray[Any], part: Part) -> list[Codes]:
         """Coefficients ``[1, T, R]``, float32, to levels, shifts and zigzag codes.
@@ -109,7 +110,7 @@ class DeadZone(Quantizer):
         with np.errstate(over="ignore", invalid="ignore"):
             if not (np.abs(data[0]) < LARGEST * steps).all():
                 raise UnrepresentableError("coefficients too large for the step")
-        shifts, magnitude = quantise(data[0], steps, scales, self._centroids(part, scales))
+        shifts, magnitude = quantise(data[0], steps, scales, self.centroids(part))
         codes = zigzag(np.where(data[0] < 0, -magnitude, magnitude))
         every = (levels + MIDDLE).astype(np.uint8), (shifts + MOST_SHIFT).astype(np.uint8)
         return [*(plane[None, :, None] for plane in every), codes[None]]
@@ -120,7 +121,7 @@ class DeadZone(Quantizer):
         levels -= MIDDLE
         values = unzigzag(codes[2][0])
         scales = self._scales(levels, part, shifts - MOST_SHIFT)
-        centroids = self._centroids(part, scales)
+        centroids = self.centroids(part)
         out = values.astype(np.float32)
         token, column = np.nonzero(values)
         magnitude = np.abs(values[token, column])

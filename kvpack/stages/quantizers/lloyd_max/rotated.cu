@@ -14,18 +14,6 @@ __device__ __forceinline__ void multiply(float *sum, const u32 *a, u32 b0, u32 b
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ u16 to_half(float value) {
-    u16 half;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
-    return half;
-}
-
-__device__ __forceinline__ float from_half(u16 half) {
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
-    return value;
-}
-
 __device__ __forceinline__ void load_matrix(const u32 *matrix, u32 *held) {
     for (int i = threadIdx.x; i < DIMS * DIMS; i += WARPS * 32) {  // words: two elements each, both matrices
         int row = i / (DIMS / 2), column = i % (DIMS / 2);
@@ -104,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) compress(
             for (int j = 0; j < TILES; j++) square += sums[j][2 * r] * sums[j][2 * r] + sums[j][2 * r + 1] * sums[j][2 * r + 1];
             square += __shfl_xor_sync(ALL, square, 1);
             square += __shfl_xor_sync(ALL, square, 2);
-            u16 norm = to_half(sqrtf(square));
+            u16 norm = (u16)to_halves(sqrtf(square), 0);
             float scale = norm ? 1 / from_half(norm) : 1;
             u32 pairs[TILES];
 #pragma unroll

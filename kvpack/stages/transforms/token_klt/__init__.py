@@ -31,7 +31,13 @@ class TokenKlt(Transform):
 
     section: str
 
-    def _model(self, part: Part) -> TokenModel:
+    def model(self, part: Part) -> TokenModel:
+        """What the part's profile says, if it is for such a cache.
+
+        Raises:
+            MismatchError: it is not.
+
+        """
         rows, _, dims = part.shape
         model = model_of(part, self.section)
         if model.mean.shape[1] != rows * dims or 2 * len(model.frequencies) > dims:
@@ -42,11 +48,11 @@ class TokenKlt(Transform):
 
     def output(self, part: Part) -> Part:
         """One row of the model's coordinates."""
-        return replace(part, shape=(1, part.shape[1], self._model(part).rank), heads=1)
+        return replace(part, shape=(1, part.shape[1], self.model(part).rank), heads=1)
 
     def forward(self, values: Floats, part: Part) -> Floats:
         """``(x - mean) @ analysis - prediction``; ``[1, T, R]``."""
-        model = self._model(part)
+        model = self.model(part)
         rows, tokens, dims = part.shape
         keys = rotate(values[: rows // 2], model.frequencies, part.first, -1)
         both = np.concatenate([keys, values[rows // 2 :]])
@@ -56,7 +62,7 @@ class TokenKlt(Transform):
 
     def inverse(self, values: Floats, part: Part) -> Floats:
         """``(z + prediction) @ synthesis + mean``."""
-        model = self._model(part)
+        model = self.model(part)
         rows, tokens, dims = part.shape
         with np.errstate(over="ignore", invalid="ignore"):
             flat = model.rows(values[0], part)

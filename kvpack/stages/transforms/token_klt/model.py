@@ -136,6 +136,16 @@ class TokenModel:
         flat += self.means(part.first, len(flat))
         return flat
 
+    def require(self, tokens: NDArray[np.int32]) -> None:
+        """Check token ids.
+
+        Raises:
+            MismatchError: some that the profile's model does not have.
+
+        """
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < len(self.predictor.table):
+            raise MismatchError("the capture has token ids that the profile's model does not have")
+
     def predict(self, part: Part) -> Floats:
         """Expected coordinates ``[T, rank]`` of the part's tokens; 0 for sinks, and without token ids.
 
@@ -148,8 +158,7 @@ class TokenModel:
         out = np.zeros((part.shape[1], self.rank), np.float32)
         if tokens is None:
             return out
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < len(self.predictor.table):
-            raise MismatchError("the capture has token ids that the profile's model does not have")
+        self.require(tokens)
         start = max(part.first, self.sinks)
         if start < stop:
             out[start - part.first :] = self.predictor.expected(tokens[:stop], start)

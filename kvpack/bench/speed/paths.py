@@ -1,0 +1,91 @@
+"""The paths of files: from pinned memory to pinned memory, from file to file, from a file to the device."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvpack import api, device
+from kvpack.archive import Archive, Capture
+from kvpack.bench.speed.timing import Speed, speed
+from kvpack.codecs import CODECS
+from kvpack.container import Container, layer_of, plan_parts
+from kvpack.device.staging import Source
+from kvpack.stages.device.launch import Gpu
+from kvpack.tensorfile import TensorFile
+
+TOKENS = 2048
+ROUNDS = 5
+
+
+def pinned(path: Path) -> torch.Tensor:
+    """A file's bytes in pinned memory."""
+    host = torch.empty(path.stat().st_size, dtype=torch.uint8, pin_memory=True)
+    with path.open("rb") as file:
+        file.readinto(host.numpy().data)
+    return host
+
+
+def _walls(function: Callable[[], Any]) -> list[float]:
+    """Wall clock of calls, the first left out, ascending."""
+    times = []
+    for _ in range(1 + ROUNDS):
+        start = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])
+
+
+def _drained(items: Iterator[Any]) -> None:
+    for _ in items:
+        pass
+
+
+def rows(gpu: Gpu, source: Path, data: str) -> Iterator[Speed]:
+    """The lossless codec along each path, over the capture ``source``."""
+    remark = f"wall clock, first of {ROUNDS + 1} runs left out"
+    size = sum(spec.nbytes for spec in TensorFile.open(source).tensors.values())
+    with tempfile.TemporaryDirectory(dir=source.parent) as folder:
+        packed, back = Path(folder) / "packed.kvp", Path(folder) / "back.safetensors"
+
+        def compress() -> None:
+            with packed.open("wb") as sink:
+                api.compress(source, sink, CODECS["lossless"], gpu=gpu)
+
+        def decompress() -> None:
+            with back.open("wb") as sink:
+                api.decompress(Archive.open(packed), sink, gpu=gpu)
+
+        def load() -> None:
+            archive = Archive.open(packed)
+            _drained(device.read(gpu, archive, list(archive.tensors), fetch=False))
+
+        yield speed("file to file compress", data, size, _walls(compress), remark)
+        yield speed("file to file decompress", data, size, _walls(decompress), remark)
+        yield speed("file to device", data, size, _walls(load), remark)
+        yield from _host_to_host(gpu, source, packed, data, size, remark)
+
+
+def _host_to_host(gpu: Gpu, source: Path, packed: Path, data: str, size: int, remark: str) -> Iterator[Speed]:
+    """From pinned memory to pinned memory, both ways at once over the link."""
+    image = pinned(source)
+    mapped = TensorFile.open(source)
+    capture = Capture(TensorFile(source, mapped.header, memoryview(image.numpy().data)))
+    plans = [plan for plan in plan_parts(mapped.header, TOKENS) if plan.layer is not None]
+    encoder = device.Encoder(gpu, capture, Source(image))
+    yield speed("host to host compress", data, size, _walls(lambda: _drained(encoder.encode(plans))), remark)
+    file = pinned(packed)
+    archive = Archive(Container(memoryview(file.numpy().data)))
+    names = [name for name, spec in archive.tensors.items() if layer_of(spec) is not None]
+    decoder = device.Decoder(gpu, archive, Source(file))
+    for name, bits in decoder.read(names):
+        if not np.array_equal(bits, capture.read(name)):
+            raise RuntimeError(f"{data}: what comes back is not what went in")
+    yield speed("host to host decompress", data, size, _walls(lambda: _drained(decoder.read(names))), remark)

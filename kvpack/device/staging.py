@@ -1,0 +1,142 @@
+"""Bytes on their way to a GPU: from a file's mapping into pinned memory by several threads, or pinned already."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpack.container.layout import PartPlan
+from kvpack.parallel import available_threads
+from kvpack.stages.device.host import Slot
+
+if TYPE_CHECKING:
+    import torch
+
+SLOTS = 5
+"""Batches at a time: one that is staged, two under way, one collected, one that is used."""
+
+ALIGNED = 256
+"""What addresses that are sent from are a multiple of."""
+
+COPY_BYTES = 4 << 20
+"""Bytes that a thread copies at a time."""
+
+T = TypeVar("T")
+S = TypeVar("S")
+R = TypeVar("R")
+Out = TypeVar("Out")
+Piece = tuple[int, int]
+"""Offset and size in bytes."""
+
+
+@dataclass(frozen=True)
+class Staged:
+    """Pinned bytes, once :meth:`ready` has returned; those that were asked for begin at ``skip``."""
+
+    host: torch.Tensor
+    copies: Sequence[Future[None]] = ()
+    skip: int = 0
+
+    def ready(self) -> torch.Tensor:
+        """Wait for the copies."""
+        for copy in self.copies:
+            copy.result()
+        return self.host
+
+
+class Source:
+    """A file's bytes."""
+
+    def __init__(self, data: memoryview | torch.Tensor) -> None:
+        """Over a view, from which pieces are copied; or over pinned memory, from which pieces in a row are sent."""
+        self._pinned = None if isinstance(data, memoryview) else data
+        self._view = np.frombuffer(data, np.uint8) if isinstance(data, memoryview) else data.numpy()
+        self._pool = ThreadPoolExecutor(available_threads())
+
+    def stage(self, slot: Slot, pieces: Iterable[Piece]) -> Staged:
+        """The pieces, one behind another, in ``slot``'s pinned memory: its last use must be over."""
+        runs = _merged(pieces)
+        if self._pinned is not None and len(runs) == 1:
+            ((offset, size),) = runs
+            skip = offset % ALIGNED
+            return Staged(self._pinned[offset - skip : offset + size], skip=skip)
+        host = slot.pinned(sum(size for _, size in runs))
+        target, at, copies = host.numpy(), 0, []
+        for offset, size in runs:
+            for first in range(0, size, COPY_BYTES):
+                take = min(COPY_BYTES, size - first)
+                copies.append(self._pool.submit(self._copy, target[at : at + take], offset + first))
+                at += take
+        return Staged(host, copies)
+
+    def _copy(self, target: NDArray[np.uint8], offset: int) -> None:
+        target[:] = self._view[offset : offset + len(target)]
+
+
+def _merged(pieces: Iterable[Piece]) -> list[Piece]:
+    """Pieces with those that follow each other as one."""
+    runs: list[Piece] = []
+    for offset, size in pieces:
+        if runs and sum(runs[-1]) == offset:
+            runs[-1] = (runs[-1][0], runs[-1][1] + size)
+        else:
+            runs.append((offset, size))
+    return runs
+
+
+def pieces_of(plan: PartPlan, data_start: int) -> list[Piece]:
+    """Where a part's ``[H, T, D]`` lie in its safetensors file."""
+    spec, start = plan.tensor, data_start + plan.tensor.start
+    heads, tokens, dims = plan.shape
+    row, total = dims * spec.itemsize, spec.shape[1] if plan.layer is not None else tokens
+    if total == tokens:
+        return [(start, heads * tokens * row)]
+    return [(start + (head * total + plan.first) * row, tokens * row) for head in range(heads)]
+
+
+def pipelined(
+    items: Iterable[T],
+    stage: Callable[[T, Slot], S],
+    start: Callable[[S], R],
+    collect: Callable[[R], R],
+    finish: Callable[[R], Iterable[Out]],
+    slots: Sequence[Slot],
+) -> Iterator[Out]:
+    """What ``finish`` gives for every item in order, while later ones are staged, under way or collected elsewhere.
+
+    ``collect`` may wait for results whose size must be known before they are fetched: two more are under way meanwhile.
+    """
+    staged: deque[S] = deque()
+    under_way: deque[R] = deque()
+    collected: deque[R] = deque()
+    for number, item in enumerate(items):
+        staged.append(stage(item, slots[number % SLOTS]))
+        if len(staged) > 1:
+            under_way.append(start(staged.popleft()))
+        if len(under_way) > 2:
+            collected.append(collect(under_way.popleft()))
+        if len(collected) > 1:
+            yield from finish(collected.popleft())
+    under_way.extend(map(start, staged))
+    while under_way:
+        collected.append(collect(under_way.popleft()))
+        if len(collected) > 1:
+            yield from finish(collected.popleft())
+    while collected:
+        yield from finish(collected.popleft())
+
+
+def signed(values: Iterable[int]) -> list[int]:
+    """64-bit unsigned values as torch's int64 holds them."""
+    return [value - (1 << 64) if value >> 63 else value for value in values]
+
+
+def unsigned(values: Iterable[Any]) -> list[int]:
+    """And back."""
+    return [int(value) % (1 << 64) for value in values]

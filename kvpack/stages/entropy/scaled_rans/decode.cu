@@ -1,0 +1,146 @@
+// Streams of planes back to codes: heads and lengths checked (heads), lanes (decode), raw bits added (place, join).
+//
+// streams [U] addresses, 4 bytes aligned. meta [U, META]; FAULT is not 0 where a stream is not sound.
+#include "planes.cuh"
+#include "words.cuh"
+
+// bases [U, groups_most + 1]: first word of each group. A block a plane.
+extern "C" __global__ void __launch_bounds__(1024) heads(
+    const u64 *streams, const i64 *sizes, i64 count, i64 groups_most, int *bases, int *meta) {
+    int *own = meta + blockIdx.x * META;
+    const u32 *stream = (const u32 *)streams[blockIdx.x];
+    i64 size = sizes[blockIdx.x];
+    if (threadIdx.x == 0) own[FAULT] = 1;
+    if (size < HEAD) return;
+    i64 span = stream[0], raw_bytes = stream[1], groups = span && span % 32 == 0 ? (count + span - 1) / span : 0;
+    i64 body = size - HEAD - 132 * groups - raw_bytes;
+    if (groups < 1 || groups > groups_most || body < 0 || body % 2) return;
+    __shared__ int huge;
+    if (threadIdx.x == 0) huge = 0;
+    __syncthreads();
+    for (int g = threadIdx.x; g < groups; g += 1024)
+        if (stream[2 + g] > (u32)(span < count ? span : count)) huge = 1;  // also keeps sums below 2^31
+    __syncthreads();
+    if (huge) return;
+    bases += blockIdx.x * (groups_most + 1);
+    int words = block_scan((const int *)stream + 2, (int)groups, bases);
+    if (threadIdx.x) return;
+    bases[groups] = words;
+    own[SPAN] = (int)(span < count ? span : (count + 31) / 32 * 32), own[GROUPS] = (int)groups;
+    own[RAW_BYTES] = (int)raw_bytes, own[WORDS] = words, own[FAULT] = 2 * words != body;
+}
+
+#define RUN 32
+#define RUNS ((1 << PRECISION) / RUN)
+#define STEPS 4  // as many as words may go by without refill
+
+// What says the classes of a lane's next codes.
+struct Ahead {
+    int column[STEPS], scale[STEPS], row[STEPS];
+    __device__ __forceinline__ void load(const Plane &plane, Place &place) {
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            row[i] = place.row < plane.tokens ? place.row : plane.tokens - 1;
+            column[i] = plane.columns[place.column], scale[i] = plane.rows[row[i]];
+            place.on(plane.dims);
+        }
+    }
+};
+
+// raw [U * T], zeroed before, gets each row's raw bits. coarse [K, RUNS]: the symbol of every 32nd slot; entries [K, 64]:
+// frequency << 14 | start. A warp a group.
+extern "C" __global__ void __launch_bounds__(32 * WARPS) decode(
+    const u64 *streams, const int *bases, i64 groups_most, const int *columns, const int *rows, i64 tokens, i64 dims,
+    i64 tables, const u32 *entries, const uint4 *coarse, u16 *codes, int *raw, int *meta) {
+    extern __shared__ u32 shared[];  // rings of the warps, entries, coarse, codes
+    int *own = meta + blockIdx.y * META;
+    if (own[FAULT] == 1 || blockIdx.x * WARPS >= own[GROUPS]) return;
+    u32 *held = shared + WARPS * RING / 4;
+    u8 *runs = (u8 *)(held + tables * SYMBOLS);
+    u16 *code = (u16 *)(runs + tables * RUNS);
+#pragma unroll 8
+    for (int i = threadIdx.x; i < tables * SYMBOLS; i += 32 * WARPS) held[i] = entries[i];
+#pragma unroll 8
+    for (int i = threadIdx.x; i < tables * RUNS / 16; i += 32 * WARPS) ((uint4 *)runs)[i] = coarse[i];
+    if (threadIdx.x < SYMBOLS) code[threadIdx.x] = (u16)code_of(threadIdx.x);
+    __syncthreads();
+    int group = blockIdx.x * WARPS + threadIdx.x / 32, l = threadIdx.x % 32, span = own[SPAN];
+    if (group >= own[GROUPS]) return;
+    Plane plane = {columns, rows + blockIdx.y * tokens, (int)tokens, (int)dims, (int)tables - 1};
+    int first = group * span, count = plane.size() - first < span ? plane.size() - first : span;
+    codes += (i64)blockIdx.y * plane.size() + first, raw += blockIdx.y * tokens;
+    const u8 *stream = (const u8 *)streams[blockIdx.y] + HEAD + 4ll * own[GROUPS];
+    bases += blockIdx.y * (groups_most + 1) + group;
+    u32 x = ((const u32 *)stream)[group * 32 + l], below = (1u << l) - 1;
+    Words words = open_words((const u16 *)(stream + 128ll * own[GROUPS]) + bases[0], (u64 *)shared + threadIdx.x / 32 * (RING / 8));
+    u32 begin = words.at;
+    Place place = {(first + l) / plane.dims, (first + l) % plane.dims};
+    Ahead next;
+    next.load(plane, place);
+    int counted = next.row[0], bits = 0;  // raw bits in the row that the lane is in
+    for (int at = l; at - l < count; at += 32 * STEPS) {
+        Ahead now = next;
+        if (at - l + 32 * STEPS < count) next.load(plane, place);
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            if (at - l + 32 * i >= count) break;  // the same for all lanes
+            bool live = at + 32 * i < count;
+            int k = plane.class_of(now.column[i], now.scale[i]);
+            u32 slot = x & ((1u << PRECISION) - 1);
+            int symbol = runs[k * RUNS + slot / RUN];
+            u32 entry = held[k * SYMBOLS + symbol];
+            while (slot - (entry & 0x3FFF) >= entry >> PRECISION) entry = held[k * SYMBOLS + ++symbol];
+            u32 state = (entry >> PRECISION) * (x >> PRECISION) + slot - (entry & 0x3FFF);
+            state = take(words, state, live && state < LOW, below);
+            if (live) {
+                x = state;
+                codes[at + 32 * i] = code[symbol];
+                if (now.row[i] != counted) {
+                    if (bits) atomicAdd(&raw[counted], bits);
+                    counted = now.row[i], bits = 0;
+                }
+                bits += raw_width(magnitude_of(code[symbol]));
+            }
+        }
+        refill(words);
+    }
+    if (bits) atomicAdd(&raw[counted], bits);
+    bool fine = __ballot_sync(ALL, x == LOW) == ALL && words.at - begin == 2u * (bases[1] - bases[0]);
+    if (l == 0 && !fine) own[FAULT] = 2;
+}
+
+// Where in the raw bits each row's begin, and whether there are as many as there must be. A block a plane.
+extern "C" __global__ void __launch_bounds__(1024) place(
+    const u64 *streams, const i64 *sizes, const int *raw, i64 tokens, int *starts, int *meta) {
+    int *own = meta + blockIdx.x * META;
+    if (own[FAULT]) return;
+    int bits = block_scan(raw + blockIdx.x * tokens, (int)tokens, starts + blockIdx.x * tokens);
+    if (threadIdx.x) return;
+    const u8 *last = (const u8 *)streams[blockIdx.x] + sizes[blockIdx.x] - 1;
+    own[FAULT] = (bits + 7) / 8 != own[RAW_BYTES] || (bits % 8 && *last >> bits % 8) ? 3 : 0;
+}
+
+// Raw bits into the codes of rows that have some. A warp a row.
+extern "C" __global__ void __launch_bounds__(256) join(
+    const u64 *streams, i64 all_rows, i64 tokens, i64 dims, const int *raw, const int *starts, const int *meta, u16 *codes) {
+    int row = (int)(blockIdx.x * 8 + threadIdx.x / 32), unit = row / (int)tokens, l = threadIdx.x % 32;
+    if (row >= all_rows || !raw[row]) return;
+    const int *own = meta + unit * META;
+    if (own[FAULT]) return;
+    const u8 *tail = (const u8 *)streams[unit] + HEAD + 132ll * own[GROUPS] + 2ll * own[WORDS];
+    i64 bit = starts[row];
+    codes += (i64)row * dims;
+    for (int first = 0; first < dims; first += 32) {
+        u32 code = first + l < dims ? codes[first + l] : 0;
+        int width = raw_width(magnitude_of(code));
+        if (!__ballot_sync(ALL, width != 0)) continue;
+        int sum = warp_scan(width);
+        if (width) {
+            i64 at = bit + sum - width;
+            u32 value = 0;
+            for (int i = 0; i < (int)(at & 7) + width; i += 8) value |= (u32)tail[at / 8 + i / 8] << i;
+            codes[first + l] = (u16)(code + 2 * (value >> (at & 7) & ((1u << width) - 1)));
+        }
+        bit += __shfl_sync(ALL, sum, 31);
+    }
+}

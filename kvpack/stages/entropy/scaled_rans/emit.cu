@@ -1,0 +1,69 @@
+// Streams of planes from their groups: sizes and places, then bytes (docs/format.md).
+#include "planes.cuh"
+
+// places [U + 1]: where each stream starts in the arena, 16 bytes aligned; sizes [U]. One warp.
+extern "C" __global__ void __launch_bounds__(32) layout(
+    int *meta, const int *lengths, i64 planes, i64 groups_most, i64 *places, i64 *sizes) {
+    i64 place = 0;
+    for (int u = 0; u < planes; u++) {
+        int *own = meta + u * META, words = 0;
+        for (int g = threadIdx.x; g < own[GROUPS]; g += 32) words += lengths[u * groups_most + g];
+        words = warp_total(words);
+        i64 size = HEAD + 132ll * own[GROUPS] + 2ll * words + own[RAW_BYTES];
+        if (threadIdx.x == 0) own[WORDS] = words, sizes[u] = size, places[u] = place;
+        place += (size + 15) / 16 * 16;
+    }
+    if (threadIdx.x == 0) places[planes] = place;
+}
+
+// Grid (1 + groups, U): block 0 writes the head and lengths and clears the raw bits, each other block one group.
+extern "C" __global__ void __launch_bounds__(256) emit(
+    const int *meta, const int *lengths, i64 groups_most, const u32 *states, const u16 *scratch, i64 size,
+    const i64 *places, u8 *arena) {
+    const int *own = meta + blockIdx.y * META;
+    int groups = own[GROUPS], g = (int)blockIdx.x - 1, span = own[SPAN];
+    u8 *out = arena + places[blockIdx.y], *words = out + HEAD + 132ll * groups;
+    lengths += blockIdx.y * groups_most, states += blockIdx.y * groups_most * 32;
+    if (g >= groups) return;
+    if (g < 0) {
+        if (threadIdx.x == 0) ((u32 *)out)[0] = span, ((u32 *)out)[1] = own[RAW_BYTES];
+        for (int i = threadIdx.x; i < groups; i += 256) ((u32 *)(out + HEAD))[i] = lengths[i];
+        u8 *raw = words + 2ll * own[WORDS];
+        for (int i = threadIdx.x; i < own[RAW_BYTES]; i += 256) raw[i] = 0;
+        return;
+    }
+    int before = 0, length = lengths[g];
+    for (int i = threadIdx.x % 32; i < g; i += 32) before += lengths[i];
+    before = warp_total(before);
+    if (threadIdx.x < 32) ((u32 *)(out + HEAD + 4ll * groups))[g * 32 + threadIdx.x] = states[g * 32 + threadIdx.x];
+    i64 end = (g + 1ll) * span < size ? (g + 1ll) * span : size;
+    const u16 *from = scratch + blockIdx.y * size + end - length;
+    u16 *to = (u16 *)words + before;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < length; i += 256) to[i] = from[i];
+}
+
+// Raw bits of the rows' codes, each row's from starts on. A warp a row.
+extern "C" __global__ void __launch_bounds__(256) raw(
+    const u16 *codes, i64 all_rows, i64 tokens, i64 dims, const int *bits, const int *starts, const int *meta,
+    const i64 *places, u8 *arena) {
+    int row = (int)(blockIdx.x * 8 + threadIdx.x / 32), unit = row / (int)tokens, l = threadIdx.x % 32;
+    if (row >= all_rows || !bits[row]) return;
+    const int *own = meta + unit * META;
+    i64 byte = places[unit] + HEAD + 132ll * own[GROUPS] + 2ll * own[WORDS], bit = byte * 8 + starts[row];
+    codes += (i64)row * dims;
+    for (int first = 0; first < dims; first += 32) {
+        u32 magnitude = first + l < dims ? magnitude_of(codes[first + l]) : 0;
+        int width = raw_width(magnitude);
+        if (!__ballot_sync(ALL, width != 0)) continue;
+        int sum = warp_scan(width);
+        if (width) {
+            i64 at = bit + sum - width;
+            u64 value = (u64)(magnitude & ((1u << width) - 1)) << (at & 31);
+            u32 *word = (u32 *)arena + at / 32;
+            atomicOr(word, (u32)value);
+            if (value >> 32) atomicOr(word + 1, (u32)(value >> 32));
+        }
+        bit += __shfl_sync(ALL, sum, 31);
+    }
+}

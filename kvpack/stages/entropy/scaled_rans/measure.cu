@@ -1,0 +1,38 @@
+// What a plane's codes will cost: bits and raw bits, and so how many symbols a group takes (docs/format.md).
+#include "planes.cuh"
+#define GROUP_BYTES 12288
+
+// costs [K, 64]: 64ths of a bit of each symbol. raw [U * T]: raw bits of each row; totals [U], zeroed before. A warp a row.
+extern "C" __global__ void __launch_bounds__(256) measure(
+    const u16 *codes, const int *columns, const int *rows, i64 all_rows, i64 tokens, i64 dims, i64 tables,
+    const u16 *costs, int *raw, u64 *totals) {
+    Plane plane = {columns, rows, (int)tokens, (int)dims, (int)tables - 1};
+    int row = (int)(blockIdx.x * 8 + threadIdx.x / 32), bits = 0;
+    u32 cost = 0;
+    if (row >= all_rows) return;
+    int mine = rows[row];
+    codes += (i64)row * dims;
+#pragma unroll 4
+    for (int c = threadIdx.x % 32; c < plane.dims; c += 32) {
+        u32 code = codes[c];
+        cost += costs[plane.class_of(columns[c], mine) * SYMBOLS + symbol_of(code)];
+        bits += raw_width(magnitude_of(code));
+    }
+    u64 sum = warp_sum((u64)cost);
+    bits = warp_total(bits);
+    if (threadIdx.x % 32) return;
+    raw[row] = bits;
+    atomicAdd(&totals[row / plane.tokens], sum);
+}
+
+// meta [U, META], and where in the raw bits each row's begin. A block a plane.
+extern "C" __global__ void __launch_bounds__(1024) divide(
+    const int *raw, const u64 *totals, i64 tokens, i64 dims, int *starts, int *meta) {
+    int bits = block_scan(raw + blockIdx.x * tokens, (int)tokens, starts + blockIdx.x * tokens);
+    if (threadIdx.x) return;
+    i64 size = tokens * dims, payload = (i64)(totals[blockIdx.x] / (64 * 8)), groups = payload / GROUP_BYTES;
+    groups = groups ? groups : 1;
+    i64 span = (size + groups * 32 - 1) / (groups * 32) * 32;
+    int *own = meta + blockIdx.x * META;
+    own[SPAN] = (int)span, own[GROUPS] = (int)((size + span - 1) / span), own[RAW_BYTES] = (bits + 7) / 8;
+}

@@ -1,0 +1,90 @@
+"""``dead_zone`` on a GPU: given the same coefficients and steps, the same codes as on the CPU, and the same values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvpack.stages.base import Floats
+from kvpack.stages.device.launch import Launcher
+from kvpack.stages.device.tensors import sent
+from kvpack.stages.quantizers.dead_zone.reference import (
+    MOST_SHIFT,
+    SHIFT_BITS,
+    THRESHOLDS,
+    magnitude_bits,
+    thresholds,
+)
+
+Tensor = torch.Tensor
+
+BIT = 1 << 40
+"""A bit in the whole numbers that costs of shifts are summed in: a row's stay below 2**63."""
+
+_DEFINES = {"THRESHOLDS": THRESHOLDS, "MOST_SHIFT": MOST_SHIFT, "SHIFT_COST": int(SHIFT_BITS * BIT)}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What codes are chosen by, and read at, in device memory: ``wanted`` float32 ``[K, THRESHOLDS]``, ``bits`` int64
+    ``[K, 32]`` and ``centroids`` float32 ``[K, 4]``.
+    """  # fmt: skip
+
+    wanted: Tensor
+    bits: Tensor
+    centroids: Tensor
+
+    @classmethod
+    def of(cls, tables: NDArray[Any], centroids: Floats, device: str) -> Choices:
+        """From a profile's tables and centroids."""
+        bits = np.rint(magnitude_bits(tables) * BIT).astype(np.int64)
+        return cls(sent(thresholds(tables, centroids), device), sent(bits, device), sent(centroids, device))
+
+
+def _grid(rows: int) -> tuple[int, int]:
+    return -(-rows // 8), 1
+
+
+def quantize(
+    gpu: Launcher, z: Tensor, steps: Tensor, columns: Tensor, classes: Tensor, choices: Choices, faults: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Zigzag codes int16 (the bits of uint16) ``[N, R]`` of coefficients float32 ``[N, R]``, and shifts int32 ``[N]``.
+
+    ``steps`` float32 ``[N]`` are in the coefficients' unit. A code's class is ``(columns[r] - classes[n]) >> 3``; the
+    third result are the ``classes`` that the shifts make of them. ``faults`` int32 ``[U]``, for equal shares of the
+    rows, are set where a magnitude is too large.
+    """
+    rows, dims = z.shape
+    codes = torch.empty(rows, dims, dtype=torch.int16, device=gpu.device)
+    shifts, shifted = torch.empty(2, rows, dtype=torch.int32, device=gpu.device)
+    gpu.launch("quantizers/dead_zone/codes:quantize", _DEFINES, _grid(rows), 256, 0, z, rows, rows // len(faults), dims,
+               steps, columns, classes, len(choices.wanted), choices.wanted, choices.bits, codes, shifts, shifted,
+               faults)  # fmt: skip
+    return codes, shifts, shifted
+
+
+def restore(
+    gpu: Launcher,
+    codes: Tensor,
+    steps: Tensor,
+    columns: Tensor,
+    classes: Tensor,
+    choices: Choices,
+    predicted: Tensor | None,
+    predicted_exponent: int,
+    exponent: int,
+) -> Tensor:
+    """Values times ``2**exponent``, halves ``[N, R]``: magnitudes at their bins' centroids times steps.
+
+    ``predicted`` float32 ``[N, R]``, times ``2**-predicted_exponent``, is added.
+    """
+    rows, dims = codes.shape
+    out = torch.empty(rows, dims, dtype=torch.float16, device=gpu.device)
+    gpu.launch("quantizers/dead_zone/codes:restore", _DEFINES, _grid(rows), 256, 0, codes, rows, dims, steps, columns,
+               classes, len(choices.centroids), choices.centroids, predicted, -predicted_exponent, exponent,
+               out)  # fmt: skip
+    return out
