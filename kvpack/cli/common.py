@@ -39,7 +39,10 @@ Threads = Annotated[
 
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own; bf16 for GGUF), bf16, fp16 or fp32.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Gpu = Annotated[str, typer.Option("--device", help="Where lossless and fisher work: auto, cpu, cuda, cuda:1, ...")]
+Gpu = Annotated[
+    str,
+    typer.Option("--device", help="cpu; cuda, cuda:1, ... for lossless and fisher; auto: a GPU for large lossless."),
+]
 ProfileFile = Annotated[
     Path | None,
     typer.Option("-D", "--profile", help="The .kvprofile that calibrated codecs need.", show_default=False),
@@ -55,10 +58,16 @@ def open_profile(path: Path | None) -> Profile | None:
     return Profile.open(path)
 
 
-def gpu(device: str, source: Path, quiet: bool) -> Launcher | None:
-    """The GPU for work on a file, as ``--device`` says; a line on stderr where it was asked for and is not there."""
+def gpu(device: str, source: Path, quiet: bool, *, exact: bool) -> Launcher | None:
+    """The GPU for work on a file, as ``--device`` says; a line on stderr where it was asked for and is not there.
+
+    ``auto`` takes one for what is ``exact`` there: a lossy codec's file, and what is read from it, is to be the same
+    everywhere unless a GPU is asked for.
+    """
     from kvpack.stages.device.host import find_gpu
 
+    if device == "auto" and not exact:
+        return None
     found, reason = find_gpu(device, source.stat().st_size)
     if reason:
         say(f"kvpack: {reason}", quiet=quiet, to_stderr=True)

@@ -162,7 +162,7 @@ def _compress_one(
                 drop=drop,
                 threads=threads,
                 progress=progress,
-                gpu=common.gpu(device, source, quiet),
+                gpu=common.gpu(device, source, quiet, exact=codec.lossless),
             )
         except FormatError as error:
             raise type(error)(str(error).replace(str(source), str(path))) from None

@@ -99,7 +99,8 @@ def _decompress_one(
             else:
                 with common.writable(target, force) as sink:
                     selection = api.Selection(*chosen)
-                    gpu = common.gpu(device, source, quiet)
+                    exact = all(codec.lossless for codec in archive.codecs)
+                    gpu = common.gpu(device, source, quiet, exact=exact)
                     left_out = api.decompress(archive, sink, selection, threads=threads, progress=progress, gpu=gpu)
         except KvpackError as error:
             text = str(error).replace(str(source), str(path))
