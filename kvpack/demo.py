@@ -21,8 +21,9 @@ TOKENS = 2048
 TOPICS = ("typesmapping", "objects", "class", "exceptions", "naming", "types")
 """Chapters of Python's language reference, English prose that every CPython carries (``pydoc_data``)."""
 
-SHOWN = [codec for codec in CODECS.values() if not codec.profiled]
-"""Codecs that need no calibration."""
+FINE_AND_COARSE = {f"local-{level}" for level in (8, 7, 6, 2, 1)}
+SHOWN = [codec for codec in CODECS.values() if not codec.profiled and codec.name not in FINE_AND_COARSE]
+"""Codecs that need no calibration; of ``local`` some levels."""
 
 Progress = Callable[[int, int], None] | None
 
