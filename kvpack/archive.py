@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,9 @@ from kvpack.profile import Profile
 from kvpack.stages.base import Side
 from kvpack.tensorfile import TensorFile, TensorSpec
 from kvpack.units import Unit
+
+KEPT_BYTES = 2 << 30
+"""Decoded chunks of stacked codecs that are kept in main memory."""
 
 
 class Capture:
@@ -82,7 +86,8 @@ class Archive:
         self._parts: dict[str, list[PartEntry]] = {}
         for part in container.parts:
             self._parts.setdefault(part.plan.tensor.name, []).append(part)
-        self._chunk: tuple[int, dict[str, Bits]] = (-1, {})
+        self._chunks: dict[int, dict[str, Bits]] = {}
+        self._kept = 0
         self._lock = threading.Lock()
 
     @classmethod
@@ -131,18 +136,32 @@ class Archive:
             raise CorruptError(f"{parts[0].plan.name}: {error}") from None
 
     def _read_stacked(self, part: PartEntry) -> Bits:
-        """A part of a chunk whose layers are coded as one: the whole chunk is decoded, and the last one kept."""
+        """A part of a chunk whose layers are coded as one: the whole chunk is decoded once, and kept."""
         with self._lock:
-            first, decoded = self._chunk
-            if first != part.plan.first:
-                start = part.plan.first
+            start = part.plan.first
+            if start not in self._chunks:
                 chunk = tuple(p for p in self.parts if p.plan.layer is not None and p.plan.first == start)
                 if any(other.codec != part.codec for other in chunk):
                     raise CorruptError(f"corrupt: {part.plan.name} is coded with other layers that have other codecs")
                 names = [other.plan.tensor.name for other in chunk]
-                decoded = dict(zip(names, self._decode(chunk), strict=True))
-                self._chunk = (part.plan.first, decoded)
-            return decoded[part.plan.tensor.name]
+                self._chunks[start] = self._keep(dict(zip(names, self._decode(chunk), strict=True)))
+            return self._chunks[start][part.plan.tensor.name]
+
+    def _keep(self, decoded: dict[str, Bits]) -> dict[str, Bits]:
+        """The arrays; those beyond :data:`KEPT_BYTES` in all lie in a temporary file, mapped."""
+        size = sum(bits.nbytes for bits in decoded.values())
+        self._kept += size
+        if self._kept <= KEPT_BYTES:
+            return decoded
+        mapped, at = dict(decoded), 0
+        with tempfile.TemporaryFile() as file:
+            file.truncate(size)
+            for name, bits in decoded.items():
+                if bits.size:
+                    mapped[name] = np.memmap(file, bits.dtype, "r+", at, bits.shape)
+                    mapped[name][...] = bits
+                at += bits.nbytes
+        return mapped
 
     def read(self, name: str, tokens: slice | None = None) -> Bits:
         """Decode a tensor, or of keys and values the range ``tokens`` alone, touching no other chunk."""

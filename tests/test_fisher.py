@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -15,11 +16,13 @@ from hypothesis import given as generated
 from hypothesis import strategies as st
 from profiles import VOCABULARY, arrays_for, fisher_arrays, matrix, write
 
+from kvpack import api, archive
 from kvpack.calibration.scales import tables
 from kvpack.codecs import CODECS, fisher
 from kvpack.container.layout import plan_parts
 from kvpack.errors import MismatchError, UnsupportedError, UsageError
 from kvpack.floats import from_float32, to_float32
+from kvpack.profile import Profile
 from kvpack.rate import COARSEST, FINEST, RESOLUTION, Goal, coarsest, step_for_kl
 from kvpack.stages.base import Part, Scales, Side, UnrepresentableError
 from kvpack.stages.quantizers.dead_zone import MIDDLE, MOST_SHIFT, DeadZone, quantise, reference, token_levels
@@ -437,3 +440,26 @@ def test_coarsest_says_when_nothing_holds() -> None:
 def test_goals_are_one_and_sound(given: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Goal(**given)
+
+
+def test_chunks_are_decoded_once_each(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many tensors are read from them; also where they are kept in a file."""
+    tensors = {f"layers.{i}.{kind}": ("F32", values(300, i)[i : i + 1]) for i in (0, 1) for kind in ("keys", "values")}
+    raw = {name: (dtype, array.view(np.uint32)) for name, (dtype, array) in tensors.items()}
+    source = write_tensors(tmp_path / "c.safetensors", raw)
+    profile = write(tmp_path / "p.kvprofile", PROFILE)
+    packed, backs = tmp_path / "c.kvp", []
+    given = ("compress", source, "-c", "fisher-8", "-D", profile, "-o", packed, "--chunk-tokens", 128)
+    assert cli(*given).code == 0
+    decoded = []
+    whole = Unit.decode
+    monkeypatch.setattr(Unit, "decode", lambda unit, streams: decoded.append(unit) or whole(unit, streams))
+    for kept in (archive.KEPT_BYTES, 0):
+        monkeypatch.setattr(archive, "KEPT_BYTES", kept)
+        decoded.clear()
+        sink = io.BytesIO()
+        api.decompress(archive.Archive.open(packed, Profile.open(profile)), sink)
+        assert len(decoded) == 3
+        backs.append(sink.getvalue())
+    assert backs[0] == backs[1]
+    assert len(backs[0]) == source.stat().st_size

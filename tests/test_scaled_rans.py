@@ -18,7 +18,7 @@ from kvpack.stages.entropy.scaled_rans import GROUP_BYTES, ScaledRans, cpu, refe
 from kvpack.stages.packed import pack_matrix, unpack_matrix
 
 CODER = ScaledRans()
-TABLES = tables(np.zeros((CLASSES, symbols.ALPHABET)))
+TABLES = tables(np.zeros((CLASSES, len(symbols.SMALLEST))))
 """Laplace distributions: class 20 is as wide as the step, a class is a quarter of an octave."""
 
 
