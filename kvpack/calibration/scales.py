@@ -18,8 +18,8 @@ from kvpack.parallel import ordered_map
 from kvpack.stages.base import Floats, Part, Scales, Side
 from kvpack.stages.entropy.scaled_rans.reference import PRECISION
 from kvpack.stages.jit import njit
-from kvpack.stages.quantizers.dead_zone import BUCKETS, DeadZone, quantise, token_levels
-from kvpack.stages.symbols import ALPHABET, SMALLEST
+from kvpack.stages.quantizers.dead_zone import DeadZone, quantise, token_levels
+from kvpack.stages.symbols import ALPHABET, BUCKETS, SMALLEST
 from kvpack.stages.transforms.token_klt import TokenKlt, model_of
 
 CLASSES = 64

@@ -33,6 +33,10 @@ def _buckets() -> tuple[Array, Array]:
 SMALLEST, RAW_BITS = _buckets()
 
 
+BUCKETS = np.searchsorted(SMALLEST, np.arange(LARGEST + 1), side="right").astype(np.uint8) - 1
+"""Of every magnitude its bucket."""
+
+
 def zigzag(values: Array) -> Array:
     """Signed integers to codes 0, 1 (-1), 2 (+1), ...; uint16."""
     wide = values.astype(np.int32)
@@ -47,10 +51,10 @@ def unzigzag(codes: Array) -> Array:
 
 def split(codes: Array) -> tuple[Array, Array, Array]:
     """Zigzag codes ``[N]`` to symbols ``[N]`` uint8, raw values and their widths (of symbols that have raw bits)."""
-    magnitude = (codes.astype(np.int64) + 1) >> 1
-    bucket = np.searchsorted(SMALLEST, magnitude, side="right") - 1
+    magnitude = (codes >> 1) + (codes & 1)
+    bucket = BUCKETS[magnitude]
     symbols = np.where(magnitude == 0, 0, 2 * bucket - 1 + (codes & 1)).astype(np.uint8)
-    long = np.flatnonzero(RAW_BITS[bucket] > 0)
+    long = np.flatnonzero(bucket >= DIRECT)
     return symbols, magnitude[long] - SMALLEST[bucket[long]], RAW_BITS[bucket[long]]
 
 

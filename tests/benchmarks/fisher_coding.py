@@ -14,9 +14,9 @@ from kvpack.calibration.corpus import SKIPPED
 from kvpack.calibration.gradients import PLAIN, REPEAT
 from kvpack.calibration.scales import CLASSES, DEAD_ZONE, UNIT_CLASS, tables
 from kvpack.stages.base import Floats, Part, Side
-from kvpack.stages.quantizers.dead_zone import BUCKETS, token_levels
+from kvpack.stages.quantizers.dead_zone import token_levels
 from kvpack.stages.quantizers.dead_zone.reference import SHIFT_BITS, magnitude_bits
-from kvpack.stages.symbols import LARGEST, SMALLEST
+from kvpack.stages.symbols import BUCKETS, LARGEST, SMALLEST
 
 ROUNDS = 3
 SEEN = 100

@@ -21,15 +21,13 @@ from kvpack.errors import MismatchError
 from kvpack.stages.base import Codes, Floats, Part, PlaneSpec, Profile, Quantizer, Scales, UnrepresentableError
 from kvpack.stages.quantizers.dead_zone import cpu
 from kvpack.stages.quantizers.dead_zone.reference import MOST_SHIFT, magnitude_bits, thresholds
-from kvpack.stages.symbols import LARGEST, SMALLEST, unzigzag, zigzag
+from kvpack.stages.symbols import BUCKETS, LARGEST, unzigzag, zigzag
 
 MIDDLE = 16
 """Code of level 0; levels are -16 to 15."""
 
 MASS_EXPONENT, AGE_EXPONENT = 0.6, 0.6
 """Of a token's weight: attention mass, and 1 / distance from the end (regressed on gradients; docs/fisher.md)."""
-
-BUCKETS = np.searchsorted(SMALLEST, np.arange(LARGEST + 1), side="right").astype(np.uint8) - 1
 
 
 @dataclass(frozen=True)

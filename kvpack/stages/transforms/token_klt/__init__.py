@@ -54,9 +54,10 @@ class TokenKlt(Transform):
         """``(x - mean) @ analysis - prediction``; ``[1, T, R]``."""
         model = self.model(part)
         rows, tokens, dims = part.shape
-        keys = rotate(values[: rows // 2], model.frequencies, part.first, -1)
-        both = np.concatenate([keys, values[rows // 2 :]])
-        flat: Floats = np.ascontiguousarray(both.transpose(1, 0, 2)).reshape(tokens, rows * dims)
+        both = np.empty((tokens, rows, dims), np.float32)
+        both[:, : rows // 2] = rotate(values[: rows // 2], model.frequencies, part.first, -1).transpose(1, 0, 2)
+        both[:, rows // 2 :] = values[rows // 2 :].transpose(1, 0, 2)
+        flat: Floats = both.reshape(tokens, rows * dims)
         with np.errstate(over="ignore", invalid="ignore"):
             return model.coordinates(flat, part)[None]
 

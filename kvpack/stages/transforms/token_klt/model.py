@@ -110,15 +110,18 @@ class TokenModel:
         """R + G * C."""
         return int(self.analysis.shape[1]) + self.local.width
 
-    def means(self, first: int, tokens: int) -> Floats:
-        """The mean of each token from position ``first`` on, ``[tokens, P]`` or one that broadcasts to it."""
-        if first >= self.sinks:
-            return self.mean[self.sinks :]
-        return self.mean[np.minimum(np.arange(first, first + tokens), self.sinks)]
+    def means(self, first: int, tokens: int) -> list[tuple[slice, Floats]]:
+        """Of ``tokens`` tokens from position ``first`` on, the sinks and then the others: which, and their means."""
+        sinks = min(max(self.sinks - first, 0), tokens)
+        return [
+            (slice(sinks), self.mean[first : first + sinks]),
+            (slice(sinks, tokens), self.mean[self.sinks :]),
+        ]
 
     def coordinates(self, flat: Floats, part: Part) -> Floats:
         """What is coded of rows ``[T, P]``, which are overwritten: ``[T, rank]``, 0 for sinks."""
-        flat -= self.means(part.first, len(flat))
+        for tokens, mean in self.means(part.first, len(flat)):
+            flat[tokens] -= mean
         common = self.analysis.shape[1]
         found = np.empty((len(flat), self.rank), np.float32)
         found[:, :common] = flat @ self.analysis
@@ -133,7 +136,8 @@ class TokenModel:
         whole: Floats = coordinates + self.predict(part)
         flat: Floats = whole[:, :common] @ self.synthesis
         self.local.add_rows(whole[:, common:], flat)
-        flat += self.means(part.first, len(flat))
+        for tokens, mean in self.means(part.first, len(flat)):
+            flat[tokens] += mean
         return flat
 
     def require(self, tokens: NDArray[np.int32]) -> None:
