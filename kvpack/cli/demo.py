@@ -29,7 +29,7 @@ def demo(
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
-    """See it work: capture the embedded model's cache, run every codec that needs no calibration, measure each.
+    """See it work: capture the embedded model's cache, run the codecs that need no calibration, measure each.
 
     The text is from Python's own language reference. Files are kept; a capture found there is used again.
     """
