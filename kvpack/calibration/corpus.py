@@ -42,8 +42,7 @@ class Sample:
 
     ``tokens`` ``[S, T]`` int32 are their ids, ``mass`` ``[T]`` float32 of each sequence held back its attention mass,
     mean over layers and heads. ``layers`` is L, ``channels`` H * D, and P is 2 * L * H * D; ``documents`` says what
-    they come from, for the
-    profile's metadata.
+    they come from, for the profile's metadata.
     """
 
     both: Halves
@@ -62,7 +61,8 @@ class Sample:
     @property
     def learnt(self) -> list[int]:
         """The other sequences; the same one where there is but one."""
-        return [s for s in range(len(self.tokens)) if s not in set(self.held)] or self.held
+        held = self.held
+        return [s for s in range(len(self.tokens)) if s not in held] or held
 
     @property
     def size(self) -> int:

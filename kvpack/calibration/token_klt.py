@@ -113,11 +113,11 @@ def learn(
     white = Whitened(white.mean, rounded.reshape(white.whiten.shape))
     yield "means and whitening", {"mean": white.mean.half().cpu().numpy(), **packed}
     spread = _spread(sample, sequences, fisher)
-    basis = _directions(_axes(sample, sequences, white, table, rank), white, spread)
-    yield "common directions", {"spread": spread, **pack("basis", *basis)}
+    basis = pack("basis", *_directions(_axes(sample, sequences, white, table, rank), white, spread))
+    yield "common directions", {"spread": spread, **basis}
     groups = np.arange(sample.layers, dtype=np.int32) * min(GROUPS, sample.layers) // sample.layers
     width = min(max(1, rank // 4), 2 * sample.channels * int((groups == 0).sum()))
-    synthesis = unpack(pack("basis", *basis), "basis").T * spread
+    synthesis = unpack(basis, "basis").T * spread
     local = _local(sample, sequences, white, synthesis, groups.astype(np.int32), width, spread)
     yield "local directions", {"groups": groups.astype(np.int32), **pack("local", *local)}
 

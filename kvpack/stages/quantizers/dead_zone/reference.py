@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpack.stages.base import Floats, Scales
-from kvpack.stages.symbols import SMALLEST
+from kvpack.stages.symbols import BUCKETS, RAW_BITS
 
 Array = NDArray[Any]
 
@@ -43,8 +43,7 @@ def magnitude_bits(tables: Array) -> NDArray[np.float64]:
     """Bits of each bucket's first magnitude, sign and raw bits included: ``[K, 32]``."""
     total = np.log2(tables.sum(1, keepdims=True))
     bits = total - np.log2(tables[:, [0, *range(1, tables.shape[1], 2)]])
-    raw = np.maximum(np.log2(np.maximum(SMALLEST, 1)).astype(np.int64) - 1, 0)
-    return np.asarray(bits + np.where(SMALLEST >= 8, raw, 0))
+    return np.asarray(bits + RAW_BITS)
 
 
 def magnitudes(values: Floats, steps: Floats, scales: Scales, wanted: Floats) -> NDArray[np.int64]:
@@ -62,7 +61,7 @@ def magnitudes(values: Floats, steps: Floats, scales: Scales, wanted: Floats) ->
 
 def shifts(found: Array, scales: Scales, bits: Array) -> NDArray[np.int32]:
     """Each token's shift of classes ``[T]``: from 0 on, one more or less as long as that saves bits."""
-    buckets = np.searchsorted(SMALLEST, found, side="right") - 1
+    buckets = BUCKETS[found]
     shift = np.zeros(len(found), np.int32)
     for token, mine in enumerate(buckets):
         classes = (scales.columns - scales.rows[token]) >> 3
