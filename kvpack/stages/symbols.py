@@ -36,6 +36,9 @@ SMALLEST, RAW_BITS = _buckets()
 BUCKETS = np.searchsorted(SMALLEST, np.arange(LARGEST + 1), side="right").astype(np.uint8) - 1
 """Of every magnitude its bucket."""
 
+LONG = 2 * DIRECT - 1
+"""The first symbol that has raw bits."""
+
 
 def zigzag(values: Array) -> Array:
     """Signed integers to codes 0, 1 (-1), 2 (+1), ...; uint16."""
@@ -49,27 +52,32 @@ def unzigzag(codes: Array) -> Array:
     return np.where(wide & 1, -(wide + 1) // 2, wide // 2)
 
 
+def _tables() -> tuple[Array, Array]:
+    """Of every code its symbol, ``[2 * LARGEST + 1]`` uint8, and of every symbol its first code, ``[63]`` uint16."""
+    values = unzigzag(np.arange(2 * LARGEST + 1))
+    buckets = 2 * BUCKETS[np.abs(values)].astype(np.int32)
+    smallest = SMALLEST[(np.arange(ALPHABET) + 1) >> 1]
+    return (buckets - (values > 0)).astype(np.uint8), zigzag(np.where(np.arange(ALPHABET) % 2, smallest, -smallest))
+
+
+_SYMBOLS, _CODES = _tables()
+
+
 def split(codes: Array) -> tuple[Array, Array, Array]:
     """Zigzag codes ``[N]`` to symbols ``[N]`` uint8, raw values and their widths (of symbols that have raw bits)."""
-    magnitude = (codes >> 1) + (codes & 1)
-    bucket = BUCKETS[magnitude]
-    symbols = np.where(magnitude == 0, 0, 2 * bucket - 1 + (codes & 1)).astype(np.uint8)
-    long = np.flatnonzero(bucket >= DIRECT)
-    return symbols, magnitude[long] - SMALLEST[bucket[long]], RAW_BITS[bucket[long]]
+    symbols = _SYMBOLS[codes]
+    long, widths = raw_widths(symbols)
+    return symbols, (codes[long].astype(np.int64) - _CODES[symbols[long]]) >> 1, widths
 
 
 def raw_widths(symbols: Array) -> tuple[Array, Array]:
     """Positions of the symbols that have raw bits, and how many each has."""
-    widths = RAW_BITS[(symbols.astype(np.int64) + 1) >> 1]
-    long = np.flatnonzero(widths)
-    return long, widths[long]
+    long = np.flatnonzero(symbols >= LONG)
+    return long, RAW_BITS[(symbols[long] + 1) >> 1]
 
 
 def join(symbols: Array, long: Array, raw: Array) -> Array:
     """The zigzag codes again, uint16 ``[N]``."""
-    bucket = (symbols.astype(np.int64) + 1) >> 1
-    magnitude = SMALLEST[bucket]
-    magnitude[long] += raw
-    negative = (symbols > 0) & (symbols % 2 == 0)
-    codes: Array = np.where(negative, 2 * magnitude - 1, 2 * magnitude).astype(np.uint16)
+    codes: Array = _CODES[symbols]
+    codes[long] += (2 * raw).astype(np.uint16)
     return codes

@@ -111,8 +111,7 @@ def costs(frequencies: NDArray[np.int32]) -> NDArray[np.int64]:
 
 def _span(coded: Array, scales: Scales) -> int:
     """Symbols a group: by the payload, estimated in 64ths of a bit."""
-    classes = scales.classes().reshape(-1)
-    payload = int(costs(scales.tables)[classes, coded].sum()) // (64 * 8)
+    payload = cpu.total(coded, scales.columns, scales.rows, costs(scales.tables)) // (64 * 8)
     groups = max(1, payload // GROUP_BYTES)
     return -(-len(coded) // (groups * GROUP)) * GROUP
 

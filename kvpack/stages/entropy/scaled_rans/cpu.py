@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import uint32, uint64
+from numba import uint32
 from numpy.typing import NDArray
 
 from kvpack.stages.entropy.scaled_rans.reference import GROUP, PRECISION
@@ -16,6 +16,17 @@ _MASK = (1 << PRECISION) - 1
 
 
 @njit
+def total(symbols: Array, columns: Array, rows: Array, costs: Array) -> int:
+    """Sum of what ``symbols`` ``[T * D]`` take, by the ``costs`` ``[K, A]`` of their classes' symbols."""
+    dims, top, found = len(columns), len(costs) - 1, 0
+    for row in range(len(rows)):
+        for column in range(dims):
+            k = min(max((columns[column] - rows[row]) >> 3, 0), top)
+            found += costs[k, symbols[row * dims + column]]
+    return found
+
+
+@njit
 def encode(symbols: Array, columns: Array, rows: Array, frequencies: Array, starts: Array, span: int,
            words: Array, lengths: Array, states: Array) -> int:  # fmt: skip
     """Encode ``symbols`` ``[T * D]``; fills ``words``, ``lengths`` ``[G]``, ``states`` ``[G, 32]``.
@@ -23,22 +34,26 @@ def encode(symbols: Array, columns: Array, rows: Array, frequencies: Array, star
     A group codes ``span`` consecutive symbols. ``words`` has room for one word a symbol. Returns their number.
     """
     dims, top, used = len(columns), len(frequencies) - 1, 0
+    x = np.empty(GROUP, np.uint32)
     for group in range(len(lengths)):
         first, last = group * span, min((group + 1) * span, len(symbols))
         begin = used
-        for lane in range(GROUP):
-            states[group, lane] = uint32(1 << 16)
+        x[:] = uint32(1 << 16)
+        row, column = (last - 1) // dims, (last - 1) % dims
         for at in range(last - 1, first - 1, -1):
-            lane = (at - first) % GROUP
-            row = at // dims
-            k = min(max((columns[at - row * dims] - rows[row]) >> 3, 0), top)
-            frequency, start = uint64(frequencies[k, symbols[at]]), uint64(starts[k, symbols[at]])
-            x = uint64(states[group, lane])
-            if x >= frequency << uint64(32 - PRECISION):
-                words[used] = x & uint64(0xFFFF)
+            lane = (at - first) & (GROUP - 1)
+            k = min(max((columns[column] - rows[row]) >> 3, 0), top)
+            frequency, state = uint32(frequencies[k, symbols[at]]), x[lane]
+            if state >> uint32(32 - PRECISION) >= frequency:
+                words[used] = state & uint32(0xFFFF)
                 used += 1
-                x >>= uint64(16)
-            states[group, lane] = uint32(((x // frequency) << uint64(PRECISION)) + start + x % frequency)
+                state >>= uint32(16)
+            whole = state // frequency
+            x[lane] = (whole << uint32(PRECISION)) + uint32(starts[k, symbols[at]]) + state - whole * frequency
+            column -= 1
+            if column < 0:
+                column, row = dims - 1, row - 1
+        states[group] = x
         lengths[group] = used - begin
         for i in range((used - begin) // 2):
             words[begin + i], words[used - 1 - i] = words[used - 1 - i], words[begin + i]
