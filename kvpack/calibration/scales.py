@@ -19,7 +19,7 @@ from kvpack.stages.base import Floats, Part, Scales, Side
 from kvpack.stages.entropy.scaled_rans.reference import PRECISION
 from kvpack.stages.jit import njit
 from kvpack.stages.quantizers.dead_zone import DeadZone, quantise, token_levels
-from kvpack.stages.symbols import ALPHABET, BUCKETS, SMALLEST
+from kvpack.stages.symbols import ALPHABET, BUCKETS, SMALLEST, unzigzag
 from kvpack.stages.transforms.token_klt import TokenKlt, model_of
 
 CLASSES = 64
@@ -91,7 +91,8 @@ def _trial(
     level, z, part = job
     quantizer, levels = _quantizer(level), token_levels(part, FISHER_IMPORTANCE)
     scales, steps = Scales(columns, quantizer.rows(levels), learnt), quantizer.steps(levels)
-    shifts, magnitude = quantise(z, steps, scales, centroids)
+    shifts, codes = quantise(z, steps, scales, centroids)
+    magnitude = np.abs(unzigzag(codes))
     classes = Scales(columns, scales.rows - 8 * shifts, learnt).classes()
     counts, offsets, skip = np.zeros((CLASSES, len(SMALLEST))), np.zeros((CLASSES, 4)), slice(SKIPPED, None)
     _tally(z[skip], steps[skip, 0], classes[skip], magnitude[skip], BUCKETS, counts, offsets)

@@ -43,13 +43,13 @@ LONG = 2 * DIRECT - 1
 def zigzag(values: Array) -> Array:
     """Signed integers to codes 0, 1 (-1), 2 (+1), ...; uint16."""
     wide = values.astype(np.int32)
-    return np.where(wide < 0, -2 * wide - 1, 2 * wide).astype(np.uint16)
+    return ((wide << 1) ^ (wide >> 31)).astype(np.uint16)
 
 
 def unzigzag(codes: Array) -> Array:
     """The inverse; int32."""
     wide = codes.astype(np.int32)
-    return np.where(wide & 1, -(wide + 1) // 2, wide // 2)
+    return (wide >> 1) ^ -(wide & 1)
 
 
 def _tables() -> tuple[Array, Array]:

@@ -21,7 +21,7 @@ from kvpack.errors import MismatchError
 from kvpack.stages.base import Codes, Floats, Part, PlaneSpec, Profile, Quantizer, Scales, UnrepresentableError
 from kvpack.stages.quantizers.dead_zone import cpu
 from kvpack.stages.quantizers.dead_zone.reference import MOST_SHIFT, magnitude_bits, thresholds
-from kvpack.stages.symbols import BUCKETS, LARGEST, unzigzag, zigzag
+from kvpack.stages.symbols import BUCKETS, LARGEST
 
 MIDDLE = 16
 """Code of level 0; levels are -16 to 15."""
@@ -105,11 +105,10 @@ class DeadZone(Quantizer):
         """
         levels = token_levels(part, self.importance)
         scales, steps = self._scales(levels, part), self.steps(levels)
-        with np.errstate(over="ignore", invalid="ignore"):
-            if not (np.abs(data[0]) < LARGEST * steps).all():
+        with np.errstate(over="ignore"):
+            if not (np.abs(data[0]).max(1, keepdims=True) < LARGEST * steps).all():
                 raise UnrepresentableError("coefficients too large for the step")
-        shifts, magnitude = quantise(data[0], steps, scales, self.centroids(part))
-        codes = zigzag(np.where(data[0] < 0, -magnitude, magnitude))
+        shifts, codes = quantise(data[0], steps, scales, self.centroids(part))
         every = (levels + MIDDLE).astype(np.uint8), (shifts + MOST_SHIFT).astype(np.uint8)
         return [*(plane[None, :, None] for plane in every), codes[None]]
 
@@ -117,28 +116,21 @@ class DeadZone(Quantizer):
         """Each magnitude at its bin's centroid, times the token's step."""
         levels, shifts = (plane.reshape(-1).astype(np.int32) for plane in codes[:2])
         levels -= MIDDLE
-        values = unzigzag(codes[2][0])
-        scales = self._scales(levels, part, shifts - MOST_SHIFT)
-        centroids = self.centroids(part)
-        out = values.astype(np.float32)
-        token, column = np.nonzero(values)
-        magnitude = np.abs(values[token, column])
-        classes = np.clip((scales.columns[column] - scales.rows[token]) >> 3, 0, len(centroids) - 1)
-        out[token, column] += np.sign(values[token, column]) * centroids[classes, np.minimum(magnitude, 3)]
-        return (out * self.steps(levels))[None]
+        scales, steps = self._scales(levels, part, shifts - MOST_SHIFT), self.steps(levels).reshape(-1)
+        out = np.empty(part.shape, np.float32)
+        cpu.restore(codes[2][0], steps, scales.columns, scales.rows, self.centroids(part), out[0])
+        return out
 
 
 def quantise(
     values: Floats, steps: Floats, scales: Scales, centroids: Floats
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Each token's shift ``[T]``, and the magnitudes ``[T, R]`` of ``values``, decided with the shifted classes."""
-    wanted, bits = thresholds(scales.tables, centroids), magnitude_bits(scales.tables)
-    found, shifts = np.empty(values.shape, np.int32), np.empty(len(values), np.int32)
+) -> tuple[NDArray[np.int32], NDArray[np.uint16]]:
+    """Each token's shift ``[T]``, and zigzag codes ``[T, R]`` of ``values``, decided with the shifted classes."""
+    choices = thresholds(scales.tables, centroids), magnitude_bits(scales.tables), BUCKETS
+    shifts, codes = np.empty(len(values), np.int32), np.empty(values.shape, np.uint16)
     values, step = np.ascontiguousarray(values), steps.reshape(-1)
-    cpu.magnitudes(values, step, scales.columns, scales.rows, wanted, found)
-    cpu.shifts(found, scales.columns, scales.rows, BUCKETS, bits, shifts)
-    cpu.magnitudes(values, step, scales.columns, scales.rows - 8 * shifts, wanted, found)
-    return shifts, found
+    cpu.quantise(values, step, scales.columns, scales.rows, *choices, shifts, codes)
+    return shifts, codes
 
 
 def token_levels(part: Part, importance: int) -> NDArray[np.int32]:
