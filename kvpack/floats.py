@@ -15,6 +15,9 @@ UINT: dict[str, type[np.unsignedinteger[Any]]] = {"BF16": np.uint16, "F16": np.u
 
 Bits = NDArray[np.unsignedinteger[Any]]
 
+_BLOCK = 1 << 16
+"""Values that are rounded at once, so that what is in between stays in a core's cache."""
+
 
 def to_float32(bits: Bits, dtype: str) -> NDArray[np.float32]:
     """Bit patterns of ``dtype`` to float32 values of the same shape, exactly (NaN payloads kept)."""
@@ -36,7 +39,17 @@ def from_float32(values: NDArray[np.float32], dtype: str) -> Bits:
     if dtype == "F16":
         with np.errstate(over="ignore", invalid="ignore"):
             return values.astype(np.float16).view(np.uint16)
-    bits = values.view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    quiet = (bits >> np.uint32(16)) | np.uint32(0x40)
-    return np.where(np.isnan(values), quiet, rounded).astype(np.uint16)
+    bits, out = values.reshape(-1).view(np.uint32), np.empty(values.shape, np.uint16)
+    flat = out.reshape(-1)
+    for at in range(0, bits.size, _BLOCK):
+        some = bits[at : at + _BLOCK]
+        rounded = some >> np.uint32(16)
+        rounded &= np.uint32(1)
+        rounded += np.uint32(0x7FFF)
+        rounded += some
+        rounded >>= np.uint32(16)
+        nan = np.isnan(some.view(np.float32))
+        if nan.any():
+            rounded[nan] = (some[nan] >> np.uint32(16)) | np.uint32(0x40)
+        flat[at : at + _BLOCK] = rounded
+    return out
