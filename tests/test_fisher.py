@@ -26,8 +26,9 @@ from kvpack.profile import Profile
 from kvpack.rate import COARSEST, FINEST, RESOLUTION, Goal, coarsest, step_for_kl
 from kvpack.stages.base import Part, Scales, Side, UnrepresentableError
 from kvpack.stages.quantizers.dead_zone import MIDDLE, MOST_SHIFT, DeadZone, quantise, reference, token_levels
+from kvpack.stages.rotary import rotate, turns
 from kvpack.stages.symbols import unzigzag
-from kvpack.stages.transforms.token_klt import TokenKlt
+from kvpack.stages.transforms.token_klt import TokenKlt, cpu
 from kvpack.tensorfile import build_header
 from kvpack.units import Unit, units
 
@@ -65,6 +66,22 @@ def test_what_the_basis_spans_comes_back_but_for_sinks(tokens: int) -> None:
     back = KLT.inverse(z, given)
     assert (back[:, 0] == 0).all()  # the profile's mean of its one sink
     assert np.allclose(back[:, 1:], x[:, 1:], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "dims", "pairs"), [(2, 1, 4, 2), (6, 19, 7, 2), (4, 24, 5, 0), (2, 33, 64, 32)]
+)
+def test_rows_are_keys_before_rope_and_values(heads: int, tokens: int, dims: int, pairs: int) -> None:
+    """Whole, partial and no RoPE."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((heads, tokens, dims)).astype(np.float32)
+    frequencies = rng.uniform(0, 1, pairs).astype(np.float32)
+    rows, back = np.full((tokens, heads, dims), np.nan, np.float32), np.full_like(x, np.nan)
+    cpu.gather(x, *turns(frequencies, 5, tokens), rows)
+    expected = np.concatenate([rotate(x[: heads // 2], frequencies, 5, -1), x[heads // 2 :]])
+    assert np.allclose(rows.transpose(1, 0, 2), expected, atol=1e-6)
+    cpu.scatter(rows, *turns(frequencies, 5, tokens), back)
+    assert np.allclose(back, x, atol=1e-5)
 
 
 def narrow(common: int, local: int) -> dict[str, np.ndarray]:

@@ -15,8 +15,9 @@ import numpy as np
 
 from kvpack.errors import MismatchError
 from kvpack.stages.base import Floats, Part, Transform
+from kvpack.stages.rotary import turns
+from kvpack.stages.transforms.token_klt import cpu
 from kvpack.stages.transforms.token_klt.model import TokenModel, model_of
-from kvpack.stages.transforms.unrope import rotate
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,10 @@ class TokenKlt(Transform):
         """``(x - mean) @ analysis - prediction``; ``[1, T, R]``."""
         model = self.model(part)
         rows, tokens, dims = part.shape
-        both = np.empty((tokens, rows, dims), np.float32)
-        both[:, : rows // 2] = rotate(values[: rows // 2], model.frequencies, part.first, -1).transpose(1, 0, 2)
-        both[:, rows // 2 :] = values[rows // 2 :].transpose(1, 0, 2)
-        flat: Floats = both.reshape(tokens, rows * dims)
+        flat = np.empty((tokens, rows, dims), np.float32)
+        cpu.gather(values, *turns(model.frequencies, part.first, tokens), flat)
         with np.errstate(over="ignore", invalid="ignore"):
-            return model.coordinates(flat, part)[None]
+            return model.coordinates(flat.reshape(tokens, -1), part)[None]
 
     def inverse(self, values: Floats, part: Part) -> Floats:
         """``(z + prediction) @ synthesis + mean``."""
@@ -67,9 +66,9 @@ class TokenKlt(Transform):
         rows, tokens, dims = part.shape
         with np.errstate(over="ignore", invalid="ignore"):
             flat = model.rows(values[0], part)
-        both = np.ascontiguousarray(flat.reshape(tokens, rows, dims).transpose(1, 0, 2))
-        both[: rows // 2] = rotate(both[: rows // 2], model.frequencies, part.first, 1)
-        return both
+        out = np.empty((rows, tokens, dims), np.float32)
+        cpu.scatter(flat.reshape(tokens, rows, dims), *turns(model.frequencies, part.first, tokens), out)
+        return out
 
 
 __all__ = ["TokenKlt", "TokenModel", "model_of"]
