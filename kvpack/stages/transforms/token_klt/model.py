@@ -49,9 +49,10 @@ class Local:
         """Of centred rows ``[T, P]`` and their common coordinates ``[T, R]``, into ``out`` ``[T, G * C]``."""
         half, at = flat.shape[1] // 2, 0
         for (a, b), analysis in zip(self.bounds, self.analysis, strict=True):
-            found = flat[:, a:b] @ analysis[: b - a] + flat[:, half + a : half + b] @ analysis[b - a :]
-            out[:, at : at + found.shape[1]] = found
-            at += found.shape[1]
+            mine = out[:, at : at + analysis.shape[1]]
+            np.matmul(flat[:, a:b], analysis[: b - a], out=mine)
+            mine += flat[:, half + a : half + b] @ analysis[b - a :]
+            at += analysis.shape[1]
         out -= common @ self.cross
 
     def add_rows(self, coordinates: Floats, flat: Floats) -> None:
@@ -75,14 +76,14 @@ class Predictor:
     hidden: Floats
     weights: Floats
 
-    def expected(self, tokens: NDArray[np.int32], start: int) -> Floats:
-        """Coordinates ``[T - start, R]`` of tokens ``[T]`` from ``start`` on."""
+    def expected(self, tokens: NDArray[np.int32], start: int, out: Floats) -> None:
+        """Into ``out`` ``[T - start, R]``: coordinates of tokens ``[T]`` from ``start`` on."""
         reach = (len(self.scale) - PLACES - self.table.shape[1]) // (LAGS + len(DECAYS))
         first = max(0, start - BEHIND)
-        inputs: Floats = token_inputs(self.table[tokens[first:]], reach, start - first, first) / self.scale
-        found: Floats = inputs @ self.weights[: len(self.scale)]
-        found += np.maximum(inputs @ self.hidden, 0) @ self.weights[len(self.scale) :]
-        return found
+        inputs = token_inputs(self.table[tokens[first:]], reach, start - first, first)
+        inputs /= self.scale
+        np.matmul(inputs, self.weights[: len(self.scale)], out=out)
+        out += np.maximum(inputs @ self.hidden, 0) @ self.weights[len(self.scale) :]
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class TokenModel:
             flat[tokens] -= mean
         common = self.analysis.shape[1]
         found = np.empty((len(flat), self.rank), np.float32)
-        found[:, :common] = flat @ self.analysis
+        np.matmul(flat, self.analysis, out=found[:, :common])
         self.local.coordinates(flat, found[:, :common], found[:, common:])
         found -= self.predict(part)
         found[: max(self.sinks - part.first, 0)] = 0
@@ -133,7 +134,8 @@ class TokenModel:
     def rows(self, coordinates: Floats, part: Part) -> Floats:
         """The inverse: ``[T, P]``."""
         common = self.analysis.shape[1]
-        whole: Floats = coordinates + self.predict(part)
+        whole = self.predict(part)
+        whole += coordinates
         flat: Floats = whole[:, :common] @ self.synthesis
         self.local.add_rows(whole[:, common:], flat)
         for tokens, mean in self.means(part.first, len(flat)):
@@ -165,7 +167,7 @@ class TokenModel:
         self.require(tokens)
         start = max(part.first, self.sinks)
         if start < stop:
-            out[start - part.first :] = self.predictor.expected(tokens[:stop], start)
+            self.predictor.expected(tokens[:stop], start, out[start - part.first :])
         return out
 
 
