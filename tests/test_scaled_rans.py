@@ -270,6 +270,18 @@ def test_packed_matrices_err_by_half_a_step(groups: int, rows: int, columns: int
     assert (np.abs(back - matrix) <= 0.5001 * step.repeat(rows // groups, 0)).all()
 
 
+def test_a_price_a_bit_makes_packed_matrices_smaller_than_a_wider_step_does() -> None:
+    matrix = np.random.default_rng(0).laplace(size=(4096, 8)).astype(np.float32)
+    step = np.full((1, 8), 1.5, np.float32)
+    near, cheap, wide = pack_matrix(matrix, step), pack_matrix(matrix, step, 0.15), pack_matrix(matrix, 1.2 * step)
+    error = [float(np.square(unpacked(packed) - matrix).mean()) for packed in (cheap, wide)]
+    assert (np.abs(unpacked(cheap)) <= np.abs(unpacked(near))).all()
+    assert (np.abs(unpacked(cheap) - unpacked(near)) <= 1.5).all()
+    assert cheap["codes"].size < 0.9 * near["codes"].size
+    assert cheap["codes"].size < 1.01 * wide["codes"].size
+    assert error[0] < 0.9 * error[1]
+
+
 def test_packed_elements_are_clipped_to_a_byte() -> None:
     back = unpacked(pack_matrix(np.array([[-1e9], [0], [1e9]], np.float32), np.ones((1, 1), np.float32)))
     assert list(back[:, 0]) == [-128, 0, 127]

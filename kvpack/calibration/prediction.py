@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kvpack.calibration.corpus import SKIPPED, Sample
 from kvpack.stages.base import Floats, Part
 from kvpack.stages.packed import pack_matrix, unpack_matrix
-from kvpack.stages.transforms.token_klt.model import places, token_inputs
+from kvpack.stages.transforms.token_klt.model import PLACES, places, token_inputs
 
 RIDGE = 1e-3
 REACH = 192
@@ -33,9 +33,28 @@ TABLE_GROUPS = 32
 REFERENCE_STEP = 2.0 ** (-234 / 32)
 """What rounding and training are held against: the step of ``fisher-4``."""
 
+TABLE_STEP = REFERENCE_STEP / 16
+"""Rounding of the vectors of the most frequent tokens, if the budget has room for it."""
+
+UNSEEN, RARITY = 1.0, 0.4
+"""A token is rounded by its count and ``UNSEEN`` more, to the power ``RARITY``: texts of other kinds have tokens that
+the corpus has few of or none (3 to 9 % of the tokens of a kind that was left out were not seen in the others).
+"""
+
 RATE, BATCH = 1e-3, 4096
-ROUNDING = 0.02
-"""Noise that rounding weights may add to a prediction, of what is left to code; of units' inputs, their own energy."""
+SHARE = 0.5
+"""Inputs of unit variance are taken times this power of what their deviation was, of the widest: far axes of the token
+vectors vary little, and there rounding moves those of rare tokens furthest, relative to that.
+"""
+
+UNITS_NOISE = 0.02
+"""Noise that rounding units' weights may add to what goes into a unit, of its energy."""
+
+WEIGHTS_NOISE = 0.0006
+"""Noise that rounding weights may add to a prediction, of what is left to code or the step, whichever is more."""
+
+PRICE = 0.15
+"""Squared steps that a bit is worth where a profile's matrices are rounded."""
 
 Arrays = dict[str, NDArray[Any]]
 Progress = Callable[[int, int], None]
@@ -84,10 +103,11 @@ class Ridge:
         self._gram = self._gram + inputs.T @ inputs
         self._cross = self._cross + inputs.T @ targets
 
-    def solve(self) -> torch.Tensor:
-        """``[I, O]``."""
+    def solve(self, share: torch.Tensor | None = None) -> torch.Tensor:
+        """``[I, O]``; the smaller an input's ``share`` ``[I]``, the smaller its weights are held."""
         gram, cross = torch.as_tensor(self._gram).double(), torch.as_tensor(self._cross)
-        gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+        held = torch.ones(len(gram), device=gram.device) if share is None else share**-2
+        gram += RIDGE * gram.diagonal().mean() * torch.diag(held.double())
         solution: torch.Tensor = torch.linalg.solve(gram, cross.double()).float()
         return solution
 
@@ -104,23 +124,32 @@ def learn(
 
     ``table`` ``[V, E]`` are the model's embeddings; the vectors of tokens may take ``budget`` bytes.
     """
-    first = Ridge()
+    first, left = Ridge(), torch.zeros(coordinates[0].shape[1], device=table.device)
     for ids, found in zip(tokens, coordinates, strict=True):
         first.add(embedded(table, ids), found.float())
-    packed = _rounded_table(_token_vectors(tokens, table, first.solve()[: table.shape[1]]), tokens, budget)
+    own = first.solve()
+    for ids, found in zip(tokens, coordinates, strict=True):
+        left += (found.float() - embedded(table, ids) @ own).square().mean(0) / len(tokens)
+    own = own[: table.shape[1]] * (REFERENCE_STEP**2 / (left + REFERENCE_STEP**2)).sqrt()
+    packed = _rounded_table(_token_vectors(tokens, table, own), tokens, budget)
     yield "token table", packed
     used = unpack(packed, "table")[packed["order"]]
     reach = min(REACH, used.shape[1])
     inputs = [torch.from_numpy(token_inputs(used[ids], reach, SKIPPED)).to(table.device) for ids in tokens]
     scale = torch.stack([rows.square().mean(0) for rows in inputs]).mean(0).sqrt().clamp_min(1e-6)
     inputs = [(rows / scale).to(torch.bfloat16) for rows in inputs]
-    units = unpack(rounded_units := _units(inputs, coordinates, options, progress), "hidden")
+    share = torch.ones_like(scale)
+    share[:-PLACES] = (scale[:-PLACES] / scale[:-PLACES].max()) ** SHARE
+    units = unpack(rounded_units := _units(inputs, coordinates, share, options, progress), "hidden")
     yield f"{units.shape[1]} units", {"scale": scale.cpu().numpy(), **rounded_units}
-    yield "prediction", _weights(inputs, coordinates, torch.from_numpy(units).to(table.device))
+    yield "prediction", _weights(inputs, coordinates, share, torch.from_numpy(units).to(table.device))
 
 
 def _token_vectors(tokens: NDArray[np.int32], table: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Of every token id what its embedding ``[V, E]`` predicts by ``own`` ``[E, R]``: ``[V, E]``, in principal axes."""
+    """Of every token id what its embedding ``[V, E]`` predicts by ``own`` ``[E, R]``: ``[V, E]``, in principal axes.
+
+    Columns of ``own`` weigh as errors in them harm: what is coded anyway, with its bits, what is not, with its square.
+    """
     counts = torch.bincount(torch.from_numpy(tokens.reshape(-1)).long(), minlength=len(table)).to(table.device).float()
     spread = (table.T * counts) @ table / counts.sum()
     values, turn = torch.linalg.eigh(spread.double())
@@ -148,11 +177,11 @@ def _rounded_table(own: torch.Tensor, tokens: NDArray[np.int32], budget: int) ->
     rows[:vocabulary] = own.cpu().numpy()[order]
     often = np.zeros(groups * size)
     often[:vocabulary] = counts[order]
-    share = (often.reshape(groups, size).mean(1) + 0.25) / (counts.sum() + 0.25 * vocabulary)
+    rarity = (often.reshape(groups, size).mean(1) + UNSEEN) ** -RARITY
     widest = np.abs(rows).reshape(groups, size, -1).max(1)
-    base, packed = REFERENCE_STEP / 2, None
+    base, packed = TABLE_STEP, None
     while packed is None or packed["table.codes"].size > budget:
-        step = np.maximum(base * np.sqrt(share.max() / share)[:, None], widest / 127).astype(np.float32)
+        step = np.maximum(base * (rarity / rarity.min())[:, None], widest / 127).astype(np.float32)
         packed = pack("table", rows, np.maximum(step, 1e-30))
         base *= 1.25
         if base > 1e6 * REFERENCE_STEP:
@@ -161,14 +190,18 @@ def _rounded_table(own: torch.Tensor, tokens: NDArray[np.int32], budget: int) ->
 
 
 def _units(
-    inputs: list[torch.Tensor], coordinates: list[torch.Tensor], options: PredictorOptions, progress: Progress | None
+    inputs: list[torch.Tensor],
+    coordinates: list[torch.Tensor],
+    share: torch.Tensor,
+    options: PredictorOptions,
+    progress: Progress | None,
 ) -> Arrays:
     """Weights ``[I, H]`` of units whose outputs have the mean square 1, rounded."""
     device, size = inputs[0].device, inputs[0].shape[1]
     linear = Ridge()
     for rows, found in zip(inputs, coordinates, strict=True):
         linear.add(rows.float(), found.float())
-    start = linear.solve()
+    start = linear.solve(share)
     x = torch.cat(inputs)
     left = torch.cat([
         (found.float() - rows.float() @ start).to(torch.bfloat16)
@@ -184,32 +217,34 @@ def _units(
         descent.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 100) * (1 - step / options.steps)
         some = torch.randint(len(x), (min(BATCH, len(x)),), generator=random).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            guess = torch.relu(x[some].float() @ units) @ out
+            guess = torch.relu((x[some].float() * share) @ units) @ out
         loss = ((left[some].float() / scale - guess.float()).square() * harm).mean()
         descent.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         descent.step()
         if progress:
             progress(step + 1, options.steps)
-    found = units.detach()
+    found = units.detach() * share[:, None]
     energy = torch.stack([torch.relu(rows.float() @ found).square().mean(0) for rows in torch.split(x, 4096)]).mean(0)
     matrix = (found / energy.sqrt().clamp_min(1e-12)).cpu().numpy()
-    noise = np.full((1, matrix.shape[1]), np.sqrt(24 * ROUNDING / size), np.float32)
+    noise = np.full((1, matrix.shape[1]), np.sqrt(24 * UNITS_NOISE / size), np.float32)
     return pack("hidden", matrix, np.maximum(noise, np.abs(matrix).max(0, keepdims=True) / 127))
 
 
-def _weights(inputs: list[torch.Tensor], coordinates: list[torch.Tensor], units: torch.Tensor) -> Arrays:
+def _weights(
+    inputs: list[torch.Tensor], coordinates: list[torch.Tensor], share: torch.Tensor, units: torch.Tensor
+) -> Arrays:
     """Of inputs and units ``[I + H, R]``, rounded the coarser the less it matters."""
     ridge, power, rows = Ridge(), torch.zeros(coordinates[0].shape[1], device=units.device), 0
     for one, found in zip(inputs, coordinates, strict=True):
         ridge.add(_features(one, units), found.float())
-    weights = ridge.solve()
+    weights = ridge.solve(torch.cat([share, torch.ones(units.shape[1], device=units.device)]))
     for one, found in zip(inputs, coordinates, strict=True):
         power += (found.float() - _features(one, units) @ weights).square().sum(0)
         rows += len(found)
-    left = np.sqrt(np.maximum((power / rows).cpu().numpy(), (REFERENCE_STEP / 2) ** 2))
+    left = np.sqrt(np.maximum((power / rows).cpu().numpy(), REFERENCE_STEP**2))
     matrix = weights.cpu().numpy()
-    step = np.sqrt(12 * ROUNDING / len(matrix)) * left
+    step = np.sqrt(12 * WEIGHTS_NOISE / len(matrix)) * left
     return pack("weights", matrix, np.maximum(step, np.abs(matrix).max(0) / 127)[None].astype(np.float32))
 
 
@@ -220,7 +255,7 @@ def _features(inputs: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
 
 def pack(name: str, matrix: Floats, step: Floats) -> Arrays:
     """The arrays that :func:`unpack` reads."""
-    return {f"{name}.{field}": array for field, array in pack_matrix(matrix, step).items()}
+    return {f"{name}.{field}": array for field, array in pack_matrix(matrix, step, PRICE).items()}
 
 
 def unpack(arrays: Arrays, name: str) -> Floats:

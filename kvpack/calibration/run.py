@@ -33,8 +33,8 @@ PLAIN_SHARE = 0.1
 
 RIVALS_TOKENS = 32768
 CURVE_SEQUENCES = 6
-EXPECTED_BYTES = 0.4
-"""Of each weight of the prediction's units and of common coordinates; of local ones half."""
+EXPECTED_BYTES = 0.32
+"""Of each weight of the prediction."""
 
 SCATTER_SEQUENCES = 12
 
@@ -46,7 +46,7 @@ BUDGET = 0.0495
 class FisherOptions:
     """``rank`` common coordinates a token; gradients of ``gradients`` sequences; the prediction's units and steps."""
 
-    rank: int = 1216
+    rank: int = 960
     gradients: int = 24
     prediction: PredictorOptions = field(default_factory=PredictorOptions)
 
@@ -96,7 +96,7 @@ def _fisher(model: Model, sample: Sample, options: FisherOptions, tell: Say, wor
     def predicted() -> Arrays:
         coordinates = token_klt.coordinates(sample, learnt, parts, information.device)
         units, columns = options.prediction.units, coordinates[0].shape[1]
-        later = EXPECTED_BYTES * (units * 2048 + (units + 2048) * (options.rank + columns) / 2)
+        later = EXPECTED_BYTES * (units * 2048 + (units + 2048) * columns)
         budget = max(int(2 * weights * BUDGET - _bytes(parts) - later), 1 << 16)
         tokens = sample.tokens[learnt]
         return _gathered(prediction.learn(tokens, coordinates, table, budget, options.prediction), tell)

@@ -28,9 +28,12 @@ ITERATIONS = 3
 OVERSAMPLED = 64
 
 GROUPS = 6
-"""Groups of layers that have directions of their own, each a quarter as many as the common ones."""
+"""Groups of layers that have directions of their own."""
 
-BASIS_STEP = 0.006
+LOCAL_SHARE = 7 / 15
+"""How many those of a group are, of the common ones."""
+
+BASIS_STEP = 0.01
 """Rounding of an element's share in a direction, of the element's standard deviation. Noise is bounded where it would
 be seen, in the elements themselves: in whitened space it would fall on directions that no cache goes in.
 """
@@ -116,7 +119,7 @@ def learn(
     basis = pack("basis", *_directions(_axes(sample, sequences, white, table, rank), white, spread))
     yield "common directions", {"spread": spread, **basis}
     groups = np.arange(sample.layers, dtype=np.int32) * min(GROUPS, sample.layers) // sample.layers
-    width = min(max(1, rank // 4), 2 * sample.channels * int((groups == 0).sum()))
+    width = min(max(1, round(rank * LOCAL_SHARE)), 2 * sample.channels * int((groups == 0).sum()))
     synthesis = unpack(basis, "basis").T * spread
     local = _local(sample, sequences, white, synthesis, groups.astype(np.int32), width, spread)
     yield "local directions", {"groups": groups.astype(np.int32), **pack("local", *local)}

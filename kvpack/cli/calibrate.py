@@ -26,8 +26,11 @@ def calibrate(
         str, typer.Option(help="Whose needs, with commas: fisher, kvtc, aquakv; or 'all'.", metavar="FAMILIES")
     ] = "fisher",
     rank: Annotated[
-        int, typer.Option(min=1, max=8192, help="Common directions of fisher; local ones are half as many again.")
-    ] = 1216,
+        int,
+        typer.Option(
+            min=1, max=8192, help="Common directions of fisher; each of 6 groups of layers has nearly half as many."
+        ),
+    ] = 960,
     gradients: Annotated[int, typer.Option(min=1, help="Sequences that fisher back-propagates through.")] = 24,
     units: Annotated[int, typer.Option(min=1, max=16384, help="Units of fisher's prediction from token ids.")] = 1024,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of those units; a GPU takes thousands.")] = 300,

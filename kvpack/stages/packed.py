@@ -14,17 +14,46 @@ from numpy.typing import NDArray
 from kvpack.errors import CorruptError, MismatchError
 from kvpack.stages.base import Floats, Part, PlaneSpec
 from kvpack.stages.entropy.rans import Rans
+from kvpack.stages.jit import njit
 
 _MIDDLE = 128
+_ROUNDS = 2
 
 
-def pack_matrix(matrix: Floats, step: Floats) -> dict[str, NDArray[Any]]:
-    """``step`` ``[G, C]`` of positive numbers; ``matrix`` ``[G * S, C]``. Codes are clipped to a byte."""
+def pack_matrix(matrix: Floats, step: Floats, price: float = 0.0) -> dict[str, NDArray[Any]]:
+    """``step`` ``[G, C]`` of positive numbers; ``matrix`` ``[G * S, C]``. Codes are clipped to a byte.
+
+    Of the nearest code and the next one towards zero the one is taken whose squared error, in steps, plus ``price`` a
+    bit is less; bits are those of each column's codes so far in each group.
+    """
     groups, columns = step.shape
-    blocks = matrix.reshape(groups, -1, columns)
-    codes = np.clip(np.rint(blocks / step[:, None]) + _MIDDLE, 0, 255).astype(np.uint8)
+    blocks = matrix.reshape(groups, -1, columns) / step[:, None]
+    codes = np.clip(np.rint(blocks) + _MIDDLE, 0, 255).astype(np.uint8)
+    for _ in range(_ROUNDS if price else 0):
+        _towards_zero(blocks, codes, price)
     stream = Rans().encode(codes, PlaneSpec("", codes.shape, 8))
     return {"step": step.astype(np.float32), "codes": np.frombuffer(stream, np.uint8), "rows": _ints(matrix.shape[0])}
+
+
+@njit
+def _towards_zero(blocks: Floats, codes: NDArray[np.uint8], price: float) -> None:
+    """One round of :func:`pack_matrix`'s choice over ``[G, S, C]``."""
+    groups, rows, columns = codes.shape
+    for g in range(groups):
+        counts = np.full((columns, 256), 0.02)
+        for s in range(rows):
+            for c in range(columns):
+                counts[c, codes[g, s, c]] += 1
+        bits = -np.log2(counts / (rows + 0.02 * 256))
+        for s in range(rows):
+            for c in range(columns):
+                value = blocks[g, s, c]
+                near = min(max(np.rint(value) + _MIDDLE, 0), 255)
+                if near != _MIDDLE:
+                    less = near - 1 if near > _MIDDLE else near + 1
+                    cost = (value - (near - _MIDDLE)) ** 2 + price * bits[c, int(near)]
+                    other = (value - (less - _MIDDLE)) ** 2 + price * bits[c, int(less)]
+                    codes[g, s, c] = np.uint8(less if other < cost else near)
 
 
 def _ints(*values: int) -> NDArray[np.int32]:

@@ -59,7 +59,7 @@ class Shape:
         return self.common + self.groups * self.local
 
 
-SHAPES = (Shape("8B shape", 32, 8, 128, 1792, 8, 32, 1024), Shape("SmolLM2 shape", 30, 3, 64, 1216, 6, 304, 576))
+SHAPES = (Shape("8B shape", 32, 8, 128, 1792, 8, 32, 1024), Shape("SmolLM2 shape", 30, 3, 64, 960, 6, 448, 576))
 
 
 def deviations(shape: Shape) -> NDArray[np.float64]:
