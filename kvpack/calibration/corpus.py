@@ -32,7 +32,7 @@ Progress = Callable[[int, int], None]
 class CorpusOptions:
     """How many tokens to run in all, shared evenly by the texts, in sequences of ``context`` tokens."""
 
-    tokens: int = 131072
+    tokens: int = 65536
     context: int = 2048
 
 

@@ -64,8 +64,8 @@ Progress = Callable[[int, int], None]
 class PredictorOptions:
     """``units`` rectified units, trained for ``steps`` steps."""
 
-    units: int = 1024
-    steps: int = 300
+    units: int = 512
+    steps: int = 100
 
 
 def embeddings(network: Any, sample: Sample, device: torch.device) -> torch.Tensor:

@@ -47,7 +47,7 @@ class FisherOptions:
     """``rank`` common coordinates a token; gradients of ``gradients`` sequences; the prediction's units and steps."""
 
     rank: int = 960
-    gradients: int = 24
+    gradients: int = 12
     prediction: PredictorOptions = field(default_factory=PredictorOptions)
 
 

@@ -20,7 +20,7 @@ def calibrate(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Profile to write.")],
     model: Model = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to run in all, shared evenly by the texts.")] = 131072,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to run in all, shared evenly by the texts.")] = 65536,
     context: Annotated[int, typer.Option(min=1, help="Tokens a sequence.")] = 2048,
     codecs: Annotated[
         str, typer.Option(help="Whose needs, with commas: fisher, kvtc, aquakv; or 'all'.", metavar="FAMILIES")
@@ -31,9 +31,9 @@ def calibrate(
             min=1, max=8192, help="Common directions of fisher; each of 6 groups of layers has nearly half as many."
         ),
     ] = 960,
-    gradients: Annotated[int, typer.Option(min=1, help="Sequences that fisher back-propagates through.")] = 24,
-    units: Annotated[int, typer.Option(min=1, max=16384, help="Units of fisher's prediction from token ids.")] = 1024,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of those units; a GPU takes thousands.")] = 300,
+    gradients: Annotated[int, typer.Option(min=1, help="Sequences that fisher back-propagates through.")] = 12,
+    units: Annotated[int, typer.Option(min=1, max=16384, help="Units of fisher's prediction from token ids.")] = 512,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of those units; a GPU takes thousands.")] = 100,
     dtype: common.Dtype = "auto",
     device: common.Device = "auto",
     force: common.Force = False,
