@@ -267,7 +267,7 @@ def test_calibrate_for_fisher_alone(cli: Cli, folder: Path, tmp_path: Path) -> N
     assert profile["fisher.basis.step"].shape[1] == 20
     assert list(profile["fisher.groups"]) == [0, 1]
     rank = 20 + 2 * profile["fisher.local.step"].shape[1]
-    assert rank == profile["fisher.weights.step"].shape[1] == 30
+    assert rank == profile["fisher.weights.step"].shape[1] == 38
     tables = profile["fisher.tables"]
     assert (tables >= 1).all()
     assert (tables.sum(1) == 1 << 14).all()
