@@ -18,7 +18,10 @@ from kvpack.profile import Profile
 from kvpack.tensorfile import TensorFile
 
 QUALITIES = {"high": 0.03, "balanced": 0.06, "small": 0.12}
-"""Next-token KL, nats a token, that no sequence held back from calibration was above, on either continuation."""
+"""Next-token KL, nats a token; no sequence held back from calibration had more than that over :data:`MARGIN`."""
+
+MARGIN = 1.5
+"""Sequences held back are of the texts that calibration knows; others lose more."""
 
 FINEST, COARSEST = -480, -96
 """Steps of ``fisher`` that are searched, in 32nds of an octave."""
@@ -73,7 +76,8 @@ def choose(source: Path, profile: Profile | None, goal: Goal, *, chunk_tokens: i
         raise MismatchError(f"the profile {profile.name} has no section fisher: calibrate again")
     if profile is not None and (goal.quality is not None or goal.max_kl is not None):
         limit = QUALITIES[goal.quality] if goal.quality is not None else float(goal.max_kl or 0)
-        return fisher(step_for_kl(np.asarray(profile["fisher.curve"]), limit))
+        curve = np.asarray(profile["fisher.curve"])
+        return fisher(step_for_kl(np.concatenate([curve[:, :1], MARGIN * curve[:, 1:]], axis=1), limit))
     capture = Capture(TensorFile.open(source))
     make, finest, last = (local, LOCAL_FINEST, LOCAL_COARSEST) if profile is None else (fisher, FINEST, COARSEST)
 
@@ -125,7 +129,7 @@ def step_for_kl(curve: np.ndarray, limit: float) -> int:
         return int(steps[-1])
     if wanted < worst[0]:
         raise UsageError(
-            f"no step of this profile is known to keep the KL within {limit:g}: its finest had {2 ** worst[0]:.2g}; "
+            f"no step of this profile is known to keep KL within {limit:g}: its finest may have {2 ** worst[0]:.2g}; "
             "calibrate with a higher --rank and more --tokens, or compress losslessly"
         )
     return int(np.floor(np.interp(wanted, worst, steps)))
