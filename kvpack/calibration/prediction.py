@@ -6,6 +6,7 @@ descent (Adam, arXiv 1412.6980), on what a linear prediction leaves.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,9 @@ REFERENCE_STEP = 2.0 ** (-234 / 32)
 
 TABLE_STEP = REFERENCE_STEP / 16
 """Rounding of the vectors of the most frequent tokens, if the budget has room for it."""
+
+TABLE_TRIES = 74
+"""Else it is a quarter wider so many times at most: a million steps."""
 
 UNSEEN, RARITY = 1.0, 0.4
 """A token is rounded by its count and ``UNSEEN`` more, to the power ``RARITY``: texts of other kinds have tokens that
@@ -179,14 +183,14 @@ def _rounded_table(own: torch.Tensor, tokens: NDArray[np.int32], budget: int) ->
     often[:vocabulary] = counts[order]
     rarity = (often.reshape(groups, size).mean(1) + UNSEEN) ** -RARITY
     widest = np.abs(rows).reshape(groups, size, -1).max(1)
-    base, packed = TABLE_STEP, None
-    while packed is None or packed["table.codes"].size > budget:
+
+    def rounded(wider: int) -> Arrays:
+        base = TABLE_STEP * 1.25**wider
         step = np.maximum(base * (rarity / rarity.min())[:, None], widest / 127).astype(np.float32)
-        packed = pack("table", rows, np.maximum(step, 1e-30))
-        base *= 1.25
-        if base > 1e6 * REFERENCE_STEP:
-            break
-    return {"order": place, **packed}
+        return pack("table", rows, np.maximum(step, 1e-30))
+
+    wider = bisect_left(range(TABLE_TRIES), True, key=lambda wider: rounded(wider)["table.codes"].size <= budget)
+    return {"order": place, **rounded(wider)}
 
 
 def _units(

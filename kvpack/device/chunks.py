@@ -21,7 +21,7 @@ from kvpack.container import PartEntry, layer_of
 from kvpack.container.layout import PartPlan
 from kvpack.device.joint import Compressed, Joint
 from kvpack.device.lossless import EncodedPart
-from kvpack.device.staging import SLOTS, Source, Staged, pieces_of, pipelined, signed, unsigned
+from kvpack.device.staging import SLOTS, Source, Staged, in_batches, pieces_of, pipelined, signed, unsigned
 from kvpack.errors import CorruptError, UnsupportedError
 from kvpack.profile import Profile
 from kvpack.stages.base import Part, Side
@@ -56,16 +56,14 @@ def takes_chunk(chunk: Chunk, codec: Codec, profile: Profile | None, side: Side)
 
 def _batches(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
     """Chunks of one length that follow each other, no more than a batch takes, and at least one."""
-    for tokens, run in groupby(chunks, key=lambda chunk: chunk[0].tokens):
-        batch: list[Chunk] = []
-        for chunk in run:
-            size = 2 * len(chunk) * prod(chunk[0].shape)
-            follows = not batch or batch[-1][0].first + tokens == chunk[0].first
-            if batch and (not follows or (len(batch) + 1) * size > BATCH_BYTES):
-                yield batch
-                batch = []
-            batch.append(chunk)
-        yield batch
+
+    def joins(batch: list[Chunk], chunk: Chunk) -> bool:
+        last, first = batch[-1][0], chunk[0]
+        size = 2 * len(chunk) * prod(first.shape)
+        follows = last.tokens == first.tokens and last.first + last.tokens == first.first
+        return follows and (len(batch) + 1) * size <= BATCH_BYTES
+
+    return in_batches(chunks, joins)
 
 
 @dataclass(frozen=True)

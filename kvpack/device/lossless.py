@@ -21,7 +21,7 @@ from kvpack.archive import Archive, Capture
 from kvpack.codecs import Chain
 from kvpack.container import PartEntry
 from kvpack.container.layout import PartPlan
-from kvpack.device.staging import SLOTS, Source, Staged, pieces_of, pipelined, signed, unsigned
+from kvpack.device.staging import SLOTS, Source, Staged, in_batches, pieces_of, pipelined, signed, unsigned
 from kvpack.errors import CorruptError
 from kvpack.pipeline import chain_of
 from kvpack.stages.device.host import Slot
@@ -53,15 +53,12 @@ def takes(plan: PartPlan, chain: Chain) -> bool:
 
 def _batches(plans: Iterable[PartPlan]) -> Iterator[list[PartPlan]]:
     """Runs of plans of one shape and one length of tensor, no more than a batch takes."""
-    for _, run in groupby(plans, key=lambda plan: (plan.shape, plan.tensor.shape)):
-        batch: list[PartPlan] = []
-        for plan in run:
-            size = 2 * prod(plan.shape)
-            if batch and (len(batch) == BATCH_PARTS or (len(batch) + 1) * size > BATCH_BYTES):
-                yield batch
-                batch = []
-            batch.append(plan)
-        yield batch
+
+    def joins(batch: list[PartPlan], plan: PartPlan) -> bool:
+        alike = (batch[-1].shape, batch[-1].tensor.shape) == (plan.shape, plan.tensor.shape)
+        return alike and len(batch) < BATCH_PARTS and (len(batch) + 1) * 2 * prod(plan.shape) <= BATCH_BYTES
+
+    return in_batches(plans, joins)
 
 
 @dataclass(frozen=True)
@@ -225,14 +222,12 @@ class Decoder:
 
     def _batches(self, names: Iterable[str]) -> Iterator[list[str]]:
         tensors = self._archive.tensors
-        for _, run in groupby(names, key=lambda name: tensors[name].shape):
-            batch: list[str] = []
-            for name in run:
-                if batch and (len(batch) + 1) * tensors[name].nbytes > BATCH_BYTES:
-                    yield batch
-                    batch = []
-                batch.append(name)
-            yield batch
+
+        def joins(batch: list[str], name: str) -> bool:
+            alike = tensors[batch[-1]].shape == tensors[name].shape
+            return alike and (len(batch) + 1) * tensors[name].nbytes <= BATCH_BYTES
+
+        return in_batches(names, joins)
 
     def _stage(self, names: list[str], slot: Slot) -> _Names:
         parts = np.array([self._parts[name] for name in names]).T  # one shape, so the same chunks

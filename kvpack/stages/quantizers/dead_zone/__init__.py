@@ -49,8 +49,7 @@ class DeadZone(Quantizer):
 
     def __post_init__(self) -> None:
         """Check the configuration."""
-        if not -1024 <= self.log_step <= 1024 or not 0 <= self.importance <= 100:
-            raise ValueError("log_step is -1024 to 1024 and importance 0 to 100")
+        require_settings(self.log_step, self.importance)
 
     def planes(self, part: Part) -> list[PlaneSpec]:
         """``levels`` and ``shifts`` ``[1, T, 1]``, then ``coefficients`` ``[1, T, R]``."""
@@ -131,6 +130,17 @@ def quantise(
     values, step = np.ascontiguousarray(values), steps.reshape(-1)
     cpu.quantise(values, step, scales.columns, scales.rows, *choices, shifts, codes)
     return shifts, codes
+
+
+def require_settings(log_step: int, importance: int) -> None:
+    """Check settings, of ``low_rank`` too.
+
+    Raises:
+        ValueError: out of range.
+
+    """
+    if not -1024 <= log_step <= 1024 or not 0 <= importance <= 100:
+        raise ValueError("log_step is -1024 to 1024 and importance 0 to 100")
 
 
 def token_levels(part: Part, importance: int) -> NDArray[np.int32]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpack.stages.base import Codes, Floats, Part, PlaneSpec, Quantizer, Scales
-from kvpack.stages.quantizers.dead_zone import token_levels
+from kvpack.stages.quantizers.dead_zone import require_settings, token_levels
 from kvpack.stages.quantizers.low_rank import factors
 from kvpack.stages.quantizers.low_rank.tables import tables
 from kvpack.stages.quantizers.low_rank.weights import element_weights
@@ -48,8 +48,7 @@ class LowRank(Quantizer):
 
     def __post_init__(self) -> None:
         """Check the configuration."""
-        if not -1024 <= self.log_step <= 1024 or not 0 <= self.importance <= 100:
-            raise ValueError("log_step is -1024 to 1024 and importance 0 to 100")
+        require_settings(self.log_step, self.importance)
 
     def planes(self, part: Part) -> list[PlaneSpec]:
         """RoPE's frequencies; what each token, element and direction is like; the two factors."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpack.stages.symbols import LARGEST, RAW_BITS, SMALLEST
+from kvpack.stages.symbols import BUCKETS, LARGEST, RAW_BITS
 
 Array = NDArray[Any]
 
@@ -22,14 +22,14 @@ def choose(values: Array, rows: Array, columns: Array, costs: Array, price: floa
     size = np.abs(values)
     near = np.minimum(np.floor(size + np.float32(0.5)), LARGEST).astype(np.int64)
     below = np.maximum(near - 1, 0)
-    loss = [(size - q) ** 2 + np.float32(price) * costs[classes, _bucket(q)] for q in (near, below)]
+    loss = [(size - q) ** 2 + np.float32(price) * costs[classes, BUCKETS[q]] for q in (near, below)]
     chosen = np.where(loss[1] < loss[0], below, near)
     return np.where(values < 0, -chosen, chosen).astype(np.int32)
 
 
 def column_costs(codes: Array, rows: Array, costs: Array) -> Array:
     """Bits ``[K, C]`` that each column of ``codes`` ``[N, K]`` takes if its class were 0, 1, ... C - 1."""
-    buckets = _bucket(np.abs(codes))
+    buckets = BUCKETS[np.abs(codes)]
     found = np.zeros((codes.shape[1], len(costs)), np.float64)
     for column in range(len(costs)):
         classes = np.clip(column + rows, 0, len(costs) - 1)
@@ -42,7 +42,3 @@ def bucket_costs(tables: Array) -> Array:
     frequencies = tables[:, [0, *range(1, tables.shape[1], 2)]]
     bits = np.log2(tables.sum(1, keepdims=True) / frequencies)
     return np.asarray(bits + RAW_BITS, np.float32)
-
-
-def _bucket(magnitudes: Array) -> Array:
-    return np.searchsorted(SMALLEST, magnitudes, side="right") - 1
