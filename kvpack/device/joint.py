@@ -95,6 +95,7 @@ class Joint:
     def supports(part: Part, chain: Chain, tensors: int) -> bool:
         """Whether the kernels take such units, of so many tensors each."""
         from kvpack.stages.entropy.scaled_rans import cuda as coder
+        from kvpack.stages.quantizers.dead_zone import cuda as dead_zone
         from kvpack.stages.transforms.token_klt import cuda as klt
 
         if part.dtype != "BF16" or not is_joint(chain):
@@ -105,7 +106,7 @@ class Joint:
         model, (rows, tokens, dims) = stage.model(part), part.shape
         tables = len(part.array(f"{chain.quantizer.section}.tables"))
         shape = (rows // tensors, tokens, dims)
-        return klt.supports(shape, model) and coder.supports(tokens, model.rank, tables)
+        return klt.supports(shape, model) and dead_zone.supports(model.rank) and coder.supports(tokens, model.rank, tables)
 
     def _scales(self, levels: NDArray[np.int32], shifts: NDArray[np.int32]) -> Scales:
         tokens, rank = len(levels), self._coordinates.shape[2]
@@ -188,7 +189,8 @@ class Joint:
         if self._tokens is not None:
             predicted = predict(gpu, matrices, self._tokens, first, levels.size)
         z = restore(gpu, codes.view(levels.size, -1), sent(steps, gpu.device), classes.columns, classes.rows,
-                    self._choices, predicted, matrices.prediction.weights_exponent, matrices.exponent)  # fmt: skip
+                    self._choices, predicted, matrices.prediction.weights_exponent, matrices.exponent, matrices.shared,
+                    len(matrices.groups))  # fmt: skip
         odd = torch.zeros(len(levels), dtype=torch.int32, device=gpu.device)
         inverse(gpu, matrices, z, self._stacks(addresses, shape, head_stride, first), odd)
         return unsound, sums, odd

@@ -111,9 +111,11 @@ def test_codes_are_the_cpus_for_the_same_coordinates(gpu: Any) -> None:
     assert not faults.any()
     assert (found.cpu().numpy() == shifts - MOST_SHIFT).all()
     assert (codes.cpu().numpy().view(np.uint16) == expected[2][0]).all()
-    values = dead_zone.restore(gpu, codes, steps, columns, shifted, choices, None, 0, 0)
-    exact = QUANTIZER.decode(expected, inner)[0]
-    assert (values.cpu().numpy() == exact.astype(np.float16)).all()
+    exact = QUANTIZER.decode(expected, inner)[0].astype(np.float16)
+    for common, groups in ((exact.shape[1], 1), (exact.shape[1] - 6, 3)):
+        values = dead_zone.restore(gpu, codes, steps, columns, shifted, choices, None, 0, 0, common, groups)
+        own = np.split(exact[:, common:], groups, axis=1)
+        assert (values.cpu().numpy() == np.concatenate([np.hstack([exact[:, :common], o]) for o in own], 1)).all()
 
 
 def plane_codes(levels: np.ndarray, shifts: np.ndarray) -> dict[str, np.ndarray]:

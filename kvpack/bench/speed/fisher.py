@@ -15,7 +15,7 @@ from kvpack.bench.speed.timing import Speed, Timed, by_kernel, seconds, speed
 from kvpack.codecs import CODECS
 from kvpack.device.joint import Compressed, Joint
 from kvpack.stages.base import Part, Side
-from kvpack.stages.device.tensors import add_product, product, scaled_product
+from kvpack.stages.device.tensors import product
 from kvpack.stages.entropy.scaled_rans.reference import PRECISION
 from kvpack.stages.packed import pack_matrix
 from kvpack.stages.symbols import ALPHABET, LARGEST, split, zigzag
@@ -190,31 +190,30 @@ def rows(gpu: Timed, shape: Shape, nbytes: int) -> Iterator[Speed]:
 def _products(joint: Joint, tokens: int, label: str, size: int) -> Iterator[Speed]:
     """The matrix products alone."""
     m = joint.matrices
-    told, width = m.told.shape[0], m.prediction.width
-    stack, z = (torch.randn(tokens, n, device=m.means.device).half() for n in (m.size + told, m.rank))
+    told, width, windows = m.told.shape[0], m.prediction.width, m.groups[-1].window.stop
+    stack, coordinates = (torch.randn(tokens, n, device=m.means.device).half() for n in (m.size + told, windows))
     inputs, rows = stack[:, m.size : m.size + width].contiguous(), stack[:, : m.size].contiguous()
-    local = z[:, m.shared :]
+    z = torch.empty(tokens, m.rank, device=m.means.device)
 
     def analyse() -> None:
-        product(stack[:, : len(m.common)], m.common)
-        product(stack[:, m.size :], m.told)
+        product(z[:, : m.shared], stack[:, : len(m.common)], m.common)
+        product(z[:, m.shared :], stack[:, m.size :], m.told)
         for group in m.groups:
-            product(stack[:, group.columns], group.analysis)
+            product(z[:, group.own], stack[:, group.columns], group.analysis, add=True)
 
     def predict() -> None:
-        product(inputs[:, : m.prediction.inputs], m.prediction.hidden)
-        product(inputs, m.prediction.weights)
+        product(inputs[:, m.prediction.inputs :], inputs[:, : m.prediction.inputs], m.prediction.hidden)
+        product(z, inputs, m.prediction.weights)
 
     def synthesise() -> None:
-        scaled_product(z[:, : m.shared], m.synthesis, 0.5)
         for group in m.groups:
-            add_product(rows[:, group.columns], local[:, group.coordinates], group.synthesis, 2.0**-20)
+            product(rows[:, group.columns], coordinates[:, group.window], group.synthesis, scale=2.0**-20)
 
-    own = sum(group.analysis.numel() for group in m.groups)
+    analysis = m.common.numel() + m.told.numel() + sum(group.analysis.numel() for group in m.groups)
     for name, function, entries in (
-        ("compress: project", analyse, m.common.numel() + m.told.numel() + own),
+        ("compress: project", analyse, analysis),
         ("decompress: predict", predict, m.prediction.hidden.numel() + m.prediction.weights.numel()),
-        ("decompress: synthesis", synthesise, m.synthesis.numel() + own),
+        ("decompress: synthesis", synthesise, sum(group.synthesis.numel() for group in m.groups)),
     ):
         times = seconds(function)
         middle, flops = median(times), 2 * tokens * entries

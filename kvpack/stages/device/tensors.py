@@ -16,24 +16,12 @@ def sent(array: NDArray[Any], device: str) -> Tensor:
     return torch.from_numpy(np.array(array, order="C")).to(device, non_blocking=True)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` of halves, float32."""
-    if a.is_cuda:
-        found: Tensor = torch.mm(a, b, out_dtype=torch.float32)
-        return found
-    return a.float() @ b.float()
-
-
-def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``scale * (a @ b)`` of halves, rounded to halves."""
-    if a.is_cuda:
-        return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)
-    return (scale * (a.float() @ b.float())).half()
-
-
-def add_product(out: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-    """Add ``scale * (a @ b)`` of halves to halves, rows of which may lie apart."""
-    if out.is_cuda:
-        out.addmm_(a, b, alpha=scale)
+def product(out: Tensor, a: Tensor, b: Tensor, *, scale: float = 1, add: bool = False) -> None:
+    """``scale * (a @ b)`` of halves into ``out``, float32 or halves, rows of which may lie apart; or added to it."""
+    if not out.is_cuda:
+        found = scale * (a.float() @ b.float())
+        out.copy_(out.float() + found if add else found)
+    elif out.dtype == torch.float32:
+        torch.addmm(out, a, b, out_dtype=torch.float32, beta=int(add), alpha=scale, out=out)
     else:
-        out.copy_(out.float() + scale * (a.float() @ b.float()))
+        out.addmm_(a, b, beta=int(add), alpha=scale)

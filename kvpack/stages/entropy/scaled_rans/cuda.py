@@ -1,8 +1,10 @@
 """``scaled_rans`` on a GPU: the same streams as ``cpu.py``, many planes of one shape a launch, nothing waited for.
 
-Encoding: one pass sums what codes will cost (``measure.cu``), a warp encodes a group (``encode.cu``), streams are
-placed one behind another and filled (``emit.cu``). Decoding (``decode.cu``): heads and lengths are checked, a warp
-decodes a group, and where codes have raw bits a second pass adds them.
+What is the same for every code is done by passes over all of them, so that lanes, which wait for their own last step,
+have little to do. Encoding: one pass says each code's class and symbol and sums what they will cost (``measure.cu``), a
+warp encodes a group (``encode.cu``), streams are placed one behind another and filled (``emit.cu``). Decoding
+(``decode.cu``): heads and lengths are checked, a pass says classes, a warp decodes a group's symbols, a pass makes them
+codes, and where codes have raw bits another adds them.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ MOST_ROWS, MOST_CODES = 1 << 15, 1 << 29
 
 
 def supports(tokens: int, dims: int, tables: int) -> bool:
-    """Whether the kernels take planes ``[1, T, D]`` with so many tables; a group steps through no more than a row."""
-    return 0 < tokens <= MOST_ROWS and dims >= GROUP and tokens * dims <= MOST_CODES and tables <= MOST_TABLES
+    """Whether the kernels take planes ``[1, T, D]`` with so many tables."""
+    return 0 < tokens <= MOST_ROWS and 0 < dims and tokens * dims <= MOST_CODES and tables <= MOST_TABLES
 
 
 @dataclass(frozen=True)
@@ -126,16 +128,16 @@ def encode(gpu: Launcher, codes: Tensor, classes: Classes) -> Coded:
 
     raw, starts, meta = empty(torch.int32, rows), empty(torch.int32, rows), empty(torch.int32, planes, META)
     totals = torch.zeros(planes, dtype=torch.int64, device=gpu.device)
-    where = (classes.columns, classes.rows)
-    gpu.launch("entropy/scaled_rans/measure:measure", {}, (-(-rows // 8), 1), 256, 0, codes, *where, rows, tokens, dims,
-               tables.count, tables.costs, raw, totals)  # fmt: skip
+    picks = empty(torch.int16, rows * dims)
+    gpu.launch("entropy/scaled_rans/measure:measure", {}, (-(-rows // 8), 1), 256, 0, codes, classes.columns,
+               classes.rows, rows, tokens, dims, tables.count, tables.costs, raw, totals, picks)  # fmt: skip
     gpu.launch("entropy/scaled_rans/measure:divide", {}, (planes, 1), 1024, 0, raw, totals, tokens, dims, starts, meta)
     most = max(1, size * PRECISION // 8 // GROUP_BYTES) + 1
     scratch, lengths = empty(torch.int16, planes * size), empty(torch.int32, planes, most)
     states = empty(torch.int32, planes, most, GROUP)
     gpu.launch("entropy/scaled_rans/encode:encode", {}, (-(-most // WARPS), planes), 32 * WARPS,
-               8 * SYMBOLS * tables.count, codes, *where, tokens, dims, tables.count, tables.entries, meta, scratch,
-               most, lengths, states)  # fmt: skip
+               8 * SYMBOLS * tables.count, picks, size, tables.count, tables.entries, meta, scratch, most, lengths,
+               states)  # fmt: skip
     places, sizes = empty(torch.int64, planes + 1), empty(torch.int64, planes)
     gpu.launch("entropy/scaled_rans/emit:layout", {}, (1, 1), 32, 0, meta, lengths, planes, most, places, sizes)
     arena = empty(torch.uint8, planes * (4 * size + 132 * most + 32))
@@ -167,16 +169,20 @@ def decode(gpu: Launcher, streams: Tensor, sizes: Tensor, classes: Classes, most
     :func:`slack` beyond any stream. ``most`` is :func:`groups_of`'s.
     """
     planes, tokens, dims, tables = classes.planes, classes.tokens, classes.dims, classes.tables
-    rows, where = planes * tokens, (classes.columns, classes.rows)
+    rows = planes * tokens
     meta = torch.empty(planes, META, dtype=torch.int32, device=gpu.device)
     bases = torch.empty(planes, most + 1, dtype=torch.int32, device=gpu.device)
-    raw, starts = torch.zeros(2, rows, dtype=torch.int32, device=gpu.device)
+    raw, starts = torch.empty(2, rows, dtype=torch.int32, device=gpu.device)
+    cells = torch.empty(rows * dims, dtype=torch.uint8, device=gpu.device)
     codes = torch.empty(planes, tokens, dims, dtype=torch.int16, device=gpu.device)
     gpu.launch("entropy/scaled_rans/decode:heads", {}, (planes, 1), 1024, 0, streams, sizes, tokens * dims, most, bases,
                meta)  # fmt: skip
+    gpu.launch("entropy/scaled_rans/decode:classify", {}, (-(-rows // 8), 1), 256, 0, classes.columns, classes.rows,
+               rows, dims, tables.count, cells)  # fmt: skip
     gpu.launch("entropy/scaled_rans/decode:decode", {}, (-(-most // WARPS), planes), 32 * WARPS,
-               WARPS * RING_BYTES + 4 * tables.decoding.numel() + tables.coarse.numel() + 2 * SYMBOLS, streams, bases,
-               most, *where, tokens, dims, tables.count, tables.decoding, tables.coarse, codes, raw, meta)  # fmt: skip
+               WARPS * RING_BYTES + 4 * tables.decoding.numel() + tables.coarse.numel(), streams, bases, most,
+               tokens * dims, tables.count, tables.decoding, tables.coarse, cells, meta)  # fmt: skip
+    gpu.launch("entropy/scaled_rans/decode:tally", {}, (-(-rows // 8), 1), 256, 0, cells, rows, dims, codes, raw)
     gpu.launch("entropy/scaled_rans/decode:place", {}, (planes, 1), 1024, 0, streams, sizes, raw, tokens, starts, meta)
     gpu.launch("entropy/scaled_rans/decode:join", {}, (-(-rows // 8), 1), 256, 0, streams, rows, tokens, dims, raw,
                starts, meta, codes)  # fmt: skip

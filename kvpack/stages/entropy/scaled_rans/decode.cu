@@ -30,83 +30,102 @@ extern "C" __global__ void __launch_bounds__(1024) heads(
     own[RAW_BYTES] = (int)raw_bytes, own[WORDS] = words, own[FAULT] = 2 * words != body;
 }
 
+// cells [U * T * D]: the class of each code. A warp a row.
+extern "C" __global__ void __launch_bounds__(256) classify(
+    const int *columns, const int *rows, i64 all_rows, i64 dims, i64 tables, u8 *cells) {
+    Plane plane = {columns, rows, 1, (int)dims, (int)tables - 1};
+    i64 row = (i64)blockIdx.x * 8 + threadIdx.x / 32;
+    if (row >= all_rows) return;
+    int mine = rows[row];
+    cells += row * dims;
+#pragma unroll 4
+    for (int c = threadIdx.x % 32; c < plane.dims; c += 32) cells[c] = (u8)plane.class_of(columns[c], mine);
+}
+
 #define RUN 32
 #define RUNS ((1 << PRECISION) / RUN)
 #define STEPS 4  // as many as words may go by without refill
 
-// What says the classes of a lane's next codes.
-struct Ahead {
-    int column[STEPS], scale[STEPS], row[STEPS];
-    __device__ __forceinline__ void load(const Plane &plane, Place &place) {
-#pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-            row[i] = place.row < plane.tokens ? place.row : plane.tokens - 1;
-            column[i] = plane.columns[place.column], scale[i] = plane.rows[row[i]];
-            place.on(plane.dims);
-        }
-    }
+struct Lookup {
+    const u8 *runs;
+    const u32 *held;
 };
 
-// raw [U * T], zeroed before, gets each row's raw bits. coarse [K, RUNS]: the symbol of every 32nd slot; entries [K, 64]:
-// frequency << 14 | start. A warp a group.
+// The symbol of a code of class k, for a lane that has one.
+__device__ __forceinline__ int get(u32 &x, const Lookup &by, int k, Words &words, bool live, u32 below) {
+    u32 slot = x & ((1u << PRECISION) - 1);
+    int symbol = by.runs[k * RUNS + slot / RUN];
+    const u32 *held = by.held + k * SYMBOLS;
+    u32 entry = held[symbol];
+    while (slot - (entry & 0x3FFF) >= entry >> PRECISION) entry = held[++symbol];
+    u32 state = (entry >> PRECISION) * (x >> PRECISION) + slot - (entry & 0x3FFF);
+    state = take(words, state, live && state < LOW, below);
+    if (live) x = state;
+    return symbol;
+}
+
+// cells: classes become symbols. coarse [K, RUNS]: the symbol of every 32nd slot; entries [K, 64]: frequency << 14 | start.
+// A warp a group.
 extern "C" __global__ void __launch_bounds__(32 * WARPS) decode(
-    const u64 *streams, const int *bases, i64 groups_most, const int *columns, const int *rows, i64 tokens, i64 dims,
-    i64 tables, const u32 *entries, const uint4 *coarse, u16 *codes, int *raw, int *meta) {
-    extern __shared__ u32 shared[];  // rings of the warps, entries, coarse, codes
+    const u64 *streams, const int *bases, i64 groups_most, i64 size, i64 tables, const u32 *entries, const uint4 *coarse,
+    u8 *cells, int *meta) {
+    extern __shared__ u32 shared[];  // rings of the warps, entries, coarse
     int *own = meta + blockIdx.y * META;
     if (own[FAULT] == 1 || blockIdx.x * WARPS >= own[GROUPS]) return;
     u32 *held = shared + WARPS * RING / 4;
     u8 *runs = (u8 *)(held + tables * SYMBOLS);
-    u16 *code = (u16 *)(runs + tables * RUNS);
 #pragma unroll 8
     for (int i = threadIdx.x; i < tables * SYMBOLS; i += 32 * WARPS) held[i] = entries[i];
 #pragma unroll 8
     for (int i = threadIdx.x; i < tables * RUNS / 16; i += 32 * WARPS) ((uint4 *)runs)[i] = coarse[i];
-    if (threadIdx.x < SYMBOLS) code[threadIdx.x] = (u16)code_of(threadIdx.x);
     __syncthreads();
     int group = blockIdx.x * WARPS + threadIdx.x / 32, l = threadIdx.x % 32, span = own[SPAN];
     if (group >= own[GROUPS]) return;
-    Plane plane = {columns, rows + blockIdx.y * tokens, (int)tokens, (int)dims, (int)tables - 1};
-    int first = group * span, count = plane.size() - first < span ? plane.size() - first : span;
-    codes += (i64)blockIdx.y * plane.size() + first, raw += blockIdx.y * tokens;
+    i64 first = (i64)group * span;
+    int count = size - first < span ? (int)(size - first) : span;
+    u8 *cell = kept(cells + blockIdx.y * size + first + l);
     const u8 *stream = (const u8 *)streams[blockIdx.y] + HEAD + 4ll * own[GROUPS];
     bases += blockIdx.y * (groups_most + 1) + group;
-    u32 x = ((const u32 *)stream)[group * 32 + l], below = (1u << l) - 1;
+    u32 x = ((const u32 *)stream)[group * 32 + l], below = kept((1u << l) - 1);
     Words words = open_words((const u16 *)(stream + 128ll * own[GROUPS]) + bases[0], (u64 *)shared + threadIdx.x / 32 * (RING / 8));
     u32 begin = words.at;
-    Place place = {(first + l) / plane.dims, (first + l) % plane.dims};
-    Ahead next;
-    next.load(plane, place);
-    int counted = next.row[0], bits = 0;  // raw bits in the row that the lane is in
-    for (int at = l; at - l < count; at += 32 * STEPS) {
-        Ahead now = next;
-        if (at - l + 32 * STEPS < count) next.load(plane, place);
+    Lookup by = {runs, held};
+    int next[STEPS], steps = count / 32;
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) next[i] = i < steps ? cell[32 * i] : 0;
+    for (; steps >= STEPS; steps -= STEPS, cell += 32 * STEPS) {
+        int now[STEPS];
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
-            if (at - l + 32 * i >= count) break;  // the same for all lanes
-            bool live = at + 32 * i < count;
-            int k = plane.class_of(now.column[i], now.scale[i]);
-            u32 slot = x & ((1u << PRECISION) - 1);
-            int symbol = runs[k * RUNS + slot / RUN];
-            u32 entry = held[k * SYMBOLS + symbol];
-            while (slot - (entry & 0x3FFF) >= entry >> PRECISION) entry = held[k * SYMBOLS + ++symbol];
-            u32 state = (entry >> PRECISION) * (x >> PRECISION) + slot - (entry & 0x3FFF);
-            state = take(words, state, live && state < LOW, below);
-            if (live) {
-                x = state;
-                codes[at + 32 * i] = code[symbol];
-                if (now.row[i] != counted) {
-                    if (bits) atomicAdd(&raw[counted], bits);
-                    counted = now.row[i], bits = 0;
-                }
-                bits += raw_width(magnitude_of(code[symbol]));
-            }
+            now[i] = next[i];
+            next[i] = STEPS + i < steps ? cell[32 * (STEPS + i)] : 0;
         }
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) cell[32 * i] = (u8)get(x, by, now[i], words, true, below);
         refill(words);
     }
-    if (bits) atomicAdd(&raw[counted], bits);
+    for (; steps; steps--, cell += 32) *cell = (u8)get(x, by, *cell, words, true, below);
+    if (l < count % 32) steps = *cell;
+    int last = get(x, by, steps, words, l < count % 32, below);
+    if (l < count % 32) *cell = (u8)last;
     bool fine = __ballot_sync(ALL, x == LOW) == ALL && words.at - begin == 2u * (bases[1] - bases[0]);
     if (l == 0 && !fine) own[FAULT] = 2;
+}
+
+// Symbols to codes with no raw bits set, and how many each row has. A warp a row.
+extern "C" __global__ void __launch_bounds__(256) tally(const u8 *cells, i64 all_rows, i64 dims_, u16 *codes, int *raw) {
+    i64 row = (i64)blockIdx.x * 8 + threadIdx.x / 32;
+    int dims = (int)dims_, bits = 0;
+    if (row >= all_rows) return;
+    cells += row * dims, codes += row * dims;
+#pragma unroll 4
+    for (int c = threadIdx.x % 32; c < dims; c += 32) {
+        u32 code = code_of(cells[c]);
+        codes[c] = (u16)code;
+        bits += raw_width(magnitude_of(code));
+    }
+    bits = warp_total(bits);
+    if (threadIdx.x % 32 == 0) raw[row] = bits;
 }
 
 // Where in the raw bits each row's begin, and whether there are as many as there must be. A block a plane.
@@ -130,17 +149,19 @@ extern "C" __global__ void __launch_bounds__(256) join(
     const u8 *tail = (const u8 *)streams[unit] + HEAD + 132ll * own[GROUPS] + 2ll * own[WORDS];
     i64 bit = starts[row];
     codes += (i64)row * dims;
-    for (int first = 0; first < dims; first += 32) {
-        u32 code = first + l < dims ? codes[first + l] : 0;
-        int width = raw_width(magnitude_of(code));
-        if (!__ballot_sync(ALL, width != 0)) continue;
-        int sum = warp_scan(width);
-        if (width) {
-            i64 at = bit + sum - width;
-            u32 value = 0;
-            for (int i = 0; i < (int)(at & 7) + width; i += 8) value |= (u32)tail[at / 8 + i / 8] << i;
-            codes[first + l] = (u16)(code + 2 * (value >> (at & 7) & ((1u << width) - 1)));
+    for (int first = 0; first < dims; first += 32 * BATCH) {
+        u32 held[BATCH];
+        if (!any_raw(held, codes + first, (int)dims - first)) continue;
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            int width = raw_width(magnitude_of(held[i])), sum = warp_scan(width);
+            if (width) {
+                i64 at = bit + sum - width;
+                u32 value = 0;
+                for (int j = 0; j < (int)(at & 7) + width; j += 8) value |= (u32)tail[at / 8 + j / 8] << j;
+                codes[first + 32 * i + l] = (u16)(held[i] + 2 * (value >> (at & 7) & ((1u << width) - 1)));
+            }
+            bit += __shfl_sync(ALL, sum, 31);
         }
-        bit += __shfl_sync(ALL, sum, 31);
     }
 }

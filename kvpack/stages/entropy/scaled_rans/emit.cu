@@ -52,18 +52,21 @@ extern "C" __global__ void __launch_bounds__(256) raw(
     const int *own = meta + unit * META;
     i64 byte = places[unit] + HEAD + 132ll * own[GROUPS] + 2ll * own[WORDS], bit = byte * 8 + starts[row];
     codes += (i64)row * dims;
-    for (int first = 0; first < dims; first += 32) {
-        u32 magnitude = first + l < dims ? magnitude_of(codes[first + l]) : 0;
-        int width = raw_width(magnitude);
-        if (!__ballot_sync(ALL, width != 0)) continue;
-        int sum = warp_scan(width);
-        if (width) {
-            i64 at = bit + sum - width;
-            u64 value = (u64)(magnitude & ((1u << width) - 1)) << (at & 31);
-            u32 *word = (u32 *)arena + at / 32;
-            atomicOr(word, (u32)value);
-            if (value >> 32) atomicOr(word + 1, (u32)(value >> 32));
+    for (int first = 0; first < dims; first += 32 * BATCH) {
+        u32 held[BATCH];
+        if (!any_raw(held, codes + first, (int)dims - first)) continue;
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            u32 magnitude = magnitude_of(held[i]);
+            int width = raw_width(magnitude), sum = warp_scan(width);
+            if (width) {
+                i64 at = bit + sum - width;
+                u64 value = (u64)(magnitude & ((1u << width) - 1)) << (at & 31);
+                u32 *word = (u32 *)arena + at / 32;
+                atomicOr(word, (u32)value);
+                if (value >> 32) atomicOr(word + 1, (u32)(value >> 32));
+            }
+            bit += __shfl_sync(ALL, sum, 31);
         }
-        bit += __shfl_sync(ALL, sum, 31);
     }
 }

@@ -2,21 +2,23 @@
 #include "planes.cuh"
 #define GROUP_BYTES 12288
 
-// costs [K, 64]: 64ths of a bit of each symbol. raw [U * T]: raw bits of each row; totals [U], zeroed before. A warp a row.
+// costs [K, 64]: 64ths of a bit of each symbol. raw [U * T]: raw bits of each row; totals [U], zeroed before; picks [U * T * D]:
+// class * 64 + symbol of each code. A warp a row.
 extern "C" __global__ void __launch_bounds__(256) measure(
     const u16 *codes, const int *columns, const int *rows, i64 all_rows, i64 tokens, i64 dims, i64 tables,
-    const u16 *costs, int *raw, u64 *totals) {
+    const u16 *costs, int *raw, u64 *totals, u16 *picks) {
     Plane plane = {columns, rows, (int)tokens, (int)dims, (int)tables - 1};
     int row = (int)(blockIdx.x * 8 + threadIdx.x / 32), bits = 0;
     u32 cost = 0;
     if (row >= all_rows) return;
     int mine = rows[row];
-    codes += (i64)row * dims;
+    codes += (i64)row * dims, picks += (i64)row * dims;
 #pragma unroll 4
     for (int c = threadIdx.x % 32; c < plane.dims; c += 32) {
-        u32 code = codes[c];
-        cost += costs[plane.class_of(columns[c], mine) * SYMBOLS + symbol_of(code)];
+        u32 code = codes[c], pick = plane.class_of(columns[c], mine) * SYMBOLS + symbol_of(code);
+        cost += costs[pick];
         bits += raw_width(magnitude_of(code));
+        picks[c] = (u16)pick;
     }
     u64 sum = warp_sum((u64)cost);
     bits = warp_total(bits);

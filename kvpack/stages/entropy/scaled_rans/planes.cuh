@@ -16,23 +16,9 @@
 struct Plane {
     const int *columns, *rows;  // [D], [U * T]: a code's class is (column - row) >> 3, within the tables
     int tokens, dims, top;      // top: the last table
-    __device__ __forceinline__ int size() const { return tokens * dims; }
     __device__ __forceinline__ int class_of(int column, int row) const {
         int k = (column - row) >> 3;
         return k < 0 ? 0 : k > top ? top : k;
-    }
-};
-
-// Where a lane stands in a plane; it steps by 32 codes, no more than a row. Without branches, so that loads stay together.
-struct Place {
-    int row, column;
-    __device__ __forceinline__ void on(int dims) {
-        bool over = (column += 32) >= dims;
-        column -= over ? dims : 0, row += over;
-    }
-    __device__ __forceinline__ void back(int dims) {
-        bool under = (column -= 32) < 0;
-        column += under ? dims : 0, row -= under;
     }
 };
 
@@ -53,6 +39,19 @@ __device__ __forceinline__ u32 code_of(int symbol) {
     u32 bucket = (u32)(symbol + 1) >> 1, octave = 3 + (bucket - DIRECT) / 2;
     u32 magnitude = bucket < DIRECT ? bucket : (2 | (bucket & 1)) << (octave - 1);
     return symbol ? 2 * magnitude - ((symbol & 1) ^ 1) : 0;
+}
+
+// Four times 32 codes of a row, of which so many are left, those of lane l at l, 32 + l, ...; whether any has raw bits.
+#define BATCH 4
+__device__ __forceinline__ bool any_raw(u32 *held, const u16 *codes, int left) {
+    int l = threadIdx.x % 32;
+    u32 most = 0;
+#pragma unroll
+    for (int i = 0; i < BATCH; i++) {
+        held[i] = 32 * i + l < left ? codes[32 * i + l] : 0;
+        most = held[i] > most ? held[i] : most;
+    }
+    return __ballot_sync(ALL, magnitude_of(most) >= DIRECT);
 }
 
 __device__ __forceinline__ int warp_total(int value) { return (int)__reduce_add_sync(ALL, (u32)value); }

@@ -4,6 +4,7 @@
 // step and its class are two arrays, because they need not follow from each other. Grid (slices of rows, 1), a warp a row.
 // THRESHOLDS and MOST_SHIFT are reference.py's, SHIFT_COST is its SHIFT_BITS.
 #define LARGEST 32767
+#define SIGN 32768
 #define BUCKETS 32
 #define DIRECT 8
 
@@ -11,10 +12,10 @@ struct Row {
     const int *columns;
     int mine, dims, top;
     __device__ __forceinline__ int class_of(int d) const {
-        int k = (columns[d] - mine) >> 3;
+        int k = unbounded(d);
         return k < 0 ? 0 : k > top ? top : k;
     }
-    __device__ __forceinline__ Row shifted(int shift) const { return {columns, mine - 8 * shift, dims, top}; }
+    __device__ __forceinline__ int unbounded(int d) const { return (columns[d] - mine) >> 3; }
 };
 
 __device__ __forceinline__ int bucket_of(u32 m) {
@@ -34,70 +35,84 @@ __device__ __forceinline__ int magnitude_of(float scaled, const float *wanted) {
     return m;
 }
 
-// What a row of magnitudes takes if its classes are shifted; bits are whole numbers, so that no order of sums matters.
-__device__ u64 cost(const u16 *magnitudes, const Row &row, const u64 *bits, int shift) {
-    Row moved = row.shifted(shift);
-    u64 total = 0;
+// What a row takes if its classes are shifted; bits are whole numbers, so that no order of sums matters.
+struct Costs {
+    const u64 *bits;
+    __device__ __forceinline__ u64 of(int k, int top, u32 m) const {
+        return bits[(k < 0 ? 0 : k > top ? top : k) * BUCKETS + bucket_of(m)];
+    }
+    __device__ __forceinline__ u64 sum(u64 share, int shift) const {
+        return warp_sum(share) + (u64)SHIFT_COST * (shift < 0 ? -shift : shift);
+    }
+    __device__ u64 row(const u16 *held, const Row &row, int shift) const {
+        u64 total = 0;
 #pragma unroll 4
-    for (int d = threadIdx.x % 32; d < row.dims; d += 32)
-        total += bits[moved.class_of(d) * BUCKETS + bucket_of(magnitudes[d])];
-    return warp_sum(total) + (u64)SHIFT_COST * (shift < 0 ? -shift : shift);
-}
+        for (int d = threadIdx.x % 32; d < row.dims; d += 32)
+            total += of(row.unbounded(d) + shift, row.top, held[d] & LARGEST);
+        return sum(total, shift);
+    }
+};
 
-__device__ int best_shift(const u16 *magnitudes, const Row &row, const u64 *bits) {
-    u64 best = cost(magnitudes, row, bits, 0);
-    int shift = 0;
-    for (int way = -1; way <= 1; way += 2)
-        for (int next = shift + way; -MOST_SHIFT < next && next < MOST_SHIFT && shift * way >= 0; next += way) {
-            u64 found = cost(magnitudes, row, bits, next);
-            if (found >= best) break;
-            best = found, shift = next;
-        }
+// The shift beyond one that pays, for as long as the next one pays more.
+__device__ int climb(const u16 *held, const Row &row, const Costs &costs, int way, u64 best) {
+    int shift = way;
+    for (int next = 2 * way; -MOST_SHIFT < next && next < MOST_SHIFT; next += way) {
+        u64 found = costs.row(held, row, next);
+        if (found >= best) break;
+        best = found, shift = next;
+    }
     return shift;
 }
 
 // z, steps [N] in the same unit; wanted [K, THRESHOLDS]; bits [K, BUCKETS]. Codes zigzag; shifts [N] and the classes [N] that
-// they make of classes. faults [U] are set where a magnitude is too large or not a number.
+// they make of classes. faults [U] are set where a magnitude is too large or not a number. Magnitudes of a row are held in
+// shared memory, with their signs; shifts of one either way are tried while they are found.
 extern "C" __global__ void __launch_bounds__(256) quantize(
     const float *z, i64 rows, i64 tokens, i64 dims, const float *steps, const int *columns, const int *classes,
     i64 tables, const float *wanted, const u64 *bits, u16 *codes, int *shifts, int *shifted, int *faults) {
-    i64 at = (i64)blockIdx.x * 8 + threadIdx.x / 32;
+    extern __shared__ u16 magnitudes[];
+    i64 at = (i64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (at >= rows) return;
+    u16 *held = magnitudes + threadIdx.x / 32 * dims;
     float step = steps[at];
     Row row = {columns, classes[at], (int)dims, (int)tables - 1};
+    Costs costs = {bits};
     bool bad = false;
+    u64 down = 0, same = 0, up = 0;
     z += at * dims, codes += at * dims;
 #pragma unroll 4
     for (int d = threadIdx.x % 32; d < row.dims; d += 32) {
-        float scaled = fabsf(z[d]) / step;
+        float value = z[d], scaled = fabsf(value) / step;
         bool fits = scaled < LARGEST;
-        codes[d] = (u16)magnitude_of(fits ? scaled : 0, wanted + row.class_of(d) * THRESHOLDS);
+        int k = row.unbounded(d), m = magnitude_of(fits ? scaled : 0, wanted + row.class_of(d) * THRESHOLDS);
+        held[d] = (u16)(m | (value < 0 ? SIGN : 0));
         bad |= !fits;
+        down += costs.of(k - 1, row.top, m), same += costs.of(k, row.top, m), up += costs.of(k + 1, row.top, m);
     }
     if (bad) faults[at / tokens] = 1;
-    int shift = best_shift(codes, row, bits);
-    row = row.shifted(shift);
+    down = costs.sum(down, -1), same = costs.sum(same, 0), up = costs.sum(up, 1);
+    int shift = down < same ? climb(held, row, costs, -1, down) : up < same ? climb(held, row, costs, 1, up) : 0;
+    row.mine -= 8 * shift;
     if (threadIdx.x % 32 == 0) shifts[at] = shift, shifted[at] = row.mine;
 #pragma unroll 4
     for (int d = threadIdx.x % 32; d < row.dims; d += 32) {
-        float value = z[d], scaled = fabsf(value) / step;
-        int m = magnitude_of(scaled < LARGEST ? scaled : 0, wanted + row.class_of(d) * THRESHOLDS);
-        codes[d] = (u16)(value < 0 && m ? 2 * m - 1 : 2 * m);
+        u32 m = held[d], sign = m & SIGN;
+        m &= LARGEST;
+        if (shift) {
+            float scaled = fabsf(z[d]) / step;
+            m = magnitude_of(scaled < LARGEST ? scaled : 0, wanted + row.class_of(d) * THRESHOLDS);
+        }
+        codes[d] = (u16)(sign && m ? 2 * m - 1 : 2 * m);
     }
 }
 
 // halves = (value at its bin's centroid * step + prediction * 2^shift) * 2^out. centroids [K, 4]; predicted [N, D] or none.
-extern "C" __global__ void __launch_bounds__(256) restore(
-    const u16 *codes, i64 rows, i64 dims, const float *steps, const int *columns, const int *classes, i64 tables,
-    const float *centroids, const float *predicted, i64 shift, i64 out, u16 *halves) {
-    i64 at = (i64)blockIdx.x * 8 + threadIdx.x / 32;
-    if (at >= rows) return;
-    float step = steps[at], scale = ldexpf(1, (int)out), unit = ldexpf(1, (int)shift);
-    Row row = {columns, classes[at], (int)dims, (int)tables - 1};
-    codes += at * dims, halves += at * dims;
-    if (predicted) predicted += at * dims;
-#pragma unroll 4
-    for (int d = threadIdx.x % 32; d < row.dims; d += 32) {
+// Rows of halves are windows, one for each group of own coordinates: the common ones, the first of a row, and its own.
+struct Restored {
+    const u16 *codes;
+    const float *centroids, *predicted;
+    float step, unit, scale;
+    __device__ __forceinline__ u16 at(const Row &row, int d) const {
         u32 code = codes[d], m = (code + 1) >> 1;
         float value = 0;
         if (m) {
@@ -105,6 +120,27 @@ extern "C" __global__ void __launch_bounds__(256) restore(
             value = __fmul_rn(code & 1 ? -value : value, step);
         }
         if (predicted) value += predicted[d] * unit;
-        halves[d] = (u16)to_halves(value * scale, 0);
+        return (u16)to_halves(value * scale, 0);
     }
+};
+
+extern "C" __global__ void __launch_bounds__(256) restore(
+    const u16 *codes, i64 rows, i64 dims, const float *steps, const int *columns, const int *classes, i64 tables,
+    const float *centroids, const float *predicted, i64 shift, i64 out, i64 common_, i64 groups_, u16 *halves) {
+    i64 at = (i64)blockIdx.x * 8 + threadIdx.x / 32;
+    if (at >= rows) return;
+    Row row = {columns, classes[at], (int)dims, (int)tables - 1};
+    Restored values = {codes + at * dims, centroids, predicted ? predicted + at * dims : 0, steps[at],
+                       ldexpf(1, (int)shift), ldexpf(1, (int)out)};
+    int common = (int)common_, groups = (int)groups_, own = (row.dims - common) / groups, width = common + own;
+    halves += at * groups * width;
+#pragma unroll 4
+    for (int d = threadIdx.x % 32; d < common; d += 32) {
+        u16 half = values.at(row, d);
+        for (int g = 0; g < groups; g++) halves[g * width + d] = half;
+    }
+    for (int g = 0; g < groups; g++)
+#pragma unroll 4
+        for (int d = threadIdx.x % 32; d < own; d += 32)
+            halves[g * width + common + d] = values.at(row, common + g * own + d);
 }

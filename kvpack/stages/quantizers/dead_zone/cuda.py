@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvpack.stages.base import Floats
-from kvpack.stages.device.launch import Launcher
+from kvpack.stages.device.launch import MAX_SHARED, Launcher
 from kvpack.stages.device.tensors import sent
 from kvpack.stages.quantizers.dead_zone.reference import (
     MOST_SHIFT,
@@ -24,6 +24,9 @@ Tensor = torch.Tensor
 
 BIT = 1 << 40
 """A bit in the whole numbers that costs of shifts are summed in: a row's stay below 2**63."""
+
+SHARED = 64 << 10
+"""Bytes of shared memory a block, so that three are under way at once."""
 
 _DEFINES = {"THRESHOLDS": THRESHOLDS, "MOST_SHIFT": MOST_SHIFT, "SHIFT_COST": int(SHIFT_BITS * BIT)}
 
@@ -45,8 +48,9 @@ class Choices:
         return cls(sent(thresholds(tables, centroids), device), sent(bits, device), sent(centroids, device))
 
 
-def _grid(rows: int) -> tuple[int, int]:
-    return -(-rows // 8), 1
+def supports(rank: int) -> bool:
+    """Whether a row's magnitudes fit into shared memory."""
+    return 2 * rank <= MAX_SHARED
 
 
 def quantize(
@@ -61,9 +65,10 @@ def quantize(
     rows, dims = z.shape
     codes = torch.empty(rows, dims, dtype=torch.int16, device=gpu.device)
     shifts, shifted = torch.empty(2, rows, dtype=torch.int32, device=gpu.device)
-    gpu.launch("quantizers/dead_zone/codes:quantize", _DEFINES, _grid(rows), 256, 0, z, rows, rows // len(faults), dims,
-               steps, columns, classes, len(choices.wanted), choices.wanted, choices.bits, codes, shifts, shifted,
-               faults)  # fmt: skip
+    warps = max(1, min(8, SHARED // (2 * dims)))
+    gpu.launch("quantizers/dead_zone/codes:quantize", _DEFINES, (-(-rows // warps), 1), 32 * warps, 2 * dims * warps, z,
+               rows, rows // len(faults), dims, steps, columns, classes, len(choices.wanted), choices.wanted,
+               choices.bits, codes, shifts, shifted, faults)  # fmt: skip
     return codes, shifts, shifted
 
 
@@ -77,14 +82,17 @@ def restore(
     predicted: Tensor | None,
     predicted_exponent: int,
     exponent: int,
+    common: int,
+    groups: int,
 ) -> Tensor:
-    """Values times ``2**exponent``, halves ``[N, R]``: magnitudes at their bins' centroids times steps.
+    """Values times ``2**exponent``, halves ``[N, G * (common + own)]``: magnitudes at their bins' centroids times steps.
 
-    ``predicted`` float32 ``[N, R]``, times ``2**-predicted_exponent``, is added.
+    Of R coordinates the first are ``common``; a row has them once for each group, before the group's own share of the
+    rest. ``predicted`` float32 ``[N, R]``, times ``2**-predicted_exponent``, is added.
     """
     rows, dims = codes.shape
-    out = torch.empty(rows, dims, dtype=torch.float16, device=gpu.device)
-    gpu.launch("quantizers/dead_zone/codes:restore", _DEFINES, _grid(rows), 256, 0, codes, rows, dims, steps, columns,
-               classes, len(choices.centroids), choices.centroids, predicted, -predicted_exponent, exponent,
-               out)  # fmt: skip
+    out = torch.empty(rows, groups * common + dims - common, dtype=torch.float16, device=gpu.device)
+    gpu.launch("quantizers/dead_zone/codes:restore", _DEFINES, (-(-rows // 8), 1), 256, 0, codes, rows, dims, steps,
+               columns, classes, len(choices.centroids), choices.centroids, predicted, -predicted_exponent, exponent,
+               common, groups, out)  # fmt: skip
     return out

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kvpack.stages.base import Floats
 from kvpack.stages.device.launch import Launcher
-from kvpack.stages.device.tensors import add_product, product, scaled_product, sent
+from kvpack.stages.device.tensors import product, sent
 from kvpack.stages.transforms.token_klt.model import DECAYS, LAGS, PLACES, Predictor, TokenModel
 
 Tensor = torch.Tensor
@@ -48,13 +48,15 @@ def _halves(matrix: Tensor, exponent: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Group:
-    """Directions of a group of layers, whose elements are ``columns`` of rows and coordinates behind the R common ones.
+    """Directions of a group of layers, whose elements are ``columns`` of rows, its own coordinates ``own`` of all.
 
-    Halves, ``analysis`` ``[2 * n, C]`` and ``synthesis`` ``[C, 2 * n]``.
+    Halves, ``analysis`` ``[2 * n, C]``, and ``synthesis`` ``[R + C, 2 * n]`` of a ``window`` of what is decoded: the
+    common coordinates and, behind them, its own.
     """
 
     columns: slice
-    coordinates: slice
+    own: slice
+    window: slice
     analysis: Tensor
     synthesis: Tensor
 
@@ -125,8 +127,8 @@ class Matrices:
     Rows hold a group's keys and values side by side: ``places`` int64 ``[P]`` says where an element stands. Float32
     ``means`` ``[S + 1, P]`` in that order. Halves: ``common`` ``[P + I + H, R]`` (of elements and, negative, of inputs
     and units) and the groups' analysis times ``2**analysis_exponent``; ``told`` ``[I + H + R, G * C]``, negative, what
-    inputs, units and common coordinates times ``2**exponent`` have told of the local ones; ``synthesis`` ``[R, P]``
-    and the groups' times ``2**synthesis_exponent``.
+    inputs, units and common coordinates times ``2**exponent`` have told of the local ones; the groups' synthesis times
+    ``2**synthesis_exponent``.
     """
 
     prediction: Prediction
@@ -135,7 +137,6 @@ class Matrices:
     means: Tensor
     common: Tensor
     told: Tensor
-    synthesis: Tensor
     frequencies: NDArray[np.float32]
     exponent: int
     analysis_exponent: int
@@ -162,9 +163,11 @@ class Matrices:
         into, out = _exponent(both, told, *own), _exponent(synthesis, *back)
         groups = []
         for index, ((a, b), one, other) in enumerate(zip(model.local.bounds, own, back, strict=True)):
-            width = one.shape[1]
-            columns, mine = slice(2 * a, 2 * b), slice(index * width, (index + 1) * width)
-            groups.append(Group(columns, mine, _halves(one, into), _halves(other, out)))
+            columns, width = slice(2 * a, 2 * b), one.shape[1]
+            mine = slice(common + index * width, common + (index + 1) * width)
+            window = slice(index * (common + width), (index + 1) * (common + width))
+            back_again = torch.cat([synthesis[:, columns], other])
+            groups.append(Group(columns, mine, window, _halves(one, into), _halves(back_again, out)))
         return cls(
             prediction,
             tuple(groups),
@@ -172,7 +175,6 @@ class Matrices:
             to(model.mean)[:, ordered],
             _halves(both, into),
             _halves(told, into),
-            _halves(synthesis, out),
             model.frequencies,
             exponent,
             into,
@@ -187,7 +189,7 @@ class Matrices:
     @property
     def shared(self) -> int:
         """R."""
-        return len(self.synthesis)
+        return self.common.shape[1]
 
     @property
     def rank(self) -> int:
@@ -223,8 +225,9 @@ class Tokens:
         gpu.launch(f"{_FOLDER}/inputs:inputs", {}, (-(-count // SPAN), 1), 256, 0, its.vectors, self.ids,
                    its.vectors.shape[1], its.reach, its.decays, self.sums, first, count, matrices.sinks, out,
                    out.stride(0), its.inputs)  # fmt: skip
-        units = product(out[:, : its.inputs], its.hidden).clamp_(min=0)
-        out[:, its.inputs :] = units.mul_(2.0 ** (its.units_exponent - its.hidden_exponent))
+        units = out[:, its.inputs :]
+        product(units, out[:, : its.inputs], its.hidden, scale=2.0 ** (its.units_exponent - its.hidden_exponent))
+        units.clamp_(min=0)
 
 
 @dataclass(frozen=True)
@@ -286,12 +289,14 @@ def forward(
     stacks.launch(gpu, "gather", matrices, (), matrices.means[matrices.sinks], rows, stride, digests, faults)
     if tokens is not None:
         tokens.inputs(gpu, matrices, stacks.first, rows[:, size : size + width])
-    common = product(rows[:, : size + width], matrices.common[: size + width])
-    rows[:, size + width : size + width + shared] = common * 2.0 ** (matrices.exponent - matrices.analysis_exponent)
-    local = product(rows[:, size : size + width + shared], matrices.told[-(width + shared) :])
+    z = torch.empty(stacks.tokens, matrices.rank, dtype=torch.float32, device=gpu.device)
+    common, local = z[:, :shared], z[:, shared:]
+    product(common, rows[:, : size + width], matrices.common[: size + width])
+    held = rows[:, size + width : size + width + shared]
+    torch.mul(common, 2.0 ** (matrices.exponent - matrices.analysis_exponent), out=held)
+    product(local, rows[:, size : size + width + shared], matrices.told[-(width + shared) :])
     for group in matrices.groups:
-        local[:, group.coordinates] += product(rows[:, group.columns], group.analysis)
-    z = torch.cat([common, local], 1)
+        product(z[:, group.own], rows[:, group.columns], group.analysis, add=True)
     z[: max(matrices.sinks - stacks.first, 0)] = 0
     return z, digests
 
@@ -301,17 +306,17 @@ def predict(gpu: Launcher, matrices: Matrices, tokens: Tokens, first: int, count
     weights = matrices.prediction.weights
     rows = torch.empty(count, len(weights), dtype=torch.float16, device=gpu.device)
     tokens.inputs(gpu, matrices, first, rows)
-    return product(rows, weights)
+    expected = torch.empty(count, matrices.rank, dtype=torch.float32, device=gpu.device)
+    product(expected, rows, weights)
+    return expected
 
 
 def inverse(gpu: Launcher, matrices: Matrices, z: Tensor, stacks: Stacks, faults: Tensor) -> None:
-    """Coordinates times ``2**exponent`` (halves ``[U * T, R + G * C]``, predictions added) into the stacks' tensors.
-
-    ``faults`` int32 ``[U]`` are set where what comes out is not finite.
-    """
-    scale, shared = 2.0 ** -(matrices.exponent + matrices.synthesis_exponent), matrices.shared
-    rows = scaled_product(z[:, :shared], matrices.synthesis, scale)
-    local = z[:, shared:]
+    """Coordinates times ``2**exponent`` into the stacks' tensors: halves ``[U * T, G * (R + C)]``, predictions added, the
+    common ones and its own for each group. ``faults`` int32 ``[U]`` are set where what comes out is not finite.
+    """  # fmt: skip
+    rows = torch.empty(stacks.tokens, matrices.size, dtype=torch.float16, device=gpu.device)
     for group in matrices.groups:
-        add_product(rows[:, group.columns], local[:, group.coordinates], group.synthesis, scale)
+        scale = 2.0 ** -(matrices.exponent + matrices.synthesis_exponent)
+        product(rows[:, group.columns], z[:, group.window], group.synthesis, scale=scale)
     stacks.launch(gpu, "scatter", matrices, (rows,), matrices.means, matrices.sinks, faults)
