@@ -141,6 +141,10 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     for (int i = 0; i < 4; i++) out |= (unsigned)(bytes >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
     return out;
 }
+inline unsigned dot_low(unsigned two, unsigned bytes, unsigned sum) {
+    return sum + (two & 0xFFFF) * (bytes & 255) + (two >> 16) * (bytes >> 8 & 255);
+}
+inline unsigned dot_high(unsigned two, unsigned bytes, unsigned sum) { return dot_low(two, bytes >> 16, sum); }
 
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }

@@ -54,6 +54,16 @@ __device__ __forceinline__ u32 kept(u32 value) {
     asm("" : "+r"(value));
     return value;
 }
+__device__ __forceinline__ u32 dot_low(u32 two, u32 bytes, u32 sum) {  // sum + two's low half * byte 0 + high half * byte 1
+    u32 found;
+    asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(found) : "r"(two), "r"(bytes), "r"(sum));
+    return found;
+}
+__device__ __forceinline__ u32 dot_high(u32 two, u32 bytes, u32 sum) {  // by bytes 2 and 3
+    u32 found;
+    asm("dp2a.hi.u32.u32 %0, %1, %2, %3;" : "=r"(found) : "r"(two), "r"(bytes), "r"(sum));
+    return found;
+}
 __device__ __forceinline__ float from_half(u16 half) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));

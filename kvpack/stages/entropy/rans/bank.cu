@@ -13,21 +13,22 @@ __device__ void cluster(const Bank &bank, const u8 *nearest, const u16 *levels, 
             int used = quantize(bank, k, nearest, levels);
             for (int s = lane; s < A; s += 32) {
                 int code = bank.codes[k * A + s];
-                bank.values[s * K + k] = cost[code == REST ? TOTAL - used : levels[code]];
+                set_cost(bank, s, k, cost[code == REST ? TOTAL - used : levels[code]]);
             }
+            if (lane == 0 && A % 2) set_cost(bank, A, k, 0);
         }
         __syncthreads();
-        if (K > 32) assign<2>(bank); else assign<1>(bank);
+        assign(bank);
         __syncthreads();
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 4) bank(
+extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) bank(
     const u32 *rows, const u32 *present, i64 blocks, i64 channels_, i64 tables, const u8 *nearest, const u16 *levels,
     const int *cost, u16 *counts, u16 *symbols, u8 *maps, u8 *names, u8 *codes, u64 *entries, int *keys, int *meta,
     i64 least, i64 most, i64 lane_bytes) {
     extern __shared__ u64 shared[];
-    __shared__ int order[MOST_TABLES], renamed[MOST_TABLES], live;
+    __shared__ int order[32], renamed[32], live;
     __shared__ u64 bits;
     i64 part = blockIdx.x;
     int channels = (int)channels_, K = (int)tables, *own = meta + part * META;
@@ -38,10 +39,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) bank(
     entries += part * MOST_ENTRIES, counts += part * MOST_SYMBOLS * blocks * 64, keys += part * channels;
     int A = list_symbols(present, (int)blocks, symbols, maps);
     if (threadIdx.x == 0) own[MODE] = A > MOST_SYMBOLS ? PACKED : CODED, own[ALPHABET] = A, live = 0, bits = 0;
-    if (threadIdx.x < MOST_TABLES) renamed[threadIdx.x] = 0;
+    if (threadIdx.x < 32) renamed[threadIdx.x] = 0;
     if (A > MOST_SYMBOLS || K * A > most) return;
     int *sums = (int *)shared;
-    Bank bank = {K, A, channels, (int)blocks * 64, counts, names, sums, (u16 *)(sums + K * A), (u8 *)(sums + K * A) + 2 * K * A};
+    u16 *values = (u16 *)(sums + K * A);
+    Bank bank = {K, A, channels, (int)blocks * 64, counts, names, sums, values, (u8 *)(values + K * (A + A % 2))};
     gather(bank, rows, present, symbols, counts, keys);
     cluster(bank, nearest, levels, cost);
     for (int c = threadIdx.x; c < channels; c += THREADS) renamed[names[c]] = 1;  // tables without channels go

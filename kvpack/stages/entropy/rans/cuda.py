@@ -25,7 +25,7 @@ META, MODE, TABLES, ALPHABET, SLOT_BYTES, FAULT = 16, 0, 1, 2, 9, 10
 """Ints of ``meta.cuh`` a part, and positions."""
 MOST_SYMBOLS, MOST_ENTRIES, MOST_SLOTS = 256, 64 * 256, 64 * 4352
 HEAD = 16
-SMALL_BANK, LARGE_BANK = 4096, MOST_ENTRIES
+SMALL_BANK, LARGE_BANK = 2048, tables.BANK_TABLES * MOST_SYMBOLS
 """Entries (tables times symbols) of a bank that the first and the second launch of ``bank.cu`` have room for."""
 BANK_BYTES = 7
 MAX_TOKENS = 32768
@@ -163,7 +163,7 @@ def encode(gpu: Launcher, parts: Parts) -> Coded:
     bank = tables.bank_size(parts.size, channels)
     for least, most in ((0, SMALL_BANK), (SMALL_BANK, LARGE_BANK)):
         if bank * min(bins, MOST_SYMBOLS) > least:
-            gpu.launch("entropy/rans/bank:bank", defines, (count, 1), 256, BANK_BYTES * most, rows, present, blocks,
+            gpu.launch("entropy/rans/bank:bank", defines, (count, 1), 256, BANK_BYTES * most + 2 * bank, rows, present, blocks,
                        channels, bank, *rules, counts, symbols, maps, names, codes, entries, keys, meta, least, most,
                        LANE_BYTES)  # fmt: skip
     scratch = empty(torch.int16, count, groups * 32 * parts.shape[1])

@@ -1,15 +1,17 @@
 // The bank of tables of a part, by the k-means of tables.py: the same integers. A block a part.
 #include "meta.cuh"
+#ifndef THREADS
 #define THREADS 256
+#endif
 #define TOTAL 4096
-#define ROUNDS 3
+#define ROUNDS 2
 
 struct Bank {
     int tables, alphabet, channels, stride;
     const u16 *counts;  // [A, stride]: of each symbol, by channel
     u8 *names;          // [C]: table of each channel
     int *sums;          // [K, A]
-    u16 *values;        // [A, K] cost, later [K, A] frequency
+    u16 *values;        // [K, A] frequency; before, of two symbols at a time and [K], four bytes of costs (set_cost)
     u8 *codes;          // [K, A]
 };
 
@@ -62,37 +64,40 @@ __device__ void sum_channels(const Bank &bank) {
     __syncthreads();
 }
 
-// Every channel to the table that codes it shortest, the first of several. A warp takes eight channels, a lane HALVES tables.
-template <int HALVES>
+// A symbol's cost by a table: its low three bits and the eight above them, where dot_low and dot_high want them.
+__device__ __forceinline__ void set_cost(const Bank &bank, int s, int k, int cost) {
+    u8 *four = (u8 *)bank.values + 4 * (s / 2 * bank.tables + k);
+    four[s % 2] = cost & 7, four[2 + s % 2] = cost >> 3;
+}
+
+// Every channel to the table that codes it shortest, the first of several. A warp takes eight channels, a lane a table.
 __device__ void assign(const Bank &bank) {
     int lane = threadIdx.x % 32, K = bank.tables;
+    const u32 *costs = (const u32 *)bank.values + (lane < K ? lane : 0);
     for (int c = threadIdx.x / 32 * 8; c < bank.channels; c += THREADS / 32 * 8) {
-        u32 bits[HALVES][8] = {};
+        u32 low[8] = {}, high[8] = {};
         for (int first = 0; first < bank.alphabet; first += 4) {
-            u64 low[4], high[4];
+            uint4 n[4];
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const u64 *four = (const u64 *)(bank.counts + (first + j) * bank.stride + c);
-                low[j] = first + j < bank.alphabet ? four[0] : 0, high[j] = first + j < bank.alphabet ? four[1] : 0;
-            }
+            for (int j = 0; j < 4; j++)
+                n[j] = first + j < bank.alphabet ? *(const uint4 *)(bank.counts + (first + j) * bank.stride + c)
+                                                 : make_uint4(0, 0, 0, 0);
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                if (!(low[j] | high[j])) continue;  // the same for all lanes, and often so
+            for (int j = 0; j < 4; j += 2) {
+                u32 a[4] = {n[j].x, n[j].y, n[j].z, n[j].w}, b[4] = {n[j + 1].x, n[j + 1].y, n[j + 1].z, n[j + 1].w};
+                if (!(a[0] | a[1] | a[2] | a[3] | b[0] | b[1] | b[2] | b[3])) continue;  // the same for all lanes, and often so
+                u32 cost = costs[(first + j) / 2 * K];
 #pragma unroll
-                for (int h = 0; h < HALVES; h++) {
-                    u32 cost = bank.values[(first + j) * K + (lane + 32 * h < K ? lane + 32 * h : 0)];
-#pragma unroll
-                    for (int i = 0; i < 8; i++)
-                        bits[h][i] += (u32)((i < 4 ? low[j] : high[j]) >> 16 * (i % 4) & 0xFFFF) * cost;
+                for (int i = 0; i < 8; i++) {
+                    u32 both = __byte_perm(a[i / 2], b[i / 2], i % 2 ? 0x7632 : 0x5410);
+                    low[i] = dot_low(both, cost, low[i]), high[i] = dot_high(both, cost, high[i]);
                 }
             }
         }
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            u32 best = lane < K ? bits[0][i] : ALL, table = lane;
-            if (HALVES == 2 && lane + 32 < K && bits[HALVES - 1][i] < best) best = bits[HALVES - 1][i], table = lane + 32;
-            u32 least = __reduce_min_sync(ALL, best);
-            table = __reduce_min_sync(ALL, best == least ? table : ALL);
+            u32 bits = lane < K ? (high[i] << 3) + low[i] : ALL, least = __reduce_min_sync(ALL, bits);
+            u32 table = __reduce_min_sync(ALL, bits == least ? lane : ALL);
             if (lane == 0 && c + i < bank.channels) bank.names[c + i] = (u8)table;
         }
     }

@@ -26,7 +26,14 @@ SYMBOLS_A_TABLE = 16384
 """One more table pays for its side information about every so many symbols (measured on SmolLM2-135M)."""
 
 MAX_TABLES = 64
-ROUNDS = 3
+"""Tables of a stream that is read."""
+
+BANK_TABLES = 32
+"""Tables of a stream that is written: with 64, parts of 1,024 channels take 0.2 % less (measured on SmolLM2-135M's)."""
+
+ROUNDS = 2
+"""Rounds of k-means; a third takes 0.04 % off (measured on SmolLM2-135M)."""
+
 TOTAL = 1 << PRECISION
 
 
@@ -122,7 +129,7 @@ def coded_size(counts: Ints, values: Ints) -> int:
 
 def bank_size(symbols: int, channels: int) -> int:
     """Tables to begin with for so many symbols and channels."""
-    return max(1, min((symbols + SYMBOLS_A_TABLE * 3 // 4) // SYMBOLS_A_TABLE, MAX_TABLES, channels))
+    return max(1, min((symbols + SYMBOLS_A_TABLE * 3 // 4) // SYMBOLS_A_TABLE, BANK_TABLES, channels))
 
 
 def cluster(histogram: Ints) -> tuple[Ints, Ints]:
