@@ -13,6 +13,7 @@ from kvpack.files import check_output
 
 if TYPE_CHECKING:
     from kvpack.bench.results import Results
+    from kvpack.profile import Profile
 
 
 def bench(
@@ -62,7 +63,7 @@ def bench(
     if not captures:
         raise UsageError("name at least one capture, or --compare OLD NEW")
     if speed:
-        _speed(captures, gib, as_json=as_json)
+        _speed(captures, gib, common.open_profile(profile), as_json=as_json)
         return
     for path in (report, plot):
         if path is not None:
@@ -105,11 +106,11 @@ def bench(
         _print(shown)
 
 
-def _speed(captures: list[Path], gib: float, *, as_json: bool) -> None:
+def _speed(captures: list[Path], gib: float, profile: Profile | None, *, as_json: bool) -> None:
     from kvpack.bench.speed import measure, to_json
 
     lines = []
-    for line in measure(captures, gib):
+    for line in measure(captures, gib, profile):
         lines.append(line)
         if not as_json:
             spread = f"({line.slow:.1f} to {line.fast:.1f})"

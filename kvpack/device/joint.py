@@ -106,7 +106,8 @@ class Joint:
         model, (rows, tokens, dims) = stage.model(part), part.shape
         tables = len(part.array(f"{chain.quantizer.section}.tables"))
         shape = (rows // tensors, tokens, dims)
-        return klt.supports(shape, model) and dead_zone.supports(model.rank) and coder.supports(tokens, model.rank, tables)
+        fits = dead_zone.supports(model.rank, tables) and coder.supports(tokens, model.rank, tables)
+        return fits and klt.supports(shape, model)
 
     def _scales(self, levels: NDArray[np.int32], shifts: NDArray[np.int32]) -> Scales:
         tokens, rank = len(levels), self._coordinates.shape[2]

@@ -15,6 +15,7 @@
 struct Dim { unsigned x, y, z; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
 static Dim gridDim, blockDim, blockIdx, threadIdx;
 
 namespace simt {
@@ -146,6 +147,7 @@ inline unsigned dot_low(unsigned two, unsigned bytes, unsigned sum) {
 }
 inline unsigned dot_high(unsigned two, unsigned bytes, unsigned sum) { return dot_low(two, bytes >> 16, sum); }
 
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
 inline unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return y; }

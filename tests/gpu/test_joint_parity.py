@@ -18,7 +18,7 @@ from kvpack.floats import from_float32, to_float32
 from kvpack.stages.base import Part, Scales, Side
 from kvpack.stages.quantizers.dead_zone import MIDDLE, DeadZone, reference
 from kvpack.stages.quantizers.dead_zone import cuda as dead_zone
-from kvpack.stages.quantizers.dead_zone.reference import MOST_SHIFT, magnitude_bits, thresholds
+from kvpack.stages.quantizers.dead_zone.reference import MOST_SHIFT, magnitude_costs, thresholds
 from kvpack.stages.symbols import zigzag
 from kvpack.stages.transforms.token_klt import TokenKlt
 from kvpack.stages.transforms.token_klt import cuda as klt
@@ -135,8 +135,8 @@ def test_every_class_has_its_own_thresholds_and_rows_their_own_steps(gpu: Any) -
     given = [torch.from_numpy(a).to(gpu.device) for a in (z, steps, columns, rows)]
     faults = torch.zeros(1, dtype=torch.int32, device=gpu.device)
     codes, shifts, _ = dead_zone.quantize(gpu, *given, choices, faults)
-    wanted, bits, scales = thresholds(tables, centroids), magnitude_bits(tables), Scales(columns, rows, tables)
-    expected = reference.shifts(reference.magnitudes(z, steps[:, None], scales, wanted), scales, bits)
+    wanted, costs, scales = thresholds(tables, centroids), magnitude_costs(tables), Scales(columns, rows, tables)
+    expected = reference.shifts(reference.magnitudes(z, steps[:, None], scales, wanted), scales, costs)
     assert (shifts.cpu().numpy() == expected).all()
     shifted = replace(scales, rows=rows - 8 * expected)
     magnitude = reference.magnitudes(z, steps[:, None], shifted, wanted)

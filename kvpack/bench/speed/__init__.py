@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvpack.archive import Archive, Capture
-from kvpack.bench.speed import fisher, lossless, paths, rivals
+from kvpack.archive import Archive, Capture, open_cache
+from kvpack.bench.speed import fisher, given, lossless, paths, rivals
+from kvpack.bench.speed.made import EIGHT_B
 from kvpack.bench.speed.paths import TOKENS
 from kvpack.bench.speed.timing import Speed, Timed, seconds, speed
 from kvpack.container import layer_of
 from kvpack.errors import UsageError
+from kvpack.profile import Profile
 from kvpack.stages.quantizers.lloyd_max import cuda as turboquant
 from kvpack.tensorfile import TensorFile, build_header
 
@@ -92,8 +94,8 @@ def wide(arrays: np.ndarray) -> np.ndarray:
     return np.stack(layers)
 
 
-def measure(captures: list[Path], gib: float) -> Iterator[Speed]:
-    """Every line, on the first GPU, over data of ``gib`` GiB or a little more."""
+def measure(captures: list[Path], gib: float, profile: Profile | None = None) -> Iterator[Speed]:
+    """Every line, on the first GPU, over ``gib`` GiB or a little more; ``fisher`` on captures needs their profile."""
     if not torch.cuda.is_available():
         raise UsageError("--speed measures a GPU, and torch sees none")
     gpu, size = Timed(), int(gib * (1 << 30))
@@ -114,9 +116,10 @@ def measure(captures: list[Path], gib: float) -> Iterator[Speed]:
             yield from rivals.turboquant_3(gpu, bits, label)
         del bits
         torch.cuda.empty_cache()
-    for shape in fisher.SHAPES:
-        yield from fisher.rows(gpu, shape, size)
+    if profile is not None:
+        yield from fisher.rows(gpu, given.real(gpu, open_cache(captures[0]), profile, size))
         torch.cuda.empty_cache()
+    yield from fisher.rows(gpu, given.made(gpu, EIGHT_B, size))
 
 
 def to_json(lines: list[Speed]) -> dict[str, Any]:

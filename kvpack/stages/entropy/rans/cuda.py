@@ -28,6 +28,8 @@ HEAD = 16
 SMALL_BANK, LARGE_BANK = 2048, tables.BANK_TABLES * MOST_SYMBOLS
 """Entries (tables times symbols) of a bank that the first and the second launch of ``bank.cu`` have room for."""
 BANK_BYTES = 7
+WIDE = 512
+"""Channels of a part beyond which a block of ``bank.cu`` has twice the threads."""
 MAX_TOKENS = 32768
 """Counts of a channel are 16 bits, codes of a part below 2**31."""
 MAX_PAYLOAD = (1 << 31) - 1
@@ -160,12 +162,12 @@ def encode(gpu: Launcher, parts: Parts) -> Coded:
     maps, names = empty(torch.uint8, count, bins), empty(torch.uint8, count, channels)
     codes, entries = empty(torch.uint8, count, MOST_ENTRIES), empty(torch.int64, count, MOST_ENTRIES)
     keys, meta = empty(torch.int32, count, channels), empty(torch.int32, count, META)
-    bank = tables.bank_size(parts.size, channels)
+    bank, threads = tables.bank_size(parts.size, channels), 256 if channels <= WIDE else 512
     for least, most in ((0, SMALL_BANK), (SMALL_BANK, LARGE_BANK)):
         if bank * min(bins, MOST_SYMBOLS) > least:
-            gpu.launch("entropy/rans/bank:bank", defines, (count, 1), 256, BANK_BYTES * most + 2 * bank, rows, present, blocks,
-                       channels, bank, *rules, counts, symbols, maps, names, codes, entries, keys, meta, least, most,
-                       LANE_BYTES)  # fmt: skip
+            gpu.launch("entropy/rans/bank:bank", {**defines, "THREADS": threads}, (count, 1), threads,
+                       BANK_BYTES * most + 2 * bank, rows, present, blocks, channels, bank, *rules, counts, symbols,
+                       maps, names, codes, entries, keys, meta, least, most, LANE_BYTES)  # fmt: skip
     scratch = empty(torch.int16, count, groups * 32 * parts.shape[1])
     lengths, states = empty(torch.int32, count, groups), empty(torch.int32, count, channels)
     warps, room = min(8, groups), min(ENCODE_SHARED, 8 * ENCODE_ENTRIES * bank)

@@ -1,8 +1,5 @@
-// The bank of tables of a part, by the k-means of tables.py: the same integers. A block a part.
+// The bank of tables of a part, by the k-means of tables.py: the same integers. A block of THREADS a part.
 #include "meta.cuh"
-#ifndef THREADS
-#define THREADS 256
-#endif
 #define TOTAL 4096
 #define ROUNDS 2
 

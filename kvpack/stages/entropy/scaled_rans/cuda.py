@@ -37,7 +37,7 @@ MOST_ROWS, MOST_CODES = 1 << 15, 1 << 29
 
 def supports(tokens: int, dims: int, tables: int) -> bool:
     """Whether the kernels take planes ``[1, T, D]`` with so many tables."""
-    return 0 < tokens <= MOST_ROWS and 0 < dims and tokens * dims <= MOST_CODES and tables <= MOST_TABLES
+    return 0 < tokens <= MOST_ROWS and dims > 0 and tokens * dims <= MOST_CODES and tables <= MOST_TABLES
 
 
 @dataclass(frozen=True)

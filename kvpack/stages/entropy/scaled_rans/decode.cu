@@ -114,15 +114,21 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) decode(
 
 // Symbols to codes with no raw bits set, and how many each row has. A warp a row.
 extern "C" __global__ void __launch_bounds__(256) tally(const u8 *cells, i64 all_rows, i64 dims_, u16 *codes, int *raw) {
+    __shared__ u32 known[SYMBOLS];  // of symbols: raw bits << 16 | code
+    if (threadIdx.x < SYMBOLS) {
+        u32 code = code_of(threadIdx.x);
+        known[threadIdx.x] = (u32)raw_width(magnitude_of(code)) << 16 | code;
+    }
+    __syncthreads();
     i64 row = (i64)blockIdx.x * 8 + threadIdx.x / 32;
     int dims = (int)dims_, bits = 0;
     if (row >= all_rows) return;
     cells += row * dims, codes += row * dims;
-#pragma unroll 4
+#pragma unroll 8
     for (int c = threadIdx.x % 32; c < dims; c += 32) {
-        u32 code = code_of(cells[c]);
-        codes[c] = (u16)code;
-        bits += raw_width(magnitude_of(code));
+        u32 found = known[cells[c]];
+        codes[c] = (u16)found;
+        bits += found >> 16;
     }
     bits = warp_total(bits);
     if (threadIdx.x % 32 == 0) raw[row] = bits;

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from kvpack.errors import MismatchError
 from kvpack.stages.base import Codes, Floats, Part, PlaneSpec, Profile, Quantizer, Scales, UnrepresentableError
 from kvpack.stages.quantizers.dead_zone import cpu
-from kvpack.stages.quantizers.dead_zone.reference import MOST_SHIFT, magnitude_bits, thresholds
+from kvpack.stages.quantizers.dead_zone.reference import MOST_SHIFT, magnitude_costs, thresholds
 from kvpack.stages.symbols import BUCKETS, LARGEST
 
 MIDDLE = 16
@@ -125,7 +125,7 @@ def quantise(
     values: Floats, steps: Floats, scales: Scales, centroids: Floats
 ) -> tuple[NDArray[np.int32], NDArray[np.uint16]]:
     """Each token's shift ``[T]``, and zigzag codes ``[T, R]`` of ``values``, decided with the shifted classes."""
-    choices = thresholds(scales.tables, centroids), magnitude_bits(scales.tables), BUCKETS
+    choices = thresholds(scales.tables, centroids), magnitude_costs(scales.tables), BUCKETS
     shifts, codes = np.empty(len(values), np.int32), np.empty(values.shape, np.uint16)
     values, step = np.ascontiguousarray(values), steps.reshape(-1)
     cpu.quantise(values, step, scales.columns, scales.rows, *choices, shifts, codes)

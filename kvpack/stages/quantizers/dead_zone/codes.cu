@@ -37,9 +37,9 @@ __device__ __forceinline__ int magnitude_of(float scaled, const float *wanted) {
 
 // What a row takes if its classes are shifted; bits are whole numbers, so that no order of sums matters.
 struct Costs {
-    const u64 *bits;
-    __device__ __forceinline__ u64 of(int k, int top, u32 m) const {
-        return bits[(k < 0 ? 0 : k > top ? top : k) * BUCKETS + bucket_of(m)];
+    const u32 *table;  // [K, BUCKETS]
+    __device__ __forceinline__ u64 of(int k, int top, int bucket) const {
+        return table[(k < 0 ? 0 : k > top ? top : k) * BUCKETS + bucket];
     }
     __device__ __forceinline__ u64 sum(u64 share, int shift) const {
         return warp_sum(share) + (u64)SHIFT_COST * (shift < 0 ? -shift : shift);
@@ -48,7 +48,7 @@ struct Costs {
         u64 total = 0;
 #pragma unroll 4
         for (int d = threadIdx.x % 32; d < row.dims; d += 32)
-            total += of(row.unbounded(d) + shift, row.top, held[d] & LARGEST);
+            total += of(row.unbounded(d) + shift, row.top, bucket_of(held[d] & LARGEST));
         return sum(total, shift);
     }
 };
@@ -64,19 +64,23 @@ __device__ int climb(const u16 *held, const Row &row, const Costs &costs, int wa
     return shift;
 }
 
-// z, steps [N] in the same unit; wanted [K, THRESHOLDS]; bits [K, BUCKETS]. Codes zigzag; shifts [N] and the classes [N] that
+// z, steps [N] in the same unit; wanted [K, THRESHOLDS]; table [K, BUCKETS] of costs. Codes zigzag; shifts [N] and the classes [N] that
 // they make of classes. faults [U] are set where a magnitude is too large or not a number. Magnitudes of a row are held in
 // shared memory, with their signs; shifts of one either way are tried while they are found.
 extern "C" __global__ void __launch_bounds__(256) quantize(
     const float *z, i64 rows, i64 tokens, i64 dims, const float *steps, const int *columns, const int *classes,
-    i64 tables, const float *wanted, const u64 *bits, u16 *codes, int *shifts, int *shifted, int *faults) {
-    extern __shared__ u16 magnitudes[];
+    i64 tables, const float *wanted_, const u32 *table, u16 *codes, int *shifts, int *shifted, int *faults) {
+    extern __shared__ u32 shared[];  // costs, thresholds, magnitudes
+    float *wanted = (float *)shared + tables * BUCKETS;
+    for (int i = threadIdx.x; i < tables * BUCKETS; i += blockDim.x) shared[i] = table[i];
+    for (int i = threadIdx.x; i < tables * THRESHOLDS; i += blockDim.x) wanted[i] = wanted_[i];
+    __syncthreads();
     i64 at = (i64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (at >= rows) return;
-    u16 *held = magnitudes + threadIdx.x / 32 * dims;
+    u16 *held = (u16 *)(wanted + tables * THRESHOLDS) + threadIdx.x / 32 * dims;
     float step = steps[at];
     Row row = {columns, classes[at], (int)dims, (int)tables - 1};
-    Costs costs = {bits};
+    Costs costs = {shared};
     bool bad = false;
     u64 down = 0, same = 0, up = 0;
     z += at * dims, codes += at * dims;
@@ -87,7 +91,8 @@ extern "C" __global__ void __launch_bounds__(256) quantize(
         int k = row.unbounded(d), m = magnitude_of(fits ? scaled : 0, wanted + row.class_of(d) * THRESHOLDS);
         held[d] = (u16)(m | (value < 0 ? SIGN : 0));
         bad |= !fits;
-        down += costs.of(k - 1, row.top, m), same += costs.of(k, row.top, m), up += costs.of(k + 1, row.top, m);
+        int bucket = bucket_of(m);
+        down += costs.of(k - 1, row.top, bucket), same += costs.of(k, row.top, bucket), up += costs.of(k + 1, row.top, bucket);
     }
     if (bad) faults[at / tokens] = 1;
     down = costs.sum(down, -1), same = costs.sum(same, 0), up = costs.sum(up, 1);
@@ -108,20 +113,33 @@ extern "C" __global__ void __launch_bounds__(256) quantize(
 
 // halves = (value at its bin's centroid * step + prediction * 2^shift) * 2^out. centroids [K, 4]; predicted [N, D] or none.
 // Rows of halves are windows, one for each group of own coordinates: the common ones, the first of a row, and its own.
+// With PAIRS both are even: two coordinates at a time.
 struct Restored {
     const u16 *codes;
     const float *centroids, *predicted;
     float step, unit, scale;
-    __device__ __forceinline__ u16 at(const Row &row, int d) const {
-        u32 code = codes[d], m = (code + 1) >> 1;
+    __device__ __forceinline__ float value(const Row &row, int d, u32 code, float expected) const {
+        u32 m = (code + 1) >> 1;
         float value = 0;
         if (m) {
             value = m + centroids[row.class_of(d) * 4 + (m < 3 ? m : 3)];
             value = __fmul_rn(code & 1 ? -value : value, step);
         }
-        if (predicted) value += predicted[d] * unit;
-        return (u16)to_halves(value * scale, 0);
+        return (value + expected * unit) * scale;
     }
+#if PAIRS
+    typedef u32 Half;
+    __device__ __forceinline__ Half at(const Row &row, int i) const {
+        u32 two = ((const u32 *)codes)[i];
+        float2 expected = predicted ? ((const float2 *)predicted)[i] : make_float2(0, 0);
+        return to_halves(value(row, 2 * i, two & 0xFFFF, expected.x), value(row, 2 * i + 1, two >> 16, expected.y));
+    }
+#else
+    typedef u16 Half;
+    __device__ __forceinline__ Half at(const Row &row, int d) const {
+        return (u16)to_halves(value(row, d, codes[d], predicted ? predicted[d] : 0), 0);
+    }
+#endif
 };
 
 extern "C" __global__ void __launch_bounds__(256) restore(
@@ -132,15 +150,15 @@ extern "C" __global__ void __launch_bounds__(256) restore(
     Row row = {columns, classes[at], (int)dims, (int)tables - 1};
     Restored values = {codes + at * dims, centroids, predicted ? predicted + at * dims : 0, steps[at],
                        ldexpf(1, (int)shift), ldexpf(1, (int)out)};
-    int common = (int)common_, groups = (int)groups_, own = (row.dims - common) / groups, width = common + own;
-    halves += at * groups * width;
+    const int by = 1 + PAIRS;
+    int common = (int)common_ / by, groups = (int)groups_, own = (row.dims / by - common) / groups, width = common + own;
+    Restored::Half *to = (Restored::Half *)halves + at * groups * width;
 #pragma unroll 4
-    for (int d = threadIdx.x % 32; d < common; d += 32) {
-        u16 half = values.at(row, d);
-        for (int g = 0; g < groups; g++) halves[g * width + d] = half;
+    for (int i = threadIdx.x % 32; i < common; i += 32) {
+        Restored::Half half = values.at(row, i);
+        for (int g = 0; g < groups; g++) to[g * width + i] = half;
     }
     for (int g = 0; g < groups; g++)
 #pragma unroll 4
-        for (int d = threadIdx.x % 32; d < own; d += 32)
-            halves[g * width + common + d] = values.at(row, common + g * own + d);
+        for (int i = threadIdx.x % 32; i < own; i += 32) to[g * width + common + i] = values.at(row, common + g * own + i);
 }

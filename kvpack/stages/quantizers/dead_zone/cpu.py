@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 
 from kvpack.stages.base import Floats
 from kvpack.stages.jit import njit
-from kvpack.stages.quantizers.dead_zone.reference import MOST_SHIFT, SHIFT_BITS, THRESHOLDS
+from kvpack.stages.quantizers.dead_zone.reference import BIT, MOST_SHIFT, SHIFT_BITS, THRESHOLDS
 
 Array = NDArray[Any]
 
 
 @njit
 def quantise(
-    values: Floats, steps: Floats, columns: Array, rows: Array, wanted: Floats, bits: Array, buckets: Array,
+    values: Floats, steps: Floats, columns: Array, rows: Array, wanted: Floats, costs: Array, buckets: Array,
     shifts: Array, codes: Array,
 ) -> None:  # fmt: skip
     """Fills ``shifts`` ``[T]`` int32 and ``codes`` ``[T, D]`` uint16, decided with the shifted classes.
@@ -26,7 +26,7 @@ def quantise(
     found = np.empty(values.shape[1], np.int32)
     for t in range(len(values)):
         _magnitudes(values[t], steps[t], columns, rows[t], wanted, found)
-        shifts[t] = _shift(found, columns, rows[t], buckets, bits)
+        shifts[t] = _shift(found, columns, rows[t], buckets, costs)
         if shifts[t] != 0:
             _magnitudes(values[t], steps[t], columns, rows[t] - 8 * shifts[t], wanted, found)
         for d in range(len(found)):
@@ -53,11 +53,11 @@ def _magnitudes(values: Floats, step: float, columns: Array, row: int, wanted: F
 
 
 @njit
-def _shift(found: Array, columns: Array, row: int, buckets: Array, bits: Array) -> int:
-    best, shift = _bits(found, columns, row, buckets, bits, 0), 0
+def _shift(found: Array, columns: Array, row: int, buckets: Array, costs: Array) -> int:
+    best, shift = _cost(found, columns, row, buckets, costs, 0), 0
     for way in (-1, 1):
         while -MOST_SHIFT < shift + way < MOST_SHIFT and shift * way >= 0:
-            cost = _bits(found, columns, row, buckets, bits, shift + way)
+            cost = _cost(found, columns, row, buckets, costs, shift + way)
             if cost >= best:
                 break
             best, shift = cost, shift + way
@@ -65,11 +65,11 @@ def _shift(found: Array, columns: Array, row: int, buckets: Array, bits: Array) 
 
 
 @njit
-def _bits(found: Array, columns: Array, row: int, buckets: Array, bits: Array, shift: int) -> float:
-    total, top = SHIFT_BITS * abs(shift), len(bits) - 1
+def _cost(found: Array, columns: Array, row: int, buckets: Array, costs: Array, shift: int) -> int:
+    total, top = SHIFT_BITS * BIT * abs(shift), len(costs) - 1
     for d in range(len(columns)):
         k = min(max(((columns[d] - row) >> 3) + shift, 0), top)
-        total += bits[k, buckets[min(found[d], len(buckets) - 1)]]
+        total += costs[k, buckets[min(found[d], len(buckets) - 1)]]
     return total
 
 

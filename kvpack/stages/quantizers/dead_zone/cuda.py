@@ -13,44 +13,49 @@ from kvpack.stages.base import Floats
 from kvpack.stages.device.launch import MAX_SHARED, Launcher
 from kvpack.stages.device.tensors import sent
 from kvpack.stages.quantizers.dead_zone.reference import (
+    BIT,
     MOST_SHIFT,
     SHIFT_BITS,
     THRESHOLDS,
-    magnitude_bits,
+    magnitude_costs,
     thresholds,
 )
+from kvpack.stages.symbols import ALPHABET
 
 Tensor = torch.Tensor
 
-BIT = 1 << 40
-"""A bit in the whole numbers that costs of shifts are summed in: a row's stay below 2**63."""
-
+WARPS = 8
 SHARED = 64 << 10
-"""Bytes of shared memory a block, so that three are under way at once."""
+"""Bytes of shared memory a block has for rows, so that three are under way at once."""
 
-_DEFINES = {"THRESHOLDS": THRESHOLDS, "MOST_SHIFT": MOST_SHIFT, "SHIFT_COST": int(SHIFT_BITS * BIT)}
+_DEFINES = {"PAIRS": 0, "THRESHOLDS": THRESHOLDS, "MOST_SHIFT": MOST_SHIFT, "SHIFT_COST": SHIFT_BITS * BIT}
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What codes are chosen by, and read at, in device memory: ``wanted`` float32 ``[K, THRESHOLDS]``, ``bits`` int64
-    ``[K, 32]`` and ``centroids`` float32 ``[K, 4]``.
+    """What codes are chosen by, and read at, in device memory: ``wanted`` float32 ``[K, THRESHOLDS]``, ``costs`` int32
+    (the bits of uint32) ``[K, 32]`` and ``centroids`` float32 ``[K, 4]``.
     """  # fmt: skip
 
     wanted: Tensor
-    bits: Tensor
+    costs: Tensor
     centroids: Tensor
 
     @classmethod
     def of(cls, tables: NDArray[Any], centroids: Floats, device: str) -> Choices:
         """From a profile's tables and centroids."""
-        bits = np.rint(magnitude_bits(tables) * BIT).astype(np.int64)
-        return cls(sent(thresholds(tables, centroids), device), sent(bits, device), sent(centroids, device))
+        costs = magnitude_costs(tables).astype(np.uint32).view(np.int32)
+        return cls(sent(thresholds(tables, centroids), device), sent(costs, device), sent(centroids, device))
+
+    @property
+    def nbytes(self) -> int:
+        """Shared memory that what codes are chosen by takes."""
+        return 4 * (self.wanted.numel() + self.costs.numel())
 
 
-def supports(rank: int) -> bool:
-    """Whether a row's magnitudes fit into shared memory."""
-    return 2 * rank <= MAX_SHARED
+def supports(rank: int, tables: int) -> bool:
+    """Whether the tables and a row's magnitudes fit into shared memory."""
+    return 2 * rank + 4 * (THRESHOLDS + (ALPHABET + 1) // 2) * tables <= MAX_SHARED
 
 
 def quantize(
@@ -65,10 +70,10 @@ def quantize(
     rows, dims = z.shape
     codes = torch.empty(rows, dims, dtype=torch.int16, device=gpu.device)
     shifts, shifted = torch.empty(2, rows, dtype=torch.int32, device=gpu.device)
-    warps = max(1, min(8, SHARED // (2 * dims)))
-    gpu.launch("quantizers/dead_zone/codes:quantize", _DEFINES, (-(-rows // warps), 1), 32 * warps, 2 * dims * warps, z,
-               rows, rows // len(faults), dims, steps, columns, classes, len(choices.wanted), choices.wanted,
-               choices.bits, codes, shifts, shifted, faults)  # fmt: skip
+    warps = max(1, min(WARPS, SHARED // (2 * dims)))
+    gpu.launch("quantizers/dead_zone/codes:quantize", _DEFINES, (-(-rows // warps), 1), 32 * warps,
+               choices.nbytes + 2 * dims * warps, z, rows, rows // len(faults), dims, steps, columns, classes,
+               len(choices.wanted), choices.wanted, choices.costs, codes, shifts, shifted, faults)  # fmt: skip
     return codes, shifts, shifted
 
 
@@ -85,14 +90,15 @@ def restore(
     common: int,
     groups: int,
 ) -> Tensor:
-    """Values times ``2**exponent``, halves ``[N, G * (common + own)]``: magnitudes at their bins' centroids times steps.
+    """Values times ``2**exponent``, halves ``[N, G * (common + own)]``: magnitudes at their centroids times steps.
 
     Of R coordinates the first are ``common``; a row has them once for each group, before the group's own share of the
     rest. ``predicted`` float32 ``[N, R]``, times ``2**-predicted_exponent``, is added.
     """
     rows, dims = codes.shape
     out = torch.empty(rows, groups * common + dims - common, dtype=torch.float16, device=gpu.device)
-    gpu.launch("quantizers/dead_zone/codes:restore", _DEFINES, (-(-rows // 8), 1), 256, 0, codes, rows, dims, steps,
-               columns, classes, len(choices.centroids), choices.centroids, predicted, -predicted_exponent, exponent,
-               common, groups, out)  # fmt: skip
+    pairs = int(common % 2 == 0 and (dims - common) // groups % 2 == 0)
+    gpu.launch("quantizers/dead_zone/codes:restore", {**_DEFINES, "PAIRS": pairs}, (-(-rows // 8), 1), 256, 0, codes,
+               rows, dims, steps, columns, classes, len(choices.centroids), choices.centroids, predicted,
+               -predicted_exponent, exponent, common, groups, out)  # fmt: skip
     return out

@@ -19,7 +19,10 @@ Array = NDArray[Any]
 LAMBDA = 0.1
 """Steps squared a bit: between 0 and what a Laplace distribution's rate-distortion slope would be (docs/fisher.md)."""
 
-SHIFT_BITS = 1.0
+BIT = 1 << 24
+"""A bit, in the whole numbers that costs of shifts are summed in: their order does not matter, so all sums agree."""
+
+SHIFT_BITS = 1
 """What a class of shift is taken to cost a token."""
 
 MOST_SHIFT = 8
@@ -46,6 +49,11 @@ def magnitude_bits(tables: Array) -> NDArray[np.float64]:
     return np.asarray(bits + RAW_BITS)
 
 
+def magnitude_costs(tables: Array) -> NDArray[np.int64]:
+    """:func:`magnitude_bits` in :data:`BIT`, below 2**32 each."""
+    return np.rint(magnitude_bits(tables) * BIT).astype(np.int64)
+
+
 def magnitudes(values: Floats, steps: Floats, scales: Scales, wanted: Floats) -> NDArray[np.int64]:
     """``[T, D]``: the largest m whose threshold ``wanted`` [K, THRESHOLDS] the scaled value reaches."""
     scaled = np.abs(values) / steps
@@ -59,25 +67,22 @@ def magnitudes(values: Floats, steps: Floats, scales: Scales, wanted: Floats) ->
         found -= low
 
 
-def shifts(found: Array, scales: Scales, bits: Array) -> NDArray[np.int32]:
+def shifts(found: Array, scales: Scales, costs: Array) -> NDArray[np.int32]:
     """Each token's shift of classes ``[T]``: from 0 on, one more or less as long as that saves bits."""
     buckets = BUCKETS[found]
     shift = np.zeros(len(found), np.int32)
     for token, mine in enumerate(buckets):
         classes = (scales.columns - scales.rows[token]) >> 3
-        best = _bits(mine, classes, 0, bits)
+        best = _cost(mine, classes, 0, costs)
         for way in (-1, 1):
             while -MOST_SHIFT < shift[token] + way < MOST_SHIFT and shift[token] * way >= 0:
-                cost = _bits(mine, classes, int(shift[token]) + way, bits)
+                cost = _cost(mine, classes, int(shift[token]) + way, costs)
                 if cost >= best:
                     break
                 best, shift[token] = cost, shift[token] + way
     return shift
 
 
-def _bits(buckets: Array, classes: Array, shift: int, bits: Array) -> float:
-    """In the order of the compiled version, so that both find the same shift."""
-    total = SHIFT_BITS * abs(shift)
-    for k, bucket in zip(np.clip(classes + shift, 0, len(bits) - 1), buckets, strict=True):
-        total += bits[k, bucket]
-    return float(total)
+def _cost(buckets: Array, classes: Array, shift: int, costs: Array) -> int:
+    shifted = np.clip(classes + shift, 0, len(costs) - 1)
+    return SHIFT_BITS * BIT * abs(shift) + int(costs[shifted, buckets].sum())

@@ -227,7 +227,9 @@ class Tokens:
                    out.stride(0), its.inputs)  # fmt: skip
         units = out[:, its.inputs :]
         product(units, out[:, : its.inputs], its.hidden, scale=2.0 ** (its.units_exponent - its.hidden_exponent))
-        units.clamp_(min=0)
+        width = units.shape[1]
+        gpu.launch(f"{_FOLDER}/inputs:rectify", {}, (-(-count * width // 8 // 256), 1), 256, 0, units, count,
+                   units.stride(0), width)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -312,9 +314,11 @@ def predict(gpu: Launcher, matrices: Matrices, tokens: Tokens, first: int, count
 
 
 def inverse(gpu: Launcher, matrices: Matrices, z: Tensor, stacks: Stacks, faults: Tensor) -> None:
-    """Coordinates times ``2**exponent`` into the stacks' tensors: halves ``[U * T, G * (R + C)]``, predictions added, the
-    common ones and its own for each group. ``faults`` int32 ``[U]`` are set where what comes out is not finite.
-    """  # fmt: skip
+    """Coordinates into the stacks' tensors: halves times ``2**exponent``, ``[U * T, G * (R + C)]``, predictions added.
+
+    A row has the common ones and its own for each group. ``faults`` int32 ``[U]`` are set where what comes out is not
+    finite.
+    """
     rows = torch.empty(stacks.tokens, matrices.size, dtype=torch.float16, device=gpu.device)
     for group in matrices.groups:
         scale = 2.0 ** -(matrices.exponent + matrices.synthesis_exponent)

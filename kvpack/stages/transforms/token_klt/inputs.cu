@@ -67,3 +67,14 @@ extern "C" __global__ void __launch_bounds__(256) inputs(
         for (int e = threadIdx.x; e < padded - places; e += 256) row[places + e] = e > 2 || t < sinks ? 0 : (u16)held[e];
     }
 }
+
+// Negative halves to zero, eight a thread: width of them, a multiple of 8, in rows [count, stride].
+extern "C" __global__ void __launch_bounds__(256) rectify(u16 *rows, i64 count, i64 stride, i64 width) {
+    i64 i = (i64)blockIdx.x * 256 + threadIdx.x, row = i / (width / 8);
+    if (row >= count) return;
+    uint4 *at = (uint4 *)(rows + row * stride) + i % (width / 8), v = *at;
+    u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) words[j] &= ~((words[j] >> 15 & 0x10001) * 0xFFFF);
+    *at = make_uint4(words[0], words[1], words[2], words[3]);
+}

@@ -1,0 +1,104 @@
+"""Long captures in device memory for the bench: a real one over and over, or a made one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvpack import pipeline
+from kvpack.archive import Archive, Capture, side_of
+from kvpack.bench.speed import made as making
+from kvpack.bench.speed.made import CODEC, Shape
+from kvpack.bench.speed.timing import Timed
+from kvpack.container import layer_of
+from kvpack.errors import UsageError
+from kvpack.floats import to_float32
+from kvpack.profile import Profile
+from kvpack.stages.base import Part, Side
+from kvpack.stages.transforms.token_klt.cuda import SPAN
+
+CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class Given:
+    """A long capture in device memory, bf16 ``[S, H, T, D]``; ``chunk`` tokens are coded at a time.
+
+    What comes back must have no more than ``worst`` of the squares that went in as squared errors.
+    """
+
+    name: str
+    part: Part
+    tensors: torch.Tensor
+    chunk: int
+    worst: float
+
+
+def made(gpu: Timed, shape: Shape, nbytes: int) -> Given:
+    """At least ``nbytes`` of a made cache, in chunks of :data:`CHUNK`."""
+    tokens = max(1, nbytes // (2 * shape.size * CHUNK)) * CHUNK
+    ids = np.random.default_rng(1).integers(0, making.VOCABULARY, tokens).astype(np.int32)
+    whole = (2 * shape.layers * shape.heads, tokens, shape.dims)
+    profile = making.profile(shape, gpu.device)
+    part = Part("BF16", whole, 0, tokens, shape.heads, profile=profile, side=Side(ids))
+    return Given(shape.name, part, making.cache(shape, part, gpu.device), CHUNK, 0.02)
+
+
+def real(gpu: Timed, source: Capture | Archive, profile: Profile, nbytes: int) -> Given:
+    """A capture's keys and values over and over, keys turned on to the places where they come to stand.
+
+    ``worst`` is the CPU's error for the first of them, and a hundredth.
+    """
+    profile.require_model(source.metadata)
+    layers = sorted({layer for spec in source.tensors.values() if (layer := layer_of(spec)) is not None})
+    names = [f"layers.{layer}.{kind}" for kind in ("keys", "values") for layer in layers]
+    side = side_of(source, ("tokens", "attention_mass"))
+    if side.tokens is None or any(source.tensors[name].dtype != "BF16" for name in names):
+        raise UsageError("--speed with a profile wants a capture in bf16 that has its tokens")
+    tokens = min(CHUNK, source.tensors[names[0]].shape[1]) // SPAN * SPAN
+    bits = np.stack([source.read(name)[:, :tokens] for name in names])
+    tensors, heads, _, dims = bits.shape
+    shape = (tensors * heads, tokens, dims)
+    part = Part("BF16", shape, 0, tokens, heads, profile=profile, side=repeated(side, tokens, 1))
+    copies = -(-nbytes // bits.nbytes)
+    device = torch.from_numpy(bits.view(np.int16)).to(gpu.device).view(torch.bfloat16)
+    whole = replace(part, shape=(shape[0], copies * tokens, dims), total=copies * tokens,
+                    side=repeated(side, tokens, copies))  # fmt: skip
+    worst = 1.01 * error_of(bits.reshape(shape), part)
+    return Given("capture", whole, turned_on(device, part, copies), tokens, worst)
+
+
+def error_of(bits: NDArray[np.uint16], part: Part) -> float:
+    """Squared errors over squares of what the CPU makes of a part."""
+    streams, _ = pipeline.encode(CODEC.keys, bits, part)
+    back, _ = pipeline.decode(CODEC.keys, [(name, memoryview(data)) for name, data in streams], part)
+    before, after = (to_float32(array, "BF16") for array in (bits, back))
+    return float(np.square(after - before).sum() / np.square(before).sum())
+
+
+def repeated(side: Side, tokens: int, copies: int) -> Side:
+    """Token ids and masses of the first tokens, over and over."""
+
+    def over(array: Any) -> Any:
+        return None if array is None else np.tile(array[:tokens], copies)
+
+    return Side(over(side.tokens), over(side.mass))
+
+
+def turned_on(tensors: torch.Tensor, part: Part, copies: int) -> torch.Tensor:
+    """Tensors ``[S, H, T, D]`` so many times, ``[S, H, copies * T, D]``, keys (the first half) turned by RoPE."""
+    klt: Any = CODEC.keys.transforms[0]
+    steps = torch.from_numpy(klt.model(part).frequencies.astype(np.float64)).to(tensors.device)
+    out = tensors.repeat(1, 1, copies, 1)
+    tokens, half = tensors.shape[2], len(tensors) // 2
+    left, right = tensors[:half].float().chunk(2, -1)
+    for copy in range(1, copies):
+        angles = copy * tokens * steps
+        cosines, sines = angles.cos().float(), angles.sin().float()
+        on = torch.cat([left * cosines - right * sines, right * cosines + left * sines], -1)
+        out[:half, :, copy * tokens : (copy + 1) * tokens] = on.bfloat16()
+    return out
