@@ -29,7 +29,7 @@ Tensor = torch.Tensor
 
 META, FAULT = 8, 4
 """Ints of ``planes.cuh`` a plane, and a position."""
-SYMBOLS, RUN, WARPS, RING_BYTES = 64, 32, 4, 512
+SYMBOLS, RUN, WARPS, RING_BYTES = 64, 64, 4, 512
 MOST_TABLES = 64
 MOST_ROWS, MOST_CODES = 1 << 15, 1 << 29
 """Tokens and codes a plane; raw bits of one are counted in 31 bits."""
@@ -43,7 +43,7 @@ def supports(tokens: int, dims: int, tables: int) -> bool:
 @dataclass(frozen=True)
 class Tables:
     """A profile's frequencies as kernels take them: ``costs`` int16, ``entries`` int64 to encode by, ``decoding`` int32
-    to decode by, each ``[K, 64]``, and ``coarse`` uint8 ``[K, 512]``: the symbol of every 32nd slot.
+    to decode by, each ``[K, 64]``, and ``coarse`` int16 ``[K, 256]``: symbols of every 64 slots' first and last.
     """
 
     costs: Tensor
@@ -57,8 +57,9 @@ class Tables:
         f = frequencies.astype(np.int64)
         starts = np.cumsum(f, 1) - f
         reciprocals = np.minimum((1 << 32) // f, (1 << 32) - 1)
-        slots = np.arange(0, 1 << PRECISION, RUN)
-        coarse = np.stack([np.searchsorted(row, slots, side="right") - 1 for row in starts])
+        slots = np.arange(1 << PRECISION)
+        symbols = np.stack([np.searchsorted(row, slots, side="right") - 1 for row in starts])
+        coarse = symbols[:, ::RUN] | symbols[:, RUN - 1 :: RUN] << 8
 
         def padded(values: NDArray[np.int64], dtype: Any) -> Tensor:
             wide = np.zeros((len(values), SYMBOLS), np.int64)
@@ -69,7 +70,7 @@ class Tables:
             padded(costs(frequencies), np.int16),
             padded(reciprocals | f << 32 | starts << 46, np.int64),
             padded(f << PRECISION | starts, np.int32),
-            sent(coarse.astype(np.uint8), device),
+            sent(coarse.astype(np.int16), device),
         )
 
     @property
@@ -180,7 +181,7 @@ def decode(gpu: Launcher, streams: Tensor, sizes: Tensor, classes: Classes, most
     gpu.launch("entropy/scaled_rans/decode:classify", {}, (-(-rows // 8), 1), 256, 0, classes.columns, classes.rows,
                rows, dims, tables.count, cells)  # fmt: skip
     gpu.launch("entropy/scaled_rans/decode:decode", {}, (-(-most // WARPS), planes), 32 * WARPS,
-               WARPS * RING_BYTES + 4 * tables.decoding.numel() + tables.coarse.numel(), streams, bases, most,
+               WARPS * RING_BYTES + 4 * tables.decoding.numel() + 2 * tables.coarse.numel(), streams, bases, most,
                tokens * dims, tables.count, tables.decoding, tables.coarse, cells, meta)  # fmt: skip
     gpu.launch("entropy/scaled_rans/decode:tally", {}, (-(-rows // 8), 1), 256, 0, cells, rows, dims, codes, raw)
     gpu.launch("entropy/scaled_rans/decode:place", {}, (planes, 1), 1024, 0, streams, sizes, raw, tokens, starts, meta)

@@ -42,29 +42,34 @@ extern "C" __global__ void __launch_bounds__(256) classify(
     for (int c = threadIdx.x % 32; c < plane.dims; c += 32) cells[c] = (u8)plane.class_of(columns[c], mine);
 }
 
-#define RUN 32
+#define RUN 64
 #define RUNS ((1 << PRECISION) / RUN)
 #define STEPS 4  // as many as words may go by without refill
 
 struct Lookup {
-    const u8 *runs;
+    const u16 *runs;
     const u32 *held;
 };
 
 // The symbol of a code of class k, for a lane that has one.
 __device__ __forceinline__ int get(u32 &x, const Lookup &by, int k, Words &words, bool live, u32 below) {
     u32 slot = x & ((1u << PRECISION) - 1);
-    int symbol = by.runs[k * RUNS + slot / RUN];
+    u32 run = by.runs[k * RUNS + slot / RUN];
+    int symbol = run & 255, last = run >> 8;
     const u32 *held = by.held + k * SYMBOLS;
+    while (symbol < last) {
+        int middle = (symbol + last + 1) / 2;
+        bool reached = (held[middle] & 0x3FFF) <= slot;
+        symbol = reached ? middle : symbol, last = reached ? last : middle - 1;
+    }
     u32 entry = held[symbol];
-    while (slot - (entry & 0x3FFF) >= entry >> PRECISION) entry = held[++symbol];
     u32 state = (entry >> PRECISION) * (x >> PRECISION) + slot - (entry & 0x3FFF);
     state = take(words, state, live && state < LOW, below);
     if (live) x = state;
     return symbol;
 }
 
-// cells: classes become symbols. coarse [K, RUNS]: the symbol of every 32nd slot; entries [K, 64]: frequency << 14 | start.
+// cells: classes become symbols. coarse [K, RUNS]: of 64 slots the first's symbol and, above it, the last's; entries [K, 64]: frequency << 14 | start.
 // A warp a group.
 extern "C" __global__ void __launch_bounds__(32 * WARPS) decode(
     const u64 *streams, const int *bases, i64 groups_most, i64 size, i64 tables, const u32 *entries, const uint4 *coarse,
@@ -73,11 +78,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) decode(
     int *own = meta + blockIdx.y * META;
     if (own[FAULT] == 1 || blockIdx.x * WARPS >= own[GROUPS]) return;
     u32 *held = shared + WARPS * RING / 4;
-    u8 *runs = (u8 *)(held + tables * SYMBOLS);
+    u16 *runs = (u16 *)(held + tables * SYMBOLS);
 #pragma unroll 8
     for (int i = threadIdx.x; i < tables * SYMBOLS; i += 32 * WARPS) held[i] = entries[i];
 #pragma unroll 8
-    for (int i = threadIdx.x; i < tables * RUNS / 16; i += 32 * WARPS) ((uint4 *)runs)[i] = coarse[i];
+    for (int i = threadIdx.x; i < tables * RUNS / 8; i += 32 * WARPS) ((uint4 *)runs)[i] = coarse[i];
     __syncthreads();
     int group = blockIdx.x * WARPS + threadIdx.x / 32, l = threadIdx.x % 32, span = own[SPAN];
     if (group >= own[GROUPS]) return;

@@ -44,13 +44,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) encode(
     u32 below = (1u << l) - 1;
     Lane lane = {LOW, 0};
     if (count % 32) put(lane, table[l < count % 32 ? *mine : 0], l < count % 32, below, end);
-    for (; step >= AHEAD; step -= AHEAD) {
-        u32 v[AHEAD];
+    u32 next[AHEAD];  // main memory is far, and a lane has no other to wait beside
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) v[i] = mine[-32 * (i + 1)];
+    for (int i = 0; i < AHEAD; i++) next[i] = i < step ? mine[-32 * (i + 1)] : 0;
+    for (; step >= AHEAD; step -= AHEAD) {
+        u64 entry[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) entry[i] = table[next[i]];
         mine -= 32 * AHEAD;
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) put(lane, table[v[i]], true, below, end);
+        for (int i = 0; i < AHEAD; i++) next[i] = AHEAD + i < step ? mine[-32 * (i + 1)] : 0;
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) put(lane, entry[i], true, below, end);
     }
     for (; step; step--) put(lane, table[*(mine -= 32)], true, below, end);
     if (l == 0) lengths[blockIdx.y * groups_most + group] = -lane.at;

@@ -50,8 +50,8 @@ def _halves(matrix: Tensor, exponent: int) -> Tensor:
 class Group:
     """Directions of a group of layers, whose elements are ``columns`` of rows, its own coordinates ``own`` of all.
 
-    Halves, ``analysis`` ``[2 * n, C]``, and ``synthesis`` ``[R + C, 2 * n]`` of a ``window`` of what is decoded: the
-    common coordinates and, behind them, its own.
+    Halves, ``analysis`` ``[2 * n, C]``, whose columns are contiguous (cuBLAS is twice as fast then), and ``synthesis``
+    ``[R + C, 2 * n]`` of a ``window`` of what is decoded: the common coordinates and, behind them, its own.
     """
 
     columns: slice
@@ -167,7 +167,9 @@ class Matrices:
             mine = slice(common + index * width, common + (index + 1) * width)
             window = slice(index * (common + width), (index + 1) * (common + width))
             back_again = torch.cat([synthesis[:, columns], other])
-            groups.append(Group(columns, mine, window, _halves(one, into), _halves(back_again, out)))
+            groups.append(
+                Group(columns, mine, window, _halves(one, into).t().contiguous().t(), _halves(back_again, out))
+            )
         return cls(
             prediction,
             tuple(groups),
