@@ -179,6 +179,7 @@ inline unsigned shared_word(unsigned address) { return *(unsigned *)(simt::dynam
 inline unsigned shared_half(unsigned address) { return *(unsigned short *)(simt::dynamic + address); }
 inline unsigned device_word(const unsigned *at) { return *at; }
 template <typename T> inline T kept(T value) { return value; }
+template <typename T> inline T __ldg(const T *at) { return *at; }
 
 extern "C" void simt_launch(void *function, const unsigned *grid, const unsigned *block, const uint64_t *arguments) {
     if (!simt::stacks) simt::stacks = (char *)malloc((size_t)simt::MOST * simt::STACK);

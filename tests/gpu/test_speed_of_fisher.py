@@ -18,7 +18,7 @@ from kvpack.stages.base import Side
 @pytest.fixture(autouse=True)
 def once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything runs once, and takes a second."""
-    monkeypatch.setattr(fisher, "seconds", lambda function: [function(), 1.0, 1.0, 1.0][1:])
+    monkeypatch.setattr(fisher, "seconds", lambda function, **_: [function(), 1.0, 1.0, 1.0][1:])
     monkeypatch.setattr(fisher, "by_kernel", lambda _, function: {"all": [function(), 1.0][1:]})
 
 

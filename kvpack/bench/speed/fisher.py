@@ -46,6 +46,8 @@ def rows(gpu: Timed, one: Given) -> Iterator[Speed]:
     bits = 8 * int(coded.sizes.sum()) / given.numel()
     yield speed("fisher compress", label, size, seconds(compress), f"{bits:.4f} bits an element, error {error:.4f}")
     yield speed("fisher decompress", label, size, seconds(decompress))
+    for what, function in (("fisher compress", compress), ("fisher decompress", decompress)):
+        yield speed(f"{what}, two streams", label, size, seconds(function, streams=2))
     for way, function in (("compress", compress), ("decompress", decompress)):
         for kernel, times in by_kernel(gpu, function).items():
             yield speed(f"  {way}: {kernel}", label, size, times, f"{median(times) * 1e6:.0f} us")

@@ -51,16 +51,18 @@ class Timed(Gpu):
         self.log.append((name.rsplit(":", 1)[1], start, stop))
 
 
-def seconds(function: Callable[[], object]) -> list[float]:
-    """Times of calls that follow each other, by device events, ascending."""
-    for _ in range(2):
-        function()
-    events = [event() for _ in range(ROUNDS + 1)]
-    events[0].record()
-    for after in events[1:]:
-        function()
-        after.record()
+def seconds(function: Callable[[], object], streams: int = 1) -> list[float]:
+    """Times of calls that follow each other, on so many streams by turns, by device events, ascending."""
+    cuda: Any = torch.cuda
+    turns = [cuda.current_stream()] if streams == 1 else [cuda.Stream() for _ in range(streams)]
+    events = [event() for _ in range(2 * streams + ROUNDS + 1)]
     torch.cuda.synchronize()
+    for number, after in enumerate(events):
+        with cuda.stream(turns[number % streams]):
+            function()
+            after.record()
+    torch.cuda.synchronize()
+    events = events[2 * streams :]
     return sorted(a.elapsed_time(b) / 1e3 for a, b in pairwise(events))
 
 

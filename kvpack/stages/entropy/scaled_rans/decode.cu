@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(256) classify(
     int mine = rows[row];
     cells += row * dims;
 #pragma unroll 4
-    for (int c = threadIdx.x % 32; c < plane.dims; c += 32) cells[c] = (u8)plane.class_of(columns[c], mine);
+    for (int c = threadIdx.x % 32; c < plane.dims; c += 32) cells[c] = (u8)plane.class_of(__ldg(columns + c), mine);
 }
 
 #define RUN 64
@@ -131,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(256) tally(const u8 *cells, i64 all
     cells += row * dims, codes += row * dims;
 #pragma unroll 8
     for (int c = threadIdx.x % 32; c < dims; c += 32) {
-        u32 found = known[cells[c]];
+        u32 found = known[__ldg(cells + c)];
         codes[c] = (u16)found;
         bits += found >> 16;
     }

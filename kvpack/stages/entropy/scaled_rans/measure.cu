@@ -15,8 +15,8 @@ extern "C" __global__ void __launch_bounds__(256) measure(
     codes += (i64)row * dims, picks += (i64)row * dims;
 #pragma unroll 4
     for (int c = threadIdx.x % 32; c < plane.dims; c += 32) {
-        u32 code = codes[c], pick = plane.class_of(columns[c], mine) * SYMBOLS + symbol_of(code);
-        cost += costs[pick];
+        u32 code = __ldg(codes + c), pick = plane.class_of(__ldg(columns + c), mine) * SYMBOLS + symbol_of(code);
+        cost += __ldg(costs + pick);
         bits += raw_width(magnitude_of(code));
         picks[c] = (u16)pick;
     }

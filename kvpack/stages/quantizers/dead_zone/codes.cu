@@ -2,20 +2,20 @@
 //
 // Rows [N, D] of U units of equal length; a code's class is (columns[d] - classes[n]) >> 3, within the K tables. A row's
 // step and its class are two arrays, because they need not follow from each other. Grid (slices of rows, 1), a warp a row.
+// What is only read is loaded as such (__ldg): loads of several coordinates then go together, whatever is stored between.
 // THRESHOLDS and MOST_SHIFT are reference.py's, SHIFT_COST is its SHIFT_BITS.
 #define LARGEST 32767
 #define SIGN 32768
 #define BUCKETS 32
 #define DIRECT 8
+#define AHEAD 8
 
 struct Row {
     const int *columns;
     int mine, dims, top;
-    __device__ __forceinline__ int class_of(int d) const {
-        int k = unbounded(d);
-        return k < 0 ? 0 : k > top ? top : k;
-    }
-    __device__ __forceinline__ int unbounded(int d) const { return (columns[d] - mine) >> 3; }
+    __device__ __forceinline__ int bounded(int k) const { return k < 0 ? 0 : k > top ? top : k; }
+    __device__ __forceinline__ int class_of(int d) const { return bounded(unbounded(d)); }
+    __device__ __forceinline__ int unbounded(int d) const { return (__ldg(columns + d) - mine) >> 3; }
 };
 
 __device__ __forceinline__ int bucket_of(u32 m) {
@@ -38,9 +38,7 @@ __device__ __forceinline__ int magnitude_of(float scaled, const float *wanted) {
 // What a row takes if its classes are shifted; bits are whole numbers, so that no order of sums matters.
 struct Costs {
     const u32 *table;  // [K, BUCKETS]
-    __device__ __forceinline__ u64 of(int k, int top, int bucket) const {
-        return table[(k < 0 ? 0 : k > top ? top : k) * BUCKETS + bucket];
-    }
+    __device__ __forceinline__ u64 of(int k, int bucket) const { return table[k * BUCKETS + bucket]; }
     __device__ __forceinline__ u64 sum(u64 share, int shift) const {
         return warp_sum(share) + (u64)SHIFT_COST * (shift < 0 ? -shift : shift);
     }
@@ -48,7 +46,7 @@ struct Costs {
         u64 total = 0;
 #pragma unroll 4
         for (int d = threadIdx.x % 32; d < row.dims; d += 32)
-            total += of(row.unbounded(d) + shift, row.top, bucket_of(held[d] & LARGEST));
+            total += of(row.bounded(row.unbounded(d) + shift), bucket_of(held[d] & LARGEST));
         return sum(total, shift);
     }
 };
@@ -84,15 +82,24 @@ extern "C" __global__ void __launch_bounds__(256) quantize(
     bool bad = false;
     u64 down = 0, same = 0, up = 0;
     z += at * dims, codes += at * dims;
-#pragma unroll 4
-    for (int d = threadIdx.x % 32; d < row.dims; d += 32) {
-        float value = z[d], scaled = fabsf(value) / step;
-        bool fits = scaled < LARGEST;
-        int k = row.unbounded(d), m = magnitude_of(fits ? scaled : 0, wanted + row.class_of(d) * THRESHOLDS);
-        held[d] = (u16)(m | (value < 0 ? SIGN : 0));
-        bad |= !fits;
-        int bucket = bucket_of(m);
-        down += costs.of(k - 1, row.top, bucket), same += costs.of(k, row.top, bucket), up += costs.of(k + 1, row.top, bucket);
+    for (int first = threadIdx.x % 32; first < row.dims; first += 32 * AHEAD) {
+        float values[AHEAD];  // main memory is far
+        int classes[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            int d = first + 32 * i;
+            values[i] = d < row.dims ? __ldg(z + d) : 0, classes[i] = d < row.dims ? row.unbounded(d) : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            if (first + 32 * i >= row.dims) break;
+            float value = values[i], scaled = fabsf(value) / step;
+            bool fits = scaled < LARGEST;
+            int k = classes[i], m = magnitude_of(fits ? scaled : 0, wanted + row.bounded(k) * THRESHOLDS), bucket = bucket_of(m);
+            held[first + 32 * i] = (u16)(m | (value < 0 ? SIGN : 0));
+            bad |= !fits;
+            down += costs.of(row.bounded(k - 1), bucket), same += costs.of(row.bounded(k), bucket), up += costs.of(row.bounded(k + 1), bucket);
+        }
     }
     if (bad) faults[at / tokens] = 1;
     down = costs.sum(down, -1), same = costs.sum(same, 0), up = costs.sum(up, 1);
@@ -122,7 +129,7 @@ struct Restored {
         u32 m = (code + 1) >> 1;
         float value = 0;
         if (m) {
-            value = m + centroids[row.class_of(d) * 4 + (m < 3 ? m : 3)];
+            value = m + __ldg(centroids + row.class_of(d) * 4 + (m < 3 ? m : 3));
             value = __fmul_rn(code & 1 ? -value : value, step);
         }
         return (value + expected * unit) * scale;
@@ -130,14 +137,14 @@ struct Restored {
 #if PAIRS
     typedef u32 Half;
     __device__ __forceinline__ Half at(const Row &row, int i) const {
-        u32 two = ((const u32 *)codes)[i];
-        float2 expected = predicted ? ((const float2 *)predicted)[i] : make_float2(0, 0);
+        u32 two = __ldg((const u32 *)codes + i);
+        float2 expected = predicted ? __ldg((const float2 *)predicted + i) : make_float2(0, 0);
         return to_halves(value(row, 2 * i, two & 0xFFFF, expected.x), value(row, 2 * i + 1, two >> 16, expected.y));
     }
 #else
     typedef u16 Half;
     __device__ __forceinline__ Half at(const Row &row, int d) const {
-        return (u16)to_halves(value(row, d, codes[d], predicted ? predicted[d] : 0), 0);
+        return (u16)to_halves(value(row, d, __ldg(codes + d), predicted ? __ldg(predicted + d) : 0), 0);
     }
 #endif
 };
