@@ -35,6 +35,8 @@ MAX_TOKENS = 32768
 MAX_PAYLOAD = (1 << 31) - 1
 ENCODE_SHARED, ENCODE_ENTRIES = 32 << 10, 56
 """Most shared memory in bytes for a block's encoding tables, and symbols a table as a rule."""
+THREADS = 1152
+"""Threads that find registers to decode on a multiprocessor at once."""
 RING_BYTES = 512
 """Shared memory a warp that decodes needs for words."""
 SLOTS_A_TABLE = 464
@@ -223,7 +225,8 @@ def decode(gpu: Launcher, streams: Tensor, sizes: Tensor, parts: Parts, mantissa
     digests = torch.full((count,), parts.size * parts.item, dtype=torch.int64, device=gpu.device)
     warps = min(32, groups)
     gpu.join()
-    gpu.launch("entropy/rans/decode:decode", parts.walk, (-(-groups // warps), count), 32 * warps,
+    block = {"BLOCK": 32 * warps, "BLOCKS": max(1, THREADS // (32 * warps))}
+    gpu.launch("entropy/rans/decode:decode", {**parts.walk, **block}, (-(-groups // warps), count), 32 * warps,
                shared + RING_BYTES * warps, streams, meta, bases, names, slots, tails, groups, parts.addresses,
                *parts.geometry, mantissas, digests, shared)  # fmt: skip
     return meta, digests, sums

@@ -1,6 +1,6 @@
 // rANS lanes back to codes, and with FLOATS merged with packed mantissas to bf16, with the digest of what comes out.
 //
-// ITEM, SHIFT, DIMS as in scan.cu. Grid (slices of groups, P), a warp a group. streams [P] addresses, and what prepare.cu
+// ITEM, SHIFT, DIMS as in scan.cu; blocks of BLOCK threads, BLOCKS of which find registers. Grid (slices of groups, P), a warp a group. streams [P] addresses, and what prepare.cu
 // made of them. targets [P] addresses of parts [H, T, DIMS] with heads head_stride elements apart; mantissas [P] addresses
 // of packed codes of SHIFT bits, 4 bytes aligned; sums [P] gets the digest, but for the length, with FLOATS alone
 // (DIMS a multiple of 64). Tables lie in shared memory where they take no more than budget bytes.
@@ -144,7 +144,7 @@ __device__ __forceinline__ bool run_group(const Stream &s, u32 table, int group,
     return fine == ALL && words.at - begin == 2u * (bases[group + 1] - bases[group]);
 }
 
-extern "C" __global__ void __launch_bounds__(1024) decode(
+extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) decode(
     const u64 *streams, int *meta, const int *bases, const u8 *tables, const u32 *slots, const u32 *tails,
     i64 groups_most, const u64 *targets, i64 head_stride, i64 heads, i64 tokens, const u64 *mantissas, u64 *sums,
     i64 budget) {

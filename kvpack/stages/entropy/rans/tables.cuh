@@ -149,9 +149,12 @@ __device__ void gather(const Bank &bank, const u32 *rows, const u32 *present, co
     }
     __syncthreads();
     for (int c = threadIdx.x; c < channels; c += THREADS) {
-        int rank = 0, key = keys[c];
+        int rank = 0, key = keys[c], near_from = c - lane, near_to = near_from + 32 < channels ? near_from + 32 : channels;
 #pragma unroll 8
-        for (int other = 0; other < channels; other++) rank += keys[other] < key || (keys[other] == key && other < c);
+        for (int other = 0; other < near_from; other++) rank += keys[other] <= key;
+        for (int other = near_from; other < near_to; other++) rank += keys[other] < key || (keys[other] == key && other < c);
+#pragma unroll 8
+        for (int other = near_to; other < channels; other++) rank += keys[other] < key;
         bank.names[c] = (u8)((i64)rank * bank.tables / channels);
     }
     __syncthreads();

@@ -22,8 +22,8 @@ PRECISION = 12
 REST = 63
 """The frequency code of the one symbol a table that takes what the others leave."""
 
-SYMBOLS_A_TABLE = 16384
-"""One more table pays for its side information about every so many symbols (measured on SmolLM2-135M)."""
+SYMBOLS_A_TABLE = 24576
+"""Symbols that one more table is taken for: with 16,384 files take 0.1 % less, and a GPU 5 % longer to decode them."""
 
 MAX_TABLES = 64
 """Tables of a stream that is read."""

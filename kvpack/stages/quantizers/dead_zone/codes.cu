@@ -62,6 +62,19 @@ __device__ int climb(const u16 *held, const Row &row, const Costs &costs, int wa
     return shift;
 }
 
+// A lane's next coordinates: main memory is far.
+struct Ahead {
+    float values[AHEAD];
+    int classes[AHEAD];  // beyond the tables, too
+    __device__ __forceinline__ Ahead(const float *z, const Row &row, int first) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            int d = first + 32 * i;
+            values[i] = d < row.dims ? __ldg(z + d) : 0, classes[i] = d < row.dims ? row.unbounded(d) : 0;
+        }
+    }
+};
+
 // z, steps [N] in the same unit; wanted [K, THRESHOLDS]; table [K, BUCKETS] of costs. Codes zigzag; shifts [N] and the classes [N] that
 // they make of classes. faults [U] are set where a magnitude is too large or not a number. Magnitudes of a row are held in
 // shared memory, with their signs; shifts of one either way are tried while they are found.
@@ -83,22 +96,19 @@ extern "C" __global__ void __launch_bounds__(256) quantize(
     u64 down = 0, same = 0, up = 0;
     z += at * dims, codes += at * dims;
     for (int first = threadIdx.x % 32; first < row.dims; first += 32 * AHEAD) {
-        float values[AHEAD];  // main memory is far
-        int classes[AHEAD];
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            int d = first + 32 * i;
-            values[i] = d < row.dims ? __ldg(z + d) : 0, classes[i] = d < row.dims ? row.unbounded(d) : 0;
-        }
+        Ahead ahead(z, row, first);
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
             if (first + 32 * i >= row.dims) break;
-            float value = values[i], scaled = fabsf(value) / step;
+            float value = ahead.values[i], scaled = fabsf(value) / step;
             bool fits = scaled < LARGEST;
-            int k = classes[i], m = magnitude_of(fits ? scaled : 0, wanted + row.bounded(k) * THRESHOLDS), bucket = bucket_of(m);
+            int k = ahead.classes[i], m = magnitude_of(fits ? scaled : 0, wanted + row.bounded(k) * THRESHOLDS);
             held[first + 32 * i] = (u16)(m | (value < 0 ? SIGN : 0));
             bad |= !fits;
-            down += costs.of(row.bounded(k - 1), bucket), same += costs.of(row.bounded(k), bucket), up += costs.of(row.bounded(k + 1), bucket);
+            int bucket = bucket_of(m);
+            down += costs.of(row.bounded(k - 1), bucket);
+            same += costs.of(row.bounded(k), bucket);
+            up += costs.of(row.bounded(k + 1), bucket);
         }
     }
     if (bad) faults[at / tokens] = 1;
@@ -106,15 +116,21 @@ extern "C" __global__ void __launch_bounds__(256) quantize(
     int shift = down < same ? climb(held, row, costs, -1, down) : up < same ? climb(held, row, costs, 1, up) : 0;
     row.mine -= 8 * shift;
     if (threadIdx.x % 32 == 0) shifts[at] = shift, shifted[at] = row.mine;
-#pragma unroll 4
-    for (int d = threadIdx.x % 32; d < row.dims; d += 32) {
-        u32 m = held[d], sign = m & SIGN;
-        m &= LARGEST;
-        if (shift) {
-            float scaled = fabsf(z[d]) / step;
-            m = magnitude_of(scaled < LARGEST ? scaled : 0, wanted + row.class_of(d) * THRESHOLDS);
+    if (shift)
+        for (int first = threadIdx.x % 32; first < row.dims; first += 32 * AHEAD) {
+            Ahead ahead(z, row, first);
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                if (first + 32 * i >= row.dims) break;
+                float value = ahead.values[i], scaled = fabsf(value) / step;
+                const float *mine = wanted + row.bounded(ahead.classes[i]) * THRESHOLDS;
+                held[first + 32 * i] = (u16)(magnitude_of(scaled < LARGEST ? scaled : 0, mine) | (value < 0 ? SIGN : 0));
+            }
         }
-        codes[d] = (u16)(sign && m ? 2 * m - 1 : 2 * m);
+#pragma unroll 8
+    for (int d = threadIdx.x % 32; d < row.dims; d += 32) {
+        u32 m = held[d] & LARGEST;
+        codes[d] = (u16)(held[d] & SIGN && m ? 2 * m - 1 : 2 * m);
     }
 }
 
