@@ -60,10 +60,10 @@ def decode(data: bytes, profile: bytes = b"") -> bytes:
         ValueError: anything that is not as the format says.
 
     """
-    magic, major, minor, critical, _, header_length, header_crc, own = struct.unpack_from("<8sHHIIIII", data)
+    magic, major, _, critical, _, header_length, header_crc, own = struct.unpack_from("<8sHHIIIII", data)
     need(magic == b"\x89KVP\r\n\x1a\n", "magic")
     need(zlib.crc32(data[:28]) == own, "prologue")
-    need((major, minor) == (0, 4) and critical == 0, "version")
+    need(major == 1 and critical == 0, "version")
     index_at, index_length, index_crc, total, prologue_crc, footer_crc, end = struct.unpack("<QIIQII8s", data[-40:])
     need(end == b"\x89KVPEND\n" and zlib.crc32(data[-40:-12]) == footer_crc, "footer")
     need(total == len(data) and index_at + index_length + 40 == total and prologue_crc == own, "extents")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kvpack import api
 from kvpack.archive import Archive, open_cache
 from kvpack.codecs import CODECS
-from kvpack.container import Container
+from kvpack.container import Container, layout
 from kvpack.container.header import Header
 from kvpack.container.layout import FOOTER, MAGIC, PROLOGUE, pack_footer, pack_index, pack_prologue
 from kvpack.errors import CorruptError, FormatError, KvpackError, TruncatedError, UnsupportedError
@@ -91,6 +91,8 @@ def test_newer_versions_and_unknown_critical_features_are_refused(blob: bytes) -
         Container(memoryview(with_prologue(blob, major=7)))
     with pytest.raises(UnsupportedError, match="upgrade"):
         Container(memoryview(with_prologue(blob, critical=1)))
+    with pytest.raises(UnsupportedError, match="compress it again"):
+        Container(memoryview(with_prologue(blob, major=0, minor=4)))
 
 
 def assemble(header: bytes, streams: bytes, index: bytes) -> bytes:
@@ -110,6 +112,15 @@ def taken_apart(blob: bytes) -> tuple[Header, bytes, bytes]:
 def test_assembling_gives_the_file_again(blob: bytes) -> None:
     header, streams, index = taken_apart(blob)
     assert read_all(assemble(header.to_bytes(), streams, index)) == SMALL.read_bytes()
+
+
+def test_later_minor_versions_are_read(blob: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    header, streams, index = taken_apart(blob)
+    monkeypatch.setattr(layout, "VERSION", (1, 7))
+    later = assemble(header.to_bytes(), streams, index)
+    monkeypatch.undo()
+    assert Container(memoryview(later)).version == (1, 7)
+    assert read_all(later) == read_all(blob)
 
 
 @pytest.mark.parametrize(

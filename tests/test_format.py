@@ -74,6 +74,16 @@ def test_goldens_decode_alike_by_both_decoders(name: str) -> None:
         assert ours == SMALL.read_bytes()
 
 
+def test_goldens_never_change() -> None:
+    """Those of 1.0, and the profile that some need: files that people have keep their meaning."""
+    folder = FIXTURES / "goldens" / "1.0"
+    sums = dict(reversed(line.split()) for line in (folder / "SHA256SUMS").read_text().splitlines())
+    files = {path.name: path for path in (TINY, *folder.glob("*.kvp"), *folder.glob("*.sha256"))}
+    assert files.keys() == sums.keys()
+    for name, path in files.items():
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == sums[name], name
+
+
 @pytest.mark.parametrize("name", FLOAT_PRODUCTS)
 def test_goldens_of_float_products_are_of_the_size_written_today(tmp_path: Path, name: str) -> None:
     """Where a matrix product rounds across a boundary a code may differ, on another machine."""

@@ -16,8 +16,8 @@ from kvpack.tensorfile import TensorSpec
 
 MAGIC = b"\x89KVP\r\n\x1a\n"
 END_MAGIC = b"\x89KVPEND\n"
-VERSION = (0, 4)
-"""Major and minor version of the format this kvpack writes; while major is 0 it reads no other."""
+VERSION = (1, 0)
+"""Major and minor version of the format this kvpack writes; it reads every minor version of this major one."""
 
 KNOWN_CRITICAL = 0
 """Critical feature bits this kvpack understands: none is defined yet."""
@@ -137,9 +137,9 @@ def unpack_prologue(raw: bytes) -> tuple[tuple[int, int], int, int]:
     _, major, minor, critical, _, length, crc, own = PROLOGUE.unpack(raw)
     if zlib.crc32(raw[:-4]) != own:
         raise CorruptError("corrupt: the prologue's checksum does not match")
-    if (major, minor) != VERSION:
-        older = "written by an older kvpack: compress it again" if (major, minor) < VERSION else "upgrade kvpack"
-        raise UnsupportedError(f"format {major}.{minor} is not {VERSION[0]}.{VERSION[1]}, which this reads: {older}")
+    if major != VERSION[0]:
+        older = "written by a kvpack before format 1.0: compress it again" if major == 0 else "upgrade kvpack"
+        raise UnsupportedError(f"format {major}.{minor} is not {VERSION[0]}, which this reads: {older}")
     if critical & ~KNOWN_CRITICAL:
         raise UnsupportedError(f"uses features this kvpack does not know (bits {critical:#x}): upgrade kvpack")
     return (major, minor), length, crc
