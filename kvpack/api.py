@@ -41,6 +41,7 @@ __all__ = [
     "Planned",
     "Progress",
     "Selection",
+    "Write",
     "check",
     "compress",
     "compress_many",
