@@ -6,9 +6,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby, islice
 from math import prod
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -137,12 +138,23 @@ def plan(
         codecs=[c.to_json() for c in codecs],
         chunk_tokens=chunk_tokens,
         lossless=codec.lossless,
-        streams=sorted(set().union(*map(encoder.stream_names, groups))),
+        streams=sorted(set().union(*map(encoder.stream_names, _distinct(groups)))),
         profile=profile.identity() if profile and codec.profiled else None,
         dropped=dropped,
         source=kept.raw.decode(),
     )
     return Planned(capture, codec, profile, kept, header, encoder, groups)
+
+
+def _distinct(groups: Sequence[tuple[PartPlan, ...]]) -> Iterable[tuple[PartPlan, ...]]:
+    """One of each kind of group: most parts that are coded by themselves differ in their layer alone."""
+
+    def kind(group: tuple[PartPlan, ...]) -> object:
+        part, spec = group[0], group[0].tensor
+        alike = (spec.name.endswith(".keys"), part.layer is None, spec.dtype, spec.shape, part.first)
+        return alike if len(group) == 1 else group
+
+    return {kind(group): group for group in groups}.values()
 
 
 @dataclass(frozen=True)
@@ -157,9 +169,14 @@ class Planned:
     encoder: _Encoder
     groups: list[tuple[PartPlan, ...]]
 
+    @cached_property
+    def ways(self) -> list[str]:
+        """How a GPU codes each group."""
+        return list(map(self.encoder.way, self.groups))
+
     def batched(self) -> list[PartPlan]:
         """Parts that a GPU codes in batches with those of other captures, in order."""
-        return [group[0] for group in self.groups if self.encoder.way(group) == "part"]
+        return [group[0] for group, way in zip(self.groups, self.ways, strict=True) if way == "part"]
 
     def write(
         self,
@@ -174,7 +191,11 @@ class Planned:
         carried: list[str] = []
         coded = 0
         done, total = 0, sum(spec.nbytes for spec in self.kept.tensors)
-        for group, encoded in zip(self.groups, self.encoder.run(self.groups, threads, gpu, parts), strict=True):
+        if gpu is None:
+            every = ordered_map(self.encoder, self.groups, threads)
+        else:
+            every = self.encoder.run(self.groups, self.ways, threads, gpu, parts)
+        for group, encoded in zip(self.groups, every, strict=True):
             for plan, part in zip(group, encoded, strict=True):
                 writer.add(part.codec, part.digest, part.streams)
                 if part.fallback:
@@ -322,28 +343,26 @@ class _Encoder:
 
     def run(
         self,
-        groups: list[tuple[PartPlan, ...]],
+        groups: Sequence[tuple[PartPlan, ...]],
+        ways: Sequence[str],
         threads: int | None,
-        gpu: Launcher | None,
+        gpu: Launcher,
         parts: Iterator[tuple[int, Streams]],
     ) -> Iterator[list[_EncodedPart]]:
-        """All groups in order, each on the GPU if it takes it; ``parts`` gives those that are coded in batches."""
-        if gpu is None:
-            yield from ordered_map(self, groups, threads)
-            return
+        """All groups in order, each in its way; ``parts`` gives those that are coded in batches."""
         from kvpack import device
 
         chunks = None
-        for kind, run in groupby(groups, key=self.way):
-            some = list(run)
-            if kind == "part":
+        for way, run in groupby(zip(ways, groups, strict=True), key=itemgetter(0)):
+            some = [group for _, group in run]
+            if way == "part":
                 encoded: Iterator[list[tuple[int, Streams]] | None] = ([one] for one in islice(parts, len(some)))
-            elif kind == "chunk":
+            elif way == "chunk":
                 codec = self.codecs[self._chosen(some[0])]
                 chunks = chunks or device.ChunkEncoder(gpu, self.capture, codec, self.profile, self.side)
                 encoded = chunks.encode(some)
             else:
-                yield from ordered_map(self, some, threads)
+                yield from ordered_map(self, some, threads) if len(some) > 1 else map(self, some)  # no pool for one
                 continue
             for group, coded in zip(some, encoded, strict=True):
                 yield self._coded(group, coded) if coded else self(group)
