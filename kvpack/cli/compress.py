@@ -81,8 +81,8 @@ def compress(
 
     Tensors other than keys and values are carried losslessly, and so is what a lossy codec cannot represent.
 
-    On a GPU, files given to one command are coded together, which many small ones need. The size that --device auto goes
-    by is that of all of them.
+    On a GPU, files given to one command are coded together, which many small ones need. What --device auto goes by is
+    the size of all of them.
     """
     del list_codecs
     common.check_inputs(inputs, output, keep=keep, remove=remove, as_json=as_json)
