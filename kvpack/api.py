@@ -24,7 +24,7 @@ from kvpack.decompression import Selection, check, decompress
 from kvpack.errors import FormatError, UsageError
 from kvpack.floats import Bits
 from kvpack.hints import with_hints
-from kvpack.parallel import Progress, in_batches, ordered_map
+from kvpack.parallel import Progress, ordered_map
 from kvpack.pipeline import chain_of
 from kvpack.profile import Profile
 from kvpack.stages.base import Side, UnrepresentableError
@@ -242,6 +242,8 @@ def compress_many(
 
 def _windows(plans: Iterable[Planned]) -> Iterator[list[Planned]]:
     """Plans that are made before the first of them is coded; what went wrong in making one comes after those before."""
+    from kvpack.device.staging import in_batches
+
     wrong: list[Exception] = []
 
     def sound() -> Iterator[Planned]:

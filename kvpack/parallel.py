@@ -47,15 +47,3 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], threads: int | N
         finally:
             for future in pending:
                 future.cancel()
-
-
-def in_batches(items: Iterable[T], joins: Callable[[list[T], T], bool]) -> Iterator[list[T]]:
-    """Items in a row, for as long as the next one ``joins`` the batch."""
-    batch: list[T] = []
-    for item in items:
-        if batch and not joins(batch, item):
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch

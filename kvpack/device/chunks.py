@@ -21,9 +21,8 @@ from kvpack.container import PartEntry, layer_of
 from kvpack.container.layout import PartPlan
 from kvpack.device.joint import Compressed, Joint
 from kvpack.device.lossless import EncodedPart
-from kvpack.device.staging import SLOTS, Source, Staged, pieces_of, pipelined, signed, unsigned
+from kvpack.device.staging import SLOTS, Source, Staged, in_batches, pieces_of, pipelined, signed, unsigned
 from kvpack.errors import CorruptError, UnsupportedError
-from kvpack.parallel import in_batches
 from kvpack.profile import Profile
 from kvpack.stages.base import Part, Side
 from kvpack.stages.device.host import Slot

@@ -21,9 +21,8 @@ from kvpack.archive import Archive, Capture
 from kvpack.codecs import Chain
 from kvpack.container import PartEntry
 from kvpack.container.layout import PartPlan
-from kvpack.device.staging import SLOTS, Source, Staged, pieces_of, pipelined, signed, stage, unsigned
+from kvpack.device.staging import SLOTS, Source, Staged, in_batches, pieces_of, pipelined, signed, stage, unsigned
 from kvpack.errors import CorruptError
-from kvpack.parallel import in_batches
 from kvpack.pipeline import chain_of
 from kvpack.stages.device.host import Slot
 from kvpack.stages.entropy.rans import Rans

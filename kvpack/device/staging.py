@@ -112,6 +112,18 @@ def pieces_of(plan: PartPlan, data_start: int) -> list[Piece]:
     return [(start + (head * total + plan.first) * row, tokens * row) for head in range(heads)]
 
 
+def in_batches(items: Iterable[T], joins: Callable[[list[T], T], bool]) -> Iterator[list[T]]:
+    """Items in a row, for as long as the next one ``joins`` the batch."""
+    batch: list[T] = []
+    for item in items:
+        if batch and not joins(batch, item):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
 def pipelined(
     items: Iterable[T],
     stage: Callable[[T, Slot], S],
