@@ -2,42 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from itertools import groupby
+from functools import cached_property, partial
+from itertools import groupby, islice
 from math import prod
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import kvpack
-from kvpack.archive import Archive, Capture, as_bytes, side_of
+from kvpack.archive import Archive, Capture, side_of
 from kvpack.checksum import checksum
 from kvpack.codecs import CODECS, Codec
 from kvpack.container import ContainerWriter, layer_of, plan_parts
 from kvpack.container.header import Header
 from kvpack.container.layout import FLOAT_DTYPES, PartPlan
+from kvpack.decompression import Selection, check, decompress
 from kvpack.errors import FormatError, UsageError
 from kvpack.floats import Bits
 from kvpack.hints import with_hints
-from kvpack.parallel import ordered_map
+from kvpack.parallel import Progress, ordered_map
 from kvpack.pipeline import chain_of
 from kvpack.profile import Profile
 from kvpack.stages.base import Side, UnrepresentableError
 from kvpack.stages.quantizers.dead_zone import DeadZone
 from kvpack.tensorfile import Header as SourceHeader
-from kvpack.tensorfile import TensorFile, TensorSpec, build_header
+from kvpack.tensorfile import TensorFile, build_header
 from kvpack.units import Unit, units
 
 if TYPE_CHECKING:
     from kvpack.stages.device.launch import Launcher
 
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
+__all__ = [
+    "PROBES",
+    "Compressed",
+    "Planned",
+    "Progress",
+    "Selection",
+    "Write",
+    "check",
+    "compress",
+    "compress_many",
+    "decompress",
+    "differing_parts",
+    "plan",
+]
 
 CHUNK_TOKENS = 2048
 CHUNK_MULTIPLE = 128
 """Chunks begin at multiples of this many tokens, so that groups of tokens never straddle two."""
+
+WINDOW_BYTES, WINDOW_FILES = 256 << 20, 128
+"""Captures that are open at a time at most, beyond one, to be coded together on a GPU."""
 
 PROBES = ("queries.*", "query_positions", "attention_mass", "continuation")
 """Tensors of a capture that only measure fidelity."""
@@ -45,12 +64,13 @@ PROBES = ("queries.*", "query_positions", "attention_mass", "continuation")
 
 @dataclass(frozen=True)
 class Compressed:
-    """What :func:`compress` did: sizes in bytes, and the parts it had to carry losslessly.
+    """What :func:`compress` did: the codec's name, sizes in bytes, and the parts it had to carry losslessly.
 
-    ``surprise`` is how many bits coefficients took over how many the profile expects of texts like those of its
+    ``surprise`` is how many bits coefficients took over how many the profile expected of texts like those of its
     calibration, where a codec says so; else None.
     """
 
+    codec: str
     original: int
     size: int
     carried: list[str] = field(default_factory=list)
@@ -73,7 +93,7 @@ def compress(
 
     Keys and values go through ``codec``; every other tensor, and parts a lossy codec cannot represent (NaN,
     Inf, out of range), are carried losslessly. Tensors whose names match a pattern of ``drop`` are left out,
-    and the file says so.
+    and the file says so. ``gpu`` is :func:`kvpack.stages.device.host.find_gpu`'s.
 
     Raises:
         FormatError: ``source`` is not a sound safetensors file, or has no keys and values to be lossy about.
@@ -82,35 +102,22 @@ def compress(
         UnsupportedError: the codec codes all layers as one, and they differ in shape.
 
     """
-    if chunk_tokens < 1 or chunk_tokens % CHUNK_MULTIPLE or chunk_tokens > 1 << 20:
-        raise UsageError(f"chunk tokens must be a multiple of {CHUNK_MULTIPLE} up to {1 << 20}")
     capture = Capture(TensorFile.open(source))
-    return compress_capture(
-        capture,
-        output,
-        codec,
-        profile=profile,
-        chunk_tokens=chunk_tokens,
-        drop=drop,
-        threads=threads,
-        progress=progress,
-        gpu=gpu,
-    )
+    one = plan(capture, codec, profile=profile, chunk_tokens=chunk_tokens, drop=drop)
+    return next(compress_many([one], threads=threads, gpu=gpu))(output, progress)
 
 
-def compress_capture(
+def plan(
     capture: Capture,
-    output: BinaryIO,
     codec: Codec,
     *,
-    profile: Profile | None,
-    chunk_tokens: int,
-    drop: Sequence[str],
-    threads: int | None,
-    progress: Progress | None,
-    gpu: Launcher | None = None,
-) -> Compressed:
-    """:func:`compress` for an open capture; ``gpu`` is :func:`kvpack.stages.device.host.find_gpu`'s."""
+    profile: Profile | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+    drop: Sequence[str] = (),
+) -> Planned:
+    """What :func:`compress_many` takes; arguments and errors are those of :func:`compress`."""
+    if chunk_tokens < 1 or chunk_tokens % CHUNK_MULTIPLE or chunk_tokens > 1 << 20:
+        raise UsageError(f"chunk tokens must be a multiple of {CHUNK_MULTIPLE} up to {1 << 20}")
     kept, dropped = _without(capture.file.header, drop)
     plans = plan_parts(kept, chunk_tokens)
     if not codec.lossless and not any(layer_of(spec) is not None for spec in kept.tensors):
@@ -131,29 +138,127 @@ def compress_capture(
         codecs=[c.to_json() for c in codecs],
         chunk_tokens=chunk_tokens,
         lossless=codec.lossless,
-        streams=sorted(set().union(*map(encoder.stream_names, groups))),
+        streams=sorted(set().union(*map(encoder.stream_names, _distinct(groups)))),
         profile=profile.identity() if profile and codec.profiled else None,
         dropped=dropped,
         source=kept.raw.decode(),
     )
-    writer = ContainerWriter(output, header)
-    carried: list[str] = []
-    coded = 0
-    done, total = 0, sum(spec.nbytes for spec in kept.tensors)
-    for group, encoded in zip(groups, encoder.run(groups, threads, gpu), strict=True):
-        for plan, part in zip(group, encoded, strict=True):
-            writer.add(part.codec, part.digest, part.streams)
-            if part.fallback:
-                carried.append(plan.name)
-            coded += sum(8 * len(data) for name, data, _ in part.streams if name == "coefficients")
-            done += part.nbytes
-        if progress:
-            progress(done, total)
-    surprise = None
-    if profile is not None and isinstance(codec.keys.quantizer, DeadZone) and not carried:
-        tokens = max(spec.shape[1] for spec in kept.tensors if layer_of(spec) is not None)
-        surprise = coded / max(codec.keys.quantizer.expected_bits(profile) * tokens, 1)
-    return Compressed(capture.file.header.file_size, writer.finish(), carried, surprise)
+    return Planned(capture, codec, profile, kept, header, encoder, groups)
+
+
+def _distinct(groups: Sequence[tuple[PartPlan, ...]]) -> Iterable[tuple[PartPlan, ...]]:
+    """One of each kind of group: most parts that are coded by themselves differ in their layer alone."""
+
+    def kind(group: tuple[PartPlan, ...]) -> object:
+        part, spec = group[0], group[0].tensor
+        alike = (spec.name.endswith(".keys"), part.layer is None, spec.dtype, spec.shape, part.first)
+        return alike if len(group) == 1 else group
+
+    return {kind(group): group for group in groups}.values()
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A capture that is to be compressed, by :func:`plan`: open and checked, nothing of it coded."""
+
+    capture: Capture
+    codec: Codec
+    profile: Profile | None
+    kept: SourceHeader
+    header: Header
+    encoder: _Encoder
+    groups: list[tuple[PartPlan, ...]]
+
+    @cached_property
+    def ways(self) -> list[str]:
+        """How a GPU codes each group."""
+        return list(map(self.encoder.way, self.groups))
+
+    def batched(self) -> list[PartPlan]:
+        """Parts that a GPU codes in batches with those of other captures, in order."""
+        return [group[0] for group, way in zip(self.groups, self.ways, strict=True) if way == "part"]
+
+    def write(
+        self,
+        output: BinaryIO,
+        progress: Progress | None,
+        threads: int | None,
+        gpu: Launcher | None,
+        parts: Iterator[tuple[int, Streams]],
+    ) -> Compressed:
+        """Code and write everything; ``parts`` are digests and streams of what is :meth:`batched`."""
+        writer = ContainerWriter(output, self.header)
+        carried: list[str] = []
+        coded = 0
+        done, total = 0, sum(spec.nbytes for spec in self.kept.tensors)
+        if gpu is None:
+            every = ordered_map(self.encoder, self.groups, threads)
+        else:
+            every = self.encoder.run(self.groups, self.ways, threads, gpu, parts)
+        for group, encoded in zip(self.groups, every, strict=True):
+            for plan, part in zip(group, encoded, strict=True):
+                writer.add(part.codec, part.digest, part.streams)
+                if part.fallback:
+                    carried.append(plan.name)
+                coded += sum(8 * len(data) for name, data, _ in part.streams if name == "coefficients")
+                done += part.nbytes
+            if progress:
+                progress(done, total)
+        surprise, quantizer = None, self.codec.keys.quantizer
+        if self.profile is not None and isinstance(quantizer, DeadZone) and not carried:
+            tokens = max(spec.shape[1] for spec in self.kept.tensors if layer_of(spec) is not None)
+            surprise = coded / max(quantizer.expected_bits(self.profile) * tokens, 1)
+        size = self.capture.file.header.file_size
+        return Compressed(self.codec.name, size, writer.finish(), carried, surprise)
+
+
+Write = Callable[[BinaryIO, Progress | None], Compressed]
+"""Writes one file, before the next is asked for."""
+
+
+def compress_many(
+    plans: Iterable[Planned], *, threads: int | None = None, gpu: Launcher | None = None
+) -> Iterator[Write]:
+    """What writes each planned capture's file, in order: the bytes that :func:`compress` gives.
+
+    With a GPU, parts of one shape of several captures are coded together, so plans are asked for ahead: by no more than
+    :data:`WINDOW_BYTES` of captures, and :data:`WINDOW_FILES`. An error in making a plan is raised in its turn.
+    """
+    if gpu is None:
+        for one in plans:
+            yield partial(one.write, threads=threads, gpu=None, parts=iter(()))
+        return
+    from kvpack import device
+
+    encoder = device.Encoder(gpu)
+    for window in _windows(plans):
+        batched = [(one.capture, one.batched()) for one in window]
+        coded = encoder.encode(part for capture, some in batched for part in device.parts_of(capture, some))
+        for one, (_, some) in zip(window, batched, strict=True):
+            mine = islice(coded, len(some))
+            yield partial(one.write, threads=threads, gpu=gpu, parts=mine)
+            deque(mine, maxlen=0)  # of a file that was not written: the next one's parts come after these
+
+
+def _windows(plans: Iterable[Planned]) -> Iterator[list[Planned]]:
+    """Plans that are made before the first of them is coded; what went wrong in making one comes after those before."""
+    from kvpack.device.staging import in_batches
+
+    wrong: list[Exception] = []
+
+    def sound() -> Iterator[Planned]:
+        try:
+            yield from plans
+        except Exception as error:
+            wrong.append(error)
+
+    def joins(window: list[Planned], one: Planned) -> bool:
+        size = sum(other.capture.file.header.file_size for other in (*window, one))
+        return len(window) < WINDOW_FILES and size <= WINDOW_BYTES
+
+    yield from in_batches(sound(), joins)
+    if wrong:
+        raise wrong[0]
 
 
 def _without(header: SourceHeader, patterns: Sequence[str]) -> tuple[SourceHeader, list[str]]:
@@ -229,34 +334,37 @@ class _Encoder:
             for one, mine in zip(bits, streams, strict=True)
         ]
 
-    def run(
-        self, groups: list[tuple[PartPlan, ...]], threads: int | None, gpu: Launcher | None
-    ) -> Iterator[list[_EncodedPart]]:
-        """All groups in order, each on the GPU if it takes it."""
-        if gpu is None:
-            yield from ordered_map(self, groups, threads)
-            return
+    def way(self, group: tuple[PartPlan, ...]) -> str:
+        """How a GPU codes a group: as a ``part`` beside others of its shape, as a ``chunk``; or not at all."""
         from kvpack import device
 
-        def ours(group: tuple[PartPlan, ...]) -> str:
-            codec = self.codecs[self._chosen(group)]
-            if len(group) == 1 and device.takes(group[0], chain_of(codec, group[0].tensor.name)):
-                return "part"
-            return "chunk" if device.takes_chunk(group, codec, self.profile, self.side) else ""
+        codec = self.codecs[self._chosen(group)]
+        if len(group) == 1 and device.takes(group[0], chain_of(codec, group[0].tensor.name)):
+            return "part"
+        return "chunk" if device.takes_chunk(group, codec, self.profile, self.side) else ""
 
-        parts, chunks = device.Encoder(gpu, self.capture), None
-        for kind, run in groupby(groups, key=ours):
-            some = list(run)
-            if kind == "part":
-                encoded: Iterator[list[tuple[int, Streams]] | None] = (
-                    [one] for one in parts.encode(p for (p,) in some)
-                )
-            elif kind == "chunk":
+    def run(
+        self,
+        groups: Sequence[tuple[PartPlan, ...]],
+        ways: Sequence[str],
+        threads: int | None,
+        gpu: Launcher,
+        parts: Iterator[tuple[int, Streams]],
+    ) -> Iterator[list[_EncodedPart]]:
+        """All groups in order, each in its way; ``parts`` gives those that are coded in batches."""
+        from kvpack import device
+
+        chunks = None
+        for way, run in groupby(zip(ways, groups, strict=True), key=itemgetter(0)):
+            some = [group for _, group in run]
+            if way == "part":
+                encoded: Iterator[list[tuple[int, Streams]] | None] = ([one] for one in islice(parts, len(some)))
+            elif way == "chunk":
                 codec = self.codecs[self._chosen(some[0])]
                 chunks = chunks or device.ChunkEncoder(gpu, self.capture, codec, self.profile, self.side)
                 encoded = chunks.encode(some)
             else:
-                yield from ordered_map(self, some, threads)
+                yield from ordered_map(self, some, threads) if len(some) > 1 else map(self, some)  # no pool for one
                 continue
             for group, coded in zip(some, encoded, strict=True):
                 yield self._coded(group, coded) if coded else self(group)
@@ -274,108 +382,6 @@ class _Encoder:
             for unit in self._units(plans, codec)
             for streams in unit.encode([given[plan] for plan in unit.plans])
         ]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which part of a cache to decompress: layers by index, tokens ``[start, stop)``; None means all."""
-
-    layers: frozenset[int] | None = None
-    tokens: tuple[int, int] | None = None
-
-    @property
-    def partial(self) -> bool:
-        """Whether anything is left out."""
-        return self.layers is not None or self.tokens is not None
-
-
-def decompress(
-    archive: Archive,
-    output: BinaryIO,
-    selection: Selection | None = None,
-    *,
-    threads: int | None = None,
-    progress: Progress | None = None,
-    gpu: Launcher | None = None,
-) -> list[str]:
-    """Write the capture that ``archive`` holds to ``output`` (in order: may be a pipe).
-
-    Without a selection, a losslessly compressed file comes back byte for byte. With one, the chosen layers'
-    keys and values and the ``tokens`` tensor are written, cut to the range; returns the names left out.
-
-    Raises:
-        UsageError: a selection outside the cache.
-        CorruptError: the file is damaged.
-
-    """
-    if selection is None or not selection.partial:
-        chosen: dict[str, slice | None] = dict.fromkeys(archive.tensors)
-        header, left_out = archive.container.source, []
-    else:
-        chosen = _select(archive.tensors, selection)
-        header = _cut_header(archive, chosen)
-        left_out = [name for name in archive.tensors if name not in chosen]
-    output.write(len(header.raw).to_bytes(8, "little") + header.raw)
-    total = sum(spec.nbytes for spec in header.tensors)
-    done = 0
-    names = [spec.name for spec in header.tensors]
-    if gpu is None or left_out or any(cut is not None for cut in chosen.values()):
-        read = ordered_map(lambda name: archive.read(name, chosen[name]), names, threads)
-    else:
-        from kvpack import device
-
-        read = (bits for _, bits in device.read(gpu, archive, names))
-    for bits in read:
-        output.write(as_bytes(bits))
-        done += bits.nbytes
-        if progress:
-            progress(done, total)
-    return left_out
-
-
-def _select(tensors: Mapping[str, TensorSpec], selection: Selection) -> dict[str, slice | None]:
-    layers = {name: layer for name, spec in tensors.items() if (layer := layer_of(spec)) is not None}
-    if not layers:
-        raise UsageError("this file has no layers to select from")
-    wanted = selection.layers if selection.layers is not None else frozenset(layers.values())
-    missing = sorted(wanted - set(layers.values()))
-    if missing:
-        raise UsageError(f"no layer {missing[0]}: the file has layers 0 to {max(layers.values())}")
-    cut = slice(*selection.tokens) if selection.tokens else None
-    chosen: dict[str, slice | None] = {name: cut for name, layer in layers.items() if layer in wanted}
-    longest = min(tensors[name].shape[1] for name in chosen)
-    if selection.tokens and not 0 <= selection.tokens[0] < selection.tokens[1] <= longest:
-        raise UsageError(f"tokens {selection.tokens[0]}:{selection.tokens[1]} are not within 0:{longest}")
-    if "tokens" in tensors and len(tensors["tokens"].shape) == 1:
-        chosen["tokens"] = cut
-    return chosen
-
-
-def _cut_header(archive: Archive, chosen: Mapping[str, slice | None]) -> SourceHeader:
-    entries = []
-    for name, cut in chosen.items():
-        spec = archive.tensors[name]
-        shape = list(spec.shape)
-        if cut is not None:
-            axis = 0 if name == "tokens" else 1
-            start, stop, _ = cut.indices(shape[axis])
-            shape[axis] = stop - start
-        entries.append((name, spec.dtype, shape))
-    return build_header(entries, archive.metadata)
-
-
-def check(archive: Archive, *, threads: int | None = None, progress: Progress | None = None) -> None:
-    """Decode everything and keep nothing: checksums, coding, and the digests of what is lossless.
-
-    Raises:
-        CorruptError: the file is damaged.
-
-    """
-    done, total = 0, sum(spec.nbytes for spec in archive.tensors.values())
-    for size in ordered_map(lambda part: archive.read_part(part).nbytes, archive.parts, threads):
-        done += size
-        if progress:
-            progress(done, total)
 
 
 def differing_parts(archive: Archive, capture: Capture) -> Iterator[str]:

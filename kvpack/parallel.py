@@ -12,6 +12,8 @@ import numpy as np
 
 T = TypeVar("T")
 R = TypeVar("R")
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
 
 
 def available_threads() -> int:

@@ -59,6 +59,60 @@ def test_several_inputs(cli: Cli, tmp_path: Path) -> None:
     assert cli("decompress", "-t", *(f"{path}.kvp" for path in paths)).out.count("ok (bit-exact)") == 2
 
 
+@pytest.fixture
+def three(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / f"{name}.safetensors" for name in ("b", "a", "c")]
+    for path in paths:
+        path.write_bytes(SMALL.read_bytes())
+    return paths
+
+
+def test_several_inputs_are_reported_in_their_order(cli: Cli, three: list[Path]) -> None:
+    lines = cli("compress", *three).out.splitlines()
+    assert [line.split(" -> ")[0] for line in lines] == list(map(str, three))
+    rows = json.loads(cli("compress", "-f", *three, "--json").out)["files"]
+    assert [row["input"] for row in rows] == list(map(str, three))
+    assert {row["codec"] for row in rows} == {"lossless"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "message"),
+    [("bad", 4, "not a safetensors file"), ("gone", 1, "No such file or directory"), ("taken", 1, "exists already")],
+)
+def test_the_first_bad_input_stops_behind_those_before_it(
+    cli: Cli, three: list[Path], damage: str, code: int, message: str
+) -> None:
+    targets = [path.with_name(path.name + ".kvp") for path in three]
+    if damage == "bad":
+        three[1].write_bytes(b"not a capture")
+    elif damage == "gone":
+        three[1].unlink()
+    else:
+        targets[1].write_bytes(b"mine")
+    result = cli("compress", *three)
+    assert result.code == code
+    assert message in result.err
+    assert len(result.out.splitlines()) == 1
+    assert targets[0].read_bytes().startswith(MAGIC)
+    assert (targets[1].exists(), targets[2].exists()) == (damage == "taken", False)
+    assert damage != "taken" or targets[1].read_bytes() == b"mine"
+
+
+def test_auto_decides_by_all_files_together(cli: Cli, three: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def find_gpu(device: str, size: int) -> tuple[None, str]:
+        asked.append((device, size))
+        return None, "no GPU: using the CPU"
+
+    monkeypatch.setattr("kvpack.stages.device.host.find_gpu", find_gpu)
+    assert cli("compress", *three).err == "kvpack: no GPU: using the CPU\n"
+    assert asked == [("auto", 3 * SMALL.stat().st_size)]
+    assert cli("compress", "-f", "-c", "kivi-4", *three).err == ""
+    assert len(asked) == 1  # auto takes a GPU for lossless alone
+    assert cli("compress", "-f", "-c", "kivi-4", "--device", "cuda", *three).err.count("\n") == 1
+
+
 def test_rm_only_after_verification(cli: Cli, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         from kvpack.errors import CorruptError

@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"units", "inspection", "capture", "claims"},
     {"archive", "calibration"},
     {"fidelity", "device"},
-    {"hints"},
+    {"hints", "decompression"},
     {"api"},
     {"rate"},
     {"demo", "bench"},

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
@@ -58,8 +58,8 @@ def open_profile(path: Path | None) -> Profile | None:
     return Profile.open(path)
 
 
-def gpu(device: str, source: Path, quiet: bool, *, exact: bool) -> Launcher | None:
-    """The GPU for work on a file, as ``--device`` says; a line on stderr where it was asked for and is not there.
+def gpu(device: str, sources: Sequence[Path], quiet: bool, *, exact: bool) -> Launcher | None:
+    """The GPU for work on files, as ``--device`` says; a line on stderr where it was asked for and is not there.
 
     ``auto`` takes one for what is ``exact`` there: a lossy codec's file, and what is read from it, is to be the same
     everywhere unless a GPU is asked for.
@@ -68,7 +68,7 @@ def gpu(device: str, source: Path, quiet: bool, *, exact: bool) -> Launcher | No
 
     if device == "auto" and not exact:
         return None
-    found, reason = find_gpu(device, source.stat().st_size)
+    found, reason = find_gpu(device, sum(source.stat().st_size for source in sources if source.is_file()))
     if reason:
         say(f"kvpack: {reason}", quiet=quiet, to_stderr=True)
     return found

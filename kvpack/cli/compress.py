@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,10 +11,13 @@ import typer
 
 from kvpack.cli import common
 from kvpack.errors import FormatError, KvpackError, UsageError
+from kvpack.files import check_output
 
 if TYPE_CHECKING:
+    from kvpack.api import Planned, Write
     from kvpack.codecs import Codec
     from kvpack.profile import Profile
+    from kvpack.rate import Goal
 
 
 def _codec_names() -> list[str]:
@@ -76,29 +80,29 @@ def compress(
     """Compress captures (safetensors) to .kvp files; lossless unless another codec is asked for.
 
     Tensors other than keys and values are carried losslessly, and so is what a lossy codec cannot represent.
+
+    On a GPU, files given to one command are coded together, which many small ones need. What --device auto goes by is
+    the size of all of them.
     """
     del list_codecs
     common.check_inputs(inputs, output, keep=keep, remove=remove, as_json=as_json)
-    from kvpack.api import PROBES
+    from kvpack.api import PROBES, compress_many
+    from kvpack.codecs import codec_named
 
     opened = common.open_profile(profile)
-    choice = _choice(codec, opened, quality, max_kl, max_attn_err, ratio)
+    goal, named = _goal(codec, quality, max_kl, max_attn_err, ratio), codec_named(codec)
     patterns = [*(drop or []), *(PROBES if drop_probes else ())]
     rows = []
-    for path in inputs:
-        target = output or (common.STDIO if path == common.STDIO else path.with_name(path.name + ".kvp"))
-        common.check_distinct(path, target)
-        row = _compress_one(path, target, choice, opened, chunk_tokens, patterns, force, threads, device, quiet)
-        rows.append(row)
-        if remove:
-            _remove_verified(path, target, opened)
-        to_stderr = target == common.STDIO
-        if not as_json:
-            common.say(_line(row), quiet=quiet, to_stderr=to_stderr)
-            if row["carried_losslessly"] and not quiet:
-                common.say(_carried(row["carried_losslessly"], verbose), to_stderr=True)
-            if row["surprise"] is not None and row["surprise"] > SURPRISE and not quiet:
-                common.say(_surprised(row), to_stderr=True)
+    with ExitStack() as stack:
+        files = [_File(path, stack.enter_context(common.readable(path)), _target(path, output)) for path in inputs]
+        gpu = common.gpu(device, [file.source for file in files], quiet, exact=goal is None and named.lossless)
+        plans = (file.plan(goal or named, opened, chunk_tokens, patterns, force) for file in files)
+        for file, write in zip(files, compress_many(plans, threads=threads, gpu=gpu), strict=True):
+            rows.append(_written(file, write, force, quiet))
+            if remove:
+                _remove_verified(file.path, file.target, opened)
+            if not as_json:
+                _report(rows[-1], quiet, verbose, to_stderr=file.target == common.STDIO)
     if as_json:
         common.print_json({"schema_version": 1, "files": rows})
 
@@ -106,76 +110,80 @@ def compress(
 SURPRISE = 1.5
 """Bits over those that the profile expected, beyond which a capture is called unlike its calibration."""
 
-Choice = Callable[[Path, Sequence[str], int], "Codec"]
-"""The codec for a file, the tensors left out of it, and tokens a chunk."""
 
-
-def _choice(
-    name: str,
-    profile: Profile | None,
-    quality: str | None,
-    max_kl: float | None,
-    max_attn_err: float | None,
-    ratio: float | None,
-) -> Choice:
-    """The codec named, or the one that keeps a promise."""
-    from kvpack.codecs import codec_named
-
+def _goal(
+    name: str, quality: str | None, max_kl: float | None, max_attn_err: float | None, ratio: float | None
+) -> Goal | None:
+    """The promise that is asked for in place of a codec."""
     if (quality, max_kl, max_attn_err, ratio) == (None,) * 4:
-        named = codec_named(name)
-        return lambda *_: named
-    from kvpack.rate import Goal, choose
+        return None
+    from kvpack.rate import Goal
 
     goal = Goal(quality, max_kl, max_attn_err, ratio)
     if name != "lossless":
         raise UsageError("give a codec's name (-c) or a guarantee, not both")
-    return lambda path, drop, chunk_tokens: choose(path, profile, goal, chunk_tokens=chunk_tokens, drop=drop)
+    return goal
 
 
-def _compress_one(
-    path: Path,
-    target: Path,
-    choice: Choice,
-    profile: Profile | None,
-    chunk_tokens: int,
-    drop: list[str],
-    force: bool,
-    threads: int | None,
-    device: str,
-    quiet: bool,
-) -> dict[str, Any]:
-    from kvpack import api
+def _target(path: Path, output: Path | None) -> Path:
+    return output or (common.STDIO if path == common.STDIO else path.with_name(path.name + ".kvp"))
 
-    with (
-        common.readable(path) as source,
-        common.progress_bar(f"compressing {path.name}", quiet) as progress,
-        common.writable(target, force) as sink,
-    ):
+
+@dataclass(frozen=True)
+class _File:
+    """An input as it was named, where its bytes are, and where they go."""
+
+    path: Path
+    source: Path
+    target: Path
+
+    def plan(
+        self, wanted: Codec | Goal, profile: Profile | None, chunk_tokens: int, drop: list[str], force: bool
+    ) -> Planned:
+        """Open and check it, by the codec wanted or the one that keeps the promise; nothing is written."""
+        from kvpack import api
+        from kvpack.archive import Capture
+        from kvpack.codecs import Codec
+        from kvpack.tensorfile import TensorFile
+
+        common.check_distinct(self.path, self.target)
+        if self.target != common.STDIO:
+            check_output(self.target, force=force)
         try:
-            codec = choice(source, drop, chunk_tokens)
-            done = api.compress(
-                source,
-                sink,
-                codec,
-                profile=profile,
-                chunk_tokens=chunk_tokens,
-                drop=drop,
-                threads=threads,
-                progress=progress,
-                gpu=common.gpu(device, source, quiet, exact=codec.lossless),
-            )
+            capture = Capture(TensorFile.open(self.source))
+            if not isinstance(wanted, Codec):
+                from kvpack.rate import choose
+
+                wanted = choose(self.source, profile, wanted, chunk_tokens=chunk_tokens, drop=drop)
+            return api.plan(capture, wanted, profile=profile, chunk_tokens=chunk_tokens, drop=drop)
         except FormatError as error:
-            raise type(error)(str(error).replace(str(source), str(path))) from None
+            raise type(error)(str(error).replace(str(self.source), str(self.path))) from None
+
+
+def _written(file: _File, write: Write, force: bool, quiet: bool) -> dict[str, Any]:
+    with (
+        common.progress_bar(f"compressing {file.path.name}", quiet) as progress,
+        common.writable(file.target, force) as sink,
+    ):
+        done = write(sink, progress)
     return {
-        "input": str(path),
-        "output": str(target),
-        "codec": codec.name,
+        "input": str(file.path),
+        "output": str(file.target),
+        "codec": done.codec,
         "original_size": done.original,
         "size": done.size,
         "ratio": done.original / done.size,
         "carried_losslessly": done.carried,
         "surprise": done.surprise,
     }
+
+
+def _report(row: dict[str, Any], quiet: bool, verbose: bool, *, to_stderr: bool) -> None:
+    common.say(_line(row), quiet=quiet, to_stderr=to_stderr)
+    if row["carried_losslessly"]:
+        common.say(_carried(row["carried_losslessly"], verbose), quiet=quiet, to_stderr=True)
+    if row["surprise"] is not None and row["surprise"] > SURPRISE:
+        common.say(_surprised(row), quiet=quiet, to_stderr=True)
 
 
 def _line(row: dict[str, Any]) -> str:

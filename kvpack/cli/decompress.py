@@ -100,7 +100,7 @@ def _decompress_one(
                 with common.writable(target, force) as sink:
                     selection = api.Selection(*chosen)
                     exact = all(codec.lossless for codec in archive.codecs)
-                    gpu = common.gpu(device, source, quiet, exact=exact)
+                    gpu = common.gpu(device, [source], quiet, exact=exact)
                     left_out = api.decompress(archive, sink, selection, threads=threads, progress=progress, gpu=gpu)
         except KvpackError as error:
             text = str(error).replace(str(source), str(path))

@@ -11,7 +11,7 @@ import numpy as np
 from kvpack.archive import Archive
 from kvpack.container import layer_of
 from kvpack.device.chunks import ChunkDecoder, ChunkEncoder, takes_chunk
-from kvpack.device.lossless import Decoder, Encoder, takes
+from kvpack.device.lossless import Decoder, Encoder, parts_of, takes
 from kvpack.errors import UsageError
 from kvpack.stages.device.host import AUTO_BYTES, find_gpu
 
@@ -20,7 +20,17 @@ if TYPE_CHECKING:
 
     from kvpack.stages.device.launch import Launcher
 
-__all__ = ["ChunkDecoder", "ChunkEncoder", "Decoder", "Encoder", "read", "takes", "takes_chunk", "to_device"]
+__all__ = [
+    "ChunkDecoder",
+    "ChunkEncoder",
+    "Decoder",
+    "Encoder",
+    "parts_of",
+    "read",
+    "takes",
+    "takes_chunk",
+    "to_device",
+]
 
 
 def read(gpu: Launcher, archive: Archive, names: Sequence[str], *, fetch: bool = True) -> Iterator[tuple[str, Any]]:

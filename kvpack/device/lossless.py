@@ -1,9 +1,9 @@
 """The lossless codec on a GPU: captures to streams and back, batch by batch, the same bytes as on the CPU.
 
-A batch is parts of one shape (compressing) or whole tensors (decompressing), staged in pinned memory, sent, coded and
-fetched on a stream of its own, while those before it are written and those after it are staged. Nothing is waited for
-within a batch but the size of what is to be fetched. What the kernels do not take (other codecs, dtypes and shapes, and
-parts that do not compress) goes the CPU's way.
+A batch is parts of one shape, of one capture or several (compressing), or whole tensors of one archive
+(decompressing), staged in pinned memory, sent, coded and fetched on a stream of its own, while those before it are
+written and those after it are staged. Nothing is waited for within a batch but the size of what is to be fetched. What
+the kernels do not take (other codecs, dtypes and shapes, and parts that do not compress) goes the CPU's way.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kvpack.archive import Archive, Capture
 from kvpack.codecs import Chain
 from kvpack.container import PartEntry
 from kvpack.container.layout import PartPlan
-from kvpack.device.staging import SLOTS, Source, Staged, in_batches, pieces_of, pipelined, signed, unsigned
+from kvpack.device.staging import SLOTS, Source, Staged, in_batches, pieces_of, pipelined, signed, stage, unsigned
 from kvpack.errors import CorruptError
 from kvpack.pipeline import chain_of
 from kvpack.stages.device.host import Slot
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 BATCH_BYTES = 96 << 20
 BATCH_PARTS = 512
+AHEAD_BYTES = 256 << 20
+"""Bytes of parts that may be coded before a part that waits for others of its shape."""
 
 EncodedPart = tuple[int, list[tuple[str, Any, int]]]
 """Digest of the original; streams: name, bytes, checksum."""
@@ -51,21 +53,50 @@ def takes(plan: PartPlan, chain: Chain) -> bool:
     return plan.tensor.dtype == "BF16" and _is_ours(chain) and supports(plan.shape, 9, floats=True)
 
 
-def _batches(plans: Iterable[PartPlan]) -> Iterator[list[PartPlan]]:
-    """Runs of plans of one shape and one length of tensor, no more than a batch takes."""
+@dataclass(frozen=True)
+class FilePart:
+    """A part of a capture's file, whose tensors begin at ``data_start``."""
 
-    def joins(batch: list[PartPlan], plan: PartPlan) -> bool:
-        alike = (batch[-1].shape, batch[-1].tensor.shape) == (plan.shape, plan.tensor.shape)
-        return alike and len(batch) < BATCH_PARTS and (len(batch) + 1) * 2 * prod(plan.shape) <= BATCH_BYTES
+    source: Source
+    data_start: int
+    plan: PartPlan
 
-    return in_batches(plans, joins)
+    def pieces(self) -> Iterator[tuple[Source, int, int]]:
+        """Where it lies, as :func:`kvpack.device.staging.stage` takes it."""
+        return ((self.source, *piece) for piece in pieces_of(self.plan, self.data_start))
+
+
+def parts_of(capture: Capture, plans: Iterable[PartPlan], source: Source | None = None) -> Iterator[FilePart]:
+    """Planned parts of an open capture, from ``source`` (the capture's file)."""
+    source, data_start = source or Source(capture.file.view), capture.file.header.data_start
+    return (FilePart(source, data_start, plan) for plan in plans)
+
+
+Numbered = tuple[int, FilePart]
+
+
+def _batches(parts: Iterable[FilePart]) -> Iterator[list[Numbered]]:
+    """Parts of one shape with their numbers, as many as a batch takes or come within :data:`AHEAD_BYTES`."""
+    waiting: dict[tuple[int, int, int], tuple[int, list[Numbered]]] = {}
+    passed = 0
+    for number, part in enumerate(parts):
+        shape, size = part.plan.shape, 2 * prod(part.plan.shape)
+        _, batch = waiting.setdefault(shape, (passed, []))
+        batch.append((number, part))
+        passed += size
+        if len(batch) == BATCH_PARTS or (len(batch) + 1) * size > BATCH_BYTES:
+            yield waiting.pop(shape)[1]
+        while waiting and passed - next(iter(waiting.values()))[0] >= AHEAD_BYTES:
+            yield waiting.pop(next(iter(waiting)))[1]
+    yield from (batch for _, batch in waiting.values())
 
 
 @dataclass(frozen=True)
-class _Plans:
+class _Parts:
     """A batch that is being staged."""
 
-    plans: list[PartPlan]
+    numbers: list[int]
+    shape: tuple[int, int, int]
     slot: Slot
     staged: Staged
 
@@ -75,10 +106,10 @@ class _Encoding:
     """A batch under way: what must stay alive, and what is known when its stream is done."""
 
     slot: Slot
-    count: int
+    numbers: list[int]
     alive: Any
     coded: Any
-    numbers: torch.Tensor
+    columns: torch.Tensor
     known: Callable[[], None]
     mantissas: torch.Tensor
     mantissa_size: int
@@ -86,28 +117,37 @@ class _Encoding:
 
 
 class Encoder:
-    """Streams of parts that :func:`takes` says the GPU takes."""
+    """Streams of parts that :func:`takes` says the GPU takes, of any number of captures."""
 
-    def __init__(self, gpu: Launcher, capture: Capture, source: Source | None = None) -> None:
-        """Of ``capture``'s parts, from ``source`` (the capture's file)."""
-        self._gpu, self._start_of_data = gpu, capture.file.header.data_start
-        self._source = source or Source(capture.file.view)
+    def __init__(self, gpu: Launcher) -> None:
+        """On ``gpu``."""
+        self._gpu = gpu
         self._slots = [Slot(gpu) for _ in range(SLOTS)]
 
-    def encode(self, plans: Iterable[PartPlan]) -> Iterator[EncodedPart]:
-        """The plans' digests and streams, in order; a stream's bytes are pinned, and to be used before the next."""
-        return pipelined(_batches(plans), self._stage, self._start, self._collect, self._finish, self._slots)
+    def encode(self, parts: Iterable[FilePart]) -> Iterator[EncodedPart]:
+        """The parts' digests and streams, in order; a stream's bytes are pinned, and to be let go of soon.
 
-    def _stage(self, plans: list[PartPlan], slot: Slot) -> _Plans:
-        pieces = (piece for plan in plans for piece in pieces_of(plan, self._start_of_data))
-        return _Plans(plans, slot, self._source.stage(slot, pieces))
+        Parts are asked for ahead of those that are given, by some batches and :data:`AHEAD_BYTES`.
+        """
+        early: dict[int, EncodedPart] = {}
+        turn, batches = 0, _batches(parts)
+        coded = pipelined(batches, self._stage, self._start, self._collect, self._finish, self._slots)
+        for number, part in coded:
+            early[number] = part
+            while turn in early:
+                yield early.pop(turn)
+                turn += 1
 
-    def _start(self, batch: _Plans) -> _Encoding:
+    def _stage(self, batch: list[Numbered], slot: Slot) -> _Parts:
+        staged = stage(slot, (piece for _, part in batch for piece in part.pieces()))
+        return _Parts([number for number, _ in batch], batch[0][1].plan.shape, slot, staged)
+
+    def _start(self, batch: _Parts) -> _Encoding:
         import torch
 
         from kvpack.stages.entropy.rans import cuda
 
-        shape, count = batch.plans[0].shape, len(batch.plans)
+        shape, count = batch.shape, len(batch.numbers)
         host = batch.staged.ready()
         with batch.slot as slot:
             sent = slot.send(host)
@@ -119,32 +159,28 @@ class Encoder:
             assert coded.digests is not None
             assert coded.mantissa_checksums is not None
             columns = (coded.places[1:], coded.sizes, coded.checksums, coded.mantissa_checksums, coded.digests)
-            numbers = slot.fetch(torch.stack(columns))
+            fetched = slot.fetch(torch.stack(columns))
             known = slot.mark()
-            mantissas = slot.fetch(coded.mantissas)
-        return _Encoding(slot, count, (host, sent), coded, numbers, known, mantissas, 1 + cuda.mantissa_size(parts))
+            mantissas, size = slot.fetch(coded.mantissas), 1 + cuda.mantissa_size(parts)
+        return _Encoding(slot, batch.numbers, (host, sent), coded, fetched, known, mantissas, size)
 
     def _collect(self, batch: _Encoding) -> _Encoding:
         batch.known()
         with batch.slot as slot:
-            batch.arena = slot.fetch(batch.coded.arena[: int(batch.numbers[0, -1])])
+            batch.arena = slot.fetch(batch.coded.arena[: int(batch.columns[0, -1])])
         return batch
 
-    def _finish(self, batch: _Encoding) -> Iterator[EncodedPart]:
+    def _finish(self, batch: _Encoding) -> Iterator[tuple[int, EncodedPart]]:
         batch.slot.wait()
         assert batch.arena is not None
-        places, sizes = [0, *batch.numbers[0].tolist()], batch.numbers[1].tolist()
-        sums, mantissa_sums, digests = (unsigned(column.tolist()) for column in batch.numbers[2:])
+        places, sizes = [0, *batch.columns[0].tolist()], batch.columns[1].tolist()
+        sums, mantissa_sums, digests = (unsigned(column.tolist()) for column in batch.columns[2:])
         streams: Any = memoryview(batch.arena.numpy().data)
         mantissas = batch.mantissas.numpy()
-        for i in range(batch.count):
-            yield (
-                digests[i],
-                [
-                    ("sign_exponent", streams[places[i] : places[i] + sizes[i]], sums[i]),
-                    ("mantissa", mantissas[i, 15 : 15 + batch.mantissa_size].data, mantissa_sums[i]),
-                ],
-            )
+        for i, number in enumerate(batch.numbers):
+            coded = ("sign_exponent", streams[places[i] : places[i] + sizes[i]], sums[i])
+            packed = ("mantissa", mantissas[i, 15 : 15 + batch.mantissa_size].data, mantissa_sums[i])
+            yield number, (digests[i], [coded, packed])
 
 
 TAKEN, CODED, CODED_SIZE, CODED_SUM, TABLES, PACKED, PACKED_SIZE, PACKED_SUM, DIGEST = range(9)

@@ -1,4 +1,4 @@
-"""Bytes on their way to a GPU: from a file's mapping into pinned memory by several threads, or pinned already."""
+"""Bytes on their way to a GPU: from files' mappings into pinned memory by several threads, or pinned already."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -55,38 +56,49 @@ class Source:
 
     def __init__(self, data: memoryview | torch.Tensor) -> None:
         """Over a view, from which pieces are copied; or over pinned memory, from which pieces in a row are sent."""
-        self._pinned = None if isinstance(data, memoryview) else data
+        self.pinned = None if isinstance(data, memoryview) else data
         self._view = np.frombuffer(data, np.uint8) if isinstance(data, memoryview) else data.numpy()
-        self._pool = ThreadPoolExecutor(available_threads())
 
     def stage(self, slot: Slot, pieces: Iterable[Piece]) -> Staged:
-        """The pieces, one behind another, in ``slot``'s pinned memory: its last use must be over."""
-        runs = _merged(pieces)
-        if self._pinned is not None and len(runs) == 1:
-            ((offset, size),) = runs
-            skip = offset % ALIGNED
-            return Staged(self._pinned[offset - skip : offset + size], skip=skip)
-        host = slot.pinned(sum(size for _, size in runs))
-        target, at, copies = host.numpy(), 0, []
-        for offset, size in runs:
-            for first in range(0, size, COPY_BYTES):
-                take = min(COPY_BYTES, size - first)
-                copies.append(self._pool.submit(self._copy, target[at : at + take], offset + first))
-                at += take
-        return Staged(host, copies)
+        """:func:`stage` for pieces of this file alone."""
+        return stage(slot, ((self, *piece) for piece in pieces))
 
-    def _copy(self, target: NDArray[np.uint8], offset: int) -> None:
+    def copy(self, target: NDArray[np.uint8], offset: int) -> None:
+        """Fill ``target`` with the bytes from ``offset`` on."""
         target[:] = self._view[offset : offset + len(target)]
 
 
-def _merged(pieces: Iterable[Piece]) -> list[Piece]:
-    """Pieces with those that follow each other as one."""
-    runs: list[Piece] = []
-    for offset, size in pieces:
-        if runs and sum(runs[-1]) == offset:
-            runs[-1] = (runs[-1][0], runs[-1][1] + size)
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(available_threads())
+
+
+def stage(slot: Slot, pieces: Iterable[tuple[Source, int, int]]) -> Staged:
+    """Pieces (file, offset, size), one behind another, in ``slot``'s pinned memory: its last use must be over."""
+    runs = _merged(pieces)
+    pinned = runs[0][0].pinned if len(runs) == 1 else None
+    if pinned is not None:
+        _, offset, size = runs[0]
+        skip = offset % ALIGNED
+        return Staged(pinned[offset - skip : offset + size], skip=skip)
+    host = slot.pinned(sum(size for _, _, size in runs))
+    target, at, copies = host.numpy(), 0, []
+    for source, offset, size in runs:
+        for first in range(0, size, COPY_BYTES):
+            take = min(COPY_BYTES, size - first)
+            copies.append(_pool().submit(source.copy, target[at : at + take], offset + first))
+            at += take
+    return Staged(host, copies)
+
+
+def _merged(pieces: Iterable[tuple[Source, int, int]]) -> list[tuple[Source, int, int]]:
+    """Pieces with those that follow each other in a file as one."""
+    runs: list[tuple[Source, int, int]] = []
+    for source, offset, size in pieces:
+        if runs and runs[-1][0] is source and sum(runs[-1][1:]) == offset:
+            runs[-1] = (source, runs[-1][1], runs[-1][2] + size)
         else:
-            runs.append((offset, size))
+            runs.append((source, offset, size))
     return runs
 
 

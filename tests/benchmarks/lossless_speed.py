@@ -45,7 +45,7 @@ def main() -> None:
 
     def kvpack_in() -> Sink:
         sink = Sink()
-        api.compress_capture(capture, sink, CODECS["lossless"], chunk_tokens=2048, drop=(), threads=None, progress=None)
+        next(api.compress_many([api.plan(capture, CODECS["lossless"])]))(sink, None)
         return sink
 
     blob = memoryview(b"".join(kvpack_in()))

@@ -79,8 +79,8 @@ def _host_to_host(gpu: Gpu, source: Path, packed: Path, data: str, size: int, re
     mapped = TensorFile.open(source)
     capture = Capture(TensorFile(source, mapped.header, memoryview(image.numpy().data)))
     plans = [plan for plan in plan_parts(mapped.header, TOKENS) if plan.layer is not None]
-    encoder = device.Encoder(gpu, capture, Source(image))
-    yield speed("host to host compress", data, size, _walls(lambda: _drained(encoder.encode(plans))), remark)
+    encoder, parts = device.Encoder(gpu), list(device.parts_of(capture, plans, Source(image)))
+    yield speed("host to host compress", data, size, _walls(lambda: _drained(encoder.encode(parts))), remark)
     file = pinned(packed)
     archive = Archive(Container(memoryview(file.numpy().data)))
     names = [name for name, spec in archive.tensors.items() if layer_of(spec) is not None]

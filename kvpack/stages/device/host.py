@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kvpack.stages.device.launch import Launcher
 
 AUTO_BYTES = 256 << 20
-"""Files below this size are the CPU's with ``auto``: starting a GPU takes longer than it saves."""
+"""Less work than this, of all files of a command together, is the CPU's with ``auto``: starting a GPU takes longer."""
 
 
 def find_gpu(device: str, size: int) -> tuple[Launcher | None, str | None]:
