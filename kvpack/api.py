@@ -242,15 +242,20 @@ class _Encoder:
             codec = self.codecs[self._chosen(group)]
             if len(group) == 1 and device.takes(group[0], chain_of(codec, group[0].tensor.name)):
                 return "part"
+            if len(group) == 1 and device.takes_planes(group[0], codec):
+                return "planes"
             return "chunk" if device.takes_chunk(group, codec, self.profile, self.side) else ""
 
-        parts, chunks = device.Encoder(gpu, self.capture), None
+        parts, planes, chunks = device.Encoder(gpu, self.capture), None, None
         for kind, run in groupby(groups, key=ours):
             some = list(run)
             if kind == "part":
                 encoded: Iterator[list[tuple[int, Streams]] | None] = (
                     [one] for one in parts.encode(p for (p,) in some)
                 )
+            elif kind == "planes":
+                planes = planes or device.PlaneEncoder(gpu, self.capture, self.codecs[self._chosen(some[0])])
+                encoded = (one and [one] for one in planes.encode(p for (p,) in some))
             elif kind == "chunk":
                 codec = self.codecs[self._chosen(some[0])]
                 chunks = chunks or device.ChunkEncoder(gpu, self.capture, codec, self.profile, self.side)

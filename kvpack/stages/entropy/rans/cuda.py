@@ -107,9 +107,10 @@ def supports(shape: tuple[int, int, int], width: int, floats: bool) -> bool:
 
 @dataclass(frozen=True)
 class Streams:
-    """Streams in device memory: part p's is ``arena[places[p]:][:sizes[p]]``, with its mode byte; the last of ``places``
-    ``[P + 1]`` is where they end. Checksums as in ``docs/format.md``.
-    """  # fmt: skip
+    """Streams in device memory, with their mode byte: part p's is ``arena[places[p]:][:sizes[p]]``.
+
+    The last of ``places`` ``[P + 1]`` is where they end. Checksums are as in ``docs/format.md``.
+    """
 
     arena: Tensor
     places: Tensor
@@ -119,9 +120,10 @@ class Streams:
 
 @dataclass(frozen=True)
 class Coded(Streams):
-    """Streams by rANS, where that is smaller than packing; with floats the mantissas' streams,
-    ``mantissas[p, 15 : 16 + ...]`` with their mode byte, and digests.
-    """  # fmt: skip
+    """By rANS where that is smaller than packing; with floats also the mantissas' streams, and digests.
+
+    Those of mantissas are ``mantissas[p, 15 : 16 + ...]``, with their mode byte.
+    """
 
     meta: Tensor
     mantissas: Tensor | None

@@ -38,6 +38,7 @@ def decompress(gpu: Launcher, codes: Tensor, scales: Tensor, zeros: Tensor, bits
     """bf16 tensors ``[N, T, D]`` from :func:`compress`'s results."""
     count, tokens, width = codes.shape
     tensors = torch.empty(count, tokens, width * 8 // step, dtype=torch.bfloat16, device=gpu.device)
-    gpu.launch(f"quantizers/affine/groups:decompress_{AXES[axis]}", {"BITS": bits, "STEP": step, "DIMS": tensors.shape[2]},
+    defines = {"BITS": bits, "STEP": step, "DIMS": tensors.shape[2]}
+    gpu.launch(f"quantizers/affine/groups:decompress_{AXES[axis]}", defines,
                (-(-tensors.numel() // 8 // 256), 1), 256, 0, codes, scales, zeros, count, tokens, tensors)  # fmt: skip
     return tensors

@@ -31,7 +31,7 @@ __device__ __forceinline__ void include(Eight &low, Eight &high, const Eight &v)
 struct Parameters { u32 scale, zero; };  // halves
 
 __device__ __forceinline__ Parameters parameters(float low, float high) {
-    return {to_halves((high - low) / LEVELS, 0) & 0xFFFF, to_halves(low, 0) & 0xFFFF};
+    return {to_halves((high - low) / LEVELS, 0) & 0xFFFF, to_halves(__fadd_rn(low, 0), 0) & 0xFFFF};
 }
 
 __device__ __forceinline__ u32 code_of(float x, Parameters p) {

@@ -62,8 +62,9 @@ def compress(gpu: Launcher, vectors: Tensor, seed: int, bits: int = 3, step: int
     count, dims = vectors.shape
     codes = torch.empty(count, dims * step // 8, dtype=torch.uint8, device=gpu.device)
     norms = torch.empty(count, dtype=torch.float16, device=gpu.device)
-    gpu.launch("quantizers/lloyd_max/rotated:compress", {"BITS": bits, "STEP": step, "DIMS": dims}, (min(BLOCKS, -(-count // 128)), 1), 256,
-               _shared(dims), vectors, count, *_forward(gpu.device, dims, seed, bits), codes, norms)  # fmt: skip
+    gpu.launch("quantizers/lloyd_max/rotated:compress", {"BITS": bits, "STEP": step, "DIMS": dims},
+               (min(BLOCKS, -(-count // 128)), 1), 256, _shared(dims),
+               vectors, count, *_forward(gpu.device, dims, seed, bits), codes, norms)  # fmt: skip
     return codes, norms
 
 
@@ -71,6 +72,7 @@ def decompress(gpu: Launcher, codes: Tensor, norms: Tensor, seed: int, bits: int
     """bf16 vectors ``[N, D]`` from :func:`compress`'s results."""
     count, dims = codes.shape[0], codes.shape[1] * 8 // step
     vectors = torch.empty(count, dims, dtype=torch.bfloat16, device=gpu.device)
-    gpu.launch("quantizers/lloyd_max/rotated:decompress", {"BITS": bits, "STEP": step, "DIMS": dims}, (min(BLOCKS, -(-count // 128)), 1), 256,
-               _shared(dims), codes, norms, count, *_backward(gpu.device, dims, seed, bits), vectors)  # fmt: skip
+    gpu.launch("quantizers/lloyd_max/rotated:decompress", {"BITS": bits, "STEP": step, "DIMS": dims},
+               (min(BLOCKS, -(-count // 128)), 1), 256, _shared(dims),
+               codes, norms, count, *_backward(gpu.device, dims, seed, bits), vectors)  # fmt: skip
     return vectors
