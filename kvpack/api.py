@@ -335,12 +335,14 @@ class _Encoder:
         ]
 
     def way(self, group: tuple[PartPlan, ...]) -> str:
-        """How a GPU codes a group: as a ``part`` beside others of its shape, as a ``chunk``; or not at all."""
+        """How a GPU codes a group: a ``part`` beside others of its shape, ``planes``, a ``chunk``; or not at all."""
         from kvpack import device
 
         codec = self.codecs[self._chosen(group)]
         if len(group) == 1 and device.takes(group[0], chain_of(codec, group[0].tensor.name)):
             return "part"
+        if len(group) == 1 and device.takes_planes(group[0], codec):
+            return "planes"
         return "chunk" if device.takes_chunk(group, codec, self.profile, self.side) else ""
 
     def run(
@@ -354,11 +356,14 @@ class _Encoder:
         """All groups in order, each in its way; ``parts`` gives those that are coded in batches."""
         from kvpack import device
 
-        chunks = None
+        planes, chunks = None, None
         for way, run in groupby(zip(ways, groups, strict=True), key=itemgetter(0)):
             some = [group for _, group in run]
             if way == "part":
                 encoded: Iterator[list[tuple[int, Streams]] | None] = ([one] for one in islice(parts, len(some)))
+            elif way == "planes":
+                planes = planes or device.PlaneEncoder(gpu, self.capture, self.codecs[self._chosen(some[0])])
+                encoded = (one and [one] for one in planes.encode(p for (p,) in some))
             elif way == "chunk":
                 codec = self.codecs[self._chosen(some[0])]
                 chunks = chunks or device.ChunkEncoder(gpu, self.capture, codec, self.profile, self.side)

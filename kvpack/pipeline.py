@@ -13,7 +13,7 @@ from kvpack.floats import Bits, from_float32, to_float32
 from kvpack.stages.base import Codes, Floats, Part, PlaneSpec, UnrepresentableError
 from kvpack.stages.quantizers.float_split import join, split, split_planes
 
-__all__ = ["Bits", "chain_of", "decode", "encode", "stream_names"]
+__all__ = ["Bits", "Plan", "chain_of", "decode", "encode", "plan_of", "stream_names"]
 
 Streams = list[tuple[str, bytes]]
 
@@ -24,7 +24,7 @@ def chain_of(codec: Codec, tensor: str) -> Chain:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """A chain's way through a part: which tokens are coded, the part before each transform, the planes."""
 
     start: int
@@ -39,19 +39,20 @@ class _Plan:
         return (plane for plane in (*self.whole, *self.planes) if plane.size and plane.width)
 
 
-def _plan(chain: Chain, part: Part) -> _Plan:
+def plan_of(chain: Chain, part: Part) -> Plan:
+    """The way of ``part`` through ``chain``."""
     heads, tokens, dims = part.shape
     start, stop = chain.keep.coded(part) if chain.keep else (0, tokens)
     parts = [replace(part, shape=(heads, stop - start, dims), first=part.first + start)]
     for transform in chain.transforms:
         parts.append(transform.output(parts[-1]))
     whole = split_planes(part.dtype, (heads, tokens - (stop - start), dims), "whole/") if chain.keep else []
-    return _Plan(start, stop, tuple(parts), whole, chain.quantizer.planes(parts[-1]))
+    return Plan(start, stop, tuple(parts), whole, chain.quantizer.planes(parts[-1]))
 
 
 def stream_names(chain: Chain, part: Part) -> list[str]:
     """Names of the streams that :func:`encode` gives: the planes that have codes."""
-    return [plane.name for plane in _plan(chain, part).stored]
+    return [plane.name for plane in plan_of(chain, part).stored]
 
 
 def encode(chain: Chain, bits: Bits, part: Part, reference: Floats | None = None) -> tuple[Streams, Floats | None]:
@@ -64,7 +65,7 @@ def encode(chain: Chain, bits: Bits, part: Part, reference: Floats | None = None
         UnrepresentableError: a lossy chain met values it cannot represent.
 
     """
-    plan = _plan(chain, part)
+    plan = plan_of(chain, part)
     if chain.quantizer.exact:
         return _write(chain, plan, chain.quantizer.encode(bits, part)), None
     values = to_float32(bits[:, plan.start : plan.stop], part.dtype)
@@ -83,7 +84,7 @@ def encode(chain: Chain, bits: Bits, part: Part, reference: Floats | None = None
     return _write(chain, plan, codes), decoded
 
 
-def _write(chain: Chain, plan: _Plan, codes: Sequence[Codes]) -> Streams:
+def _write(chain: Chain, plan: Plan, codes: Sequence[Codes]) -> Streams:
     streams: Streams = []
     before: dict[str, Codes] = {}
     for plane, code in zip((*plan.whole, *plan.planes), codes, strict=True):
@@ -121,7 +122,7 @@ def decode(
         CorruptError: streams that do not decode to this part.
 
     """
-    plan = _plan(chain, part)
+    plan = plan_of(chain, part)
     if [name for name, _ in streams] != [plane.name for plane in plan.stored]:
         raise CorruptError("corrupt: the part does not have the streams of its codec")
     try:
@@ -131,7 +132,7 @@ def decode(
 
 
 def _decode(
-    chain: Chain, streams: Sequence[tuple[str, memoryview]], part: Part, plan: _Plan, reference: Floats | None
+    chain: Chain, streams: Sequence[tuple[str, memoryview]], part: Part, plan: Plan, reference: Floats | None
 ) -> tuple[Bits, Floats | None]:
     remaining = iter(streams)
     found: dict[str, Codes] = {}
@@ -159,7 +160,7 @@ def _decode(
     return bits, decoded
 
 
-def _decode_rows(chain: Chain, codes: list[Codes], plan: _Plan, reference: Floats | None) -> Floats:
+def _decode_rows(chain: Chain, codes: list[Codes], plan: Plan, reference: Floats | None) -> Floats:
     assert chain.predictor is not None
     part = plan.parts[-1]
     decoded = np.zeros(part.shape, np.float32)

@@ -1,4 +1,4 @@
-"""Files on a GPU: the lossless codec and ``fisher``, through pinned memory or to tensors on the device."""
+"""Files on a GPU: lossless, ``fisher``, KIVI's and TurboQuant's, through pinned memory or to tensors on the device."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import numpy as np
 
 from kvpack.archive import Archive
 from kvpack.container import layer_of
+from kvpack.device.arrays import takes_planes
 from kvpack.device.chunks import ChunkDecoder, ChunkEncoder, takes_chunk
 from kvpack.device.lossless import Decoder, Encoder, parts_of, takes
+from kvpack.device.planes import PlaneDecoder, PlaneEncoder
 from kvpack.errors import UsageError
 from kvpack.stages.device.host import AUTO_BYTES, find_gpu
 
@@ -25,10 +27,12 @@ __all__ = [
     "ChunkEncoder",
     "Decoder",
     "Encoder",
+    "PlaneEncoder",
     "parts_of",
     "read",
     "takes",
     "takes_chunk",
+    "takes_planes",
     "to_device",
 ]
 
@@ -43,10 +47,16 @@ def read(gpu: Launcher, archive: Archive, names: Sequence[str], *, fetch: bool =
         MismatchError: the archive needs a profile, and has none.
 
     """
-    chunks, lossless = ChunkDecoder(gpu, archive), Decoder(gpu, archive)
-    ours = chunks.takes()
-    for joint, run in groupby(names, key=lambda name: ours and layer_of(archive.tensors[name]) is not None):
-        yield from (chunks if joint else lossless).read(list(run), fetch=fetch)
+    chunks, planes, lossless = ChunkDecoder(gpu, archive), PlaneDecoder(gpu, archive), Decoder(gpu, archive)
+    joint = chunks.takes()
+
+    def reader(name: str) -> ChunkDecoder | PlaneDecoder | Decoder:
+        if joint and layer_of(archive.tensors[name]) is not None:
+            return chunks
+        return planes if planes.takes(name) else lossless
+
+    for one, run in groupby(names, key=reader):
+        yield from one.read(list(run), fetch=fetch)
 
 
 def to_device(archive: Archive, device: str = "cuda") -> dict[str, torch.Tensor]:

@@ -151,6 +151,25 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
 inline unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
+inline float __shfl_xor_sync(unsigned mask, float value, int step) {
+    return __uint_as_float(__shfl_xor_sync(mask, __float_as_uint(value), step));
+}
+inline float bf16_of(unsigned pair, int half) { return __uint_as_float(half ? pair & 0xFFFF0000u : pair << 16); }
+inline void multiply(float *sum, const unsigned *a, unsigned b0, unsigned b1) {  // mma.sync.m16n8k16 of bf16
+    float rows[2][16], columns[2][16];
+    int g = simt::current % 32 / 4, t = simt::current % 4;
+    for (int i = 0; i < 4; i++) {  // of a: rows g and g + 8, elements 2 t and 2 t + 8 on
+        uint64_t *all = simt::exchange(a[i]);
+        for (int k = 0; k < 8; k++) rows[i % 2][i / 2 * 8 + k] = bf16_of((unsigned)all[4 * g + k / 2], k % 2);
+    }
+    for (int i = 0; i < 2; i++) {  // of b: columns 2 t and 2 t + 1
+        uint64_t *all = simt::exchange(i ? b1 : b0);
+        for (int c = 0; c < 2; c++)
+            for (int k = 0; k < 8; k++) columns[c][i * 8 + k] = bf16_of((unsigned)all[4 * (2 * t + c) + k / 2], k % 2);
+    }
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 16; k++) sum[i] += rows[i / 2][k] * columns[i % 2][k];
+}
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float from_half(unsigned short half) {

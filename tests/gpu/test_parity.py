@@ -63,7 +63,7 @@ def test_the_file_is_the_same_and_comes_back(gpu: Any, tmp_path: Path, which: st
         assert sink.getvalue() == source.read_bytes()
 
 
-@pytest.mark.parametrize("codec", ["zstd", "turboquant-3", "kivi-4"])
+@pytest.mark.parametrize("codec", ["zstd", "cachegen-4", "turboquant-prod-3"])
 def test_other_codecs_are_not_disturbed(gpu: Any, codec: str) -> None:
     assert compress(SMALL, gpu, codec) == compress(SMALL, None, codec)
 

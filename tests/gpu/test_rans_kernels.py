@@ -30,7 +30,7 @@ def host(tensor: torch.Tensor) -> np.ndarray:
     return tensor.cpu().numpy()
 
 
-def streams_of(coded: cuda.Coded) -> list[bytes]:
+def streams_of(coded: cuda.Streams) -> list[bytes]:
     arena, places, sizes = host(coded.arena), host(coded.places), host(coded.sizes)
     return [arena[a : a + n].tobytes() for a, n in zip(places, sizes, strict=False)]
 
@@ -46,7 +46,7 @@ def codes_like(kind: str, shape: tuple[int, int, int], width: int, seed: int) ->
     return np.clip(np.round(centre + spread * generator.standard_normal(shape)), 0, (1 << width) - 1)
 
 
-CODE_SHAPES = [(1, 1, 2), (2, 63, 34), (3, 1000, 64), (9, 5, 66)]
+CODE_SHAPES = [(1, 1, 2), (2, 63, 34), (3, 1000, 64), (9, 5, 66), (3, 300, 1), (70, 9, 3)]
 
 
 @pytest.mark.parametrize("kind", ["peaked", "equal", "uniform"])
@@ -81,6 +81,35 @@ def assert_decodes(gpu: Any, streams: list[bytes], planes: list[np.ndarray], par
         if host(meta)[i, cuda.MODE]:
             assert (host(out)[i, : plane.nbytes].view(plane.dtype).reshape(plane.shape) == plane).all()
             assert (host(out)[i, plane.nbytes :] == 0xA5).all()
+
+
+@pytest.mark.parametrize("width", [1, 7, 10, 12])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 63, 5), (2, 700, 64)], ids=str)
+def test_codes_without_a_model(gpu: Any, shape: tuple[int, int, int], width: int) -> None:
+    """Packed as by the CPU, and back beside other bits, or without them; unsound ones are found."""
+    shift = min(16 - width, 6)
+    elements = np.random.default_rng(width).integers(0, 1 << 16, (2, *shape)).astype(np.uint16)
+    codes = elements >> shift & (1 << width) - 1
+    expected = [bytes([0]) + pack(plane.astype(PlaneSpec("", shape, width).code_dtype), width) for plane in codes]
+    memory, addresses = on_device(gpu, list(elements))
+    parts = cuda.Parts(addresses, shape, shape[1] * shape[2], item=2, shift=shift, width=width)
+    packed = cuda.pack(gpu, parts)
+    assert streams_of(packed) == expected
+    assert [int(c) % (1 << 64) for c in host(packed.checksums)] == [checksum(stream) for stream in expected]
+    streams = packed.places[:-1] + packed.arena.data_ptr()
+    for merge in (True, False):
+        out = torch.full((2, codes[0].size + 8), 0x0001, dtype=torch.int16, device=gpu.device)
+        targets = torch.arange(2, device=gpu.device) * (2 * out.shape[1]) + out.data_ptr()
+        goal = cuda.Parts(targets, shape, parts.head_stride, item=2, shift=shift, width=width)
+        assert not host(cuda.unpack(gpu, streams, packed.sizes, goal, merge)).any()
+        got = host(out).view(np.uint16)
+        assert (got[:, : codes[0].size].reshape(codes.shape) == (codes << shift | (1 if merge else 0))).all()
+        assert (got[:, codes[0].size :] == 1).all()
+        assert host(cuda.unpack(gpu, streams, packed.sizes - 1, goal, merge)).all()
+        packed.arena[packed.places[1]] = 2
+        assert host(cuda.unpack(gpu, streams, packed.sizes, goal, merge)).tolist() == [0, 1]
+        packed.arena[packed.places[1]] = 0
+    del memory
 
 
 def bits_like(kind: str, shape: tuple[int, int, int], seed: int) -> np.ndarray:

@@ -1,7 +1,4 @@
-"""TurboQuant's kernels against the CPU: the same codes but for rare ties, values within bf16's rounding.
-
-Tensor cores have no stand-in, so these run on a GPU alone.
-"""
+"""TurboQuant's kernels against the CPU: the same codes but for rare ties, values within bf16's rounding."""
 
 from __future__ import annotations
 
@@ -18,37 +15,43 @@ from kvpack.stages.quantizers.lloyd_max import LloydMax, cuda
 from kvpack.stages.quantizers.lloyd_max.reference import centroids
 from kvpack.stages.transforms.rotation import Rotation
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="tensor cores have no stand-in on a CPU")
+MANY = pytest.mark.skipif(not torch.cuda.is_available(), reason="takes long on a stand-in for a GPU")
 
 
+@pytest.mark.parametrize(("bits", "step"), [(3, 3), (1, 8), (2, 8), (3, 8), (4, 8)])
 @pytest.mark.parametrize("dims", [64, 128])
-@pytest.mark.parametrize("count", [1, 15, 63, 1000, 20000])
-def test_codes_norms_and_values(gpu: Any, count: int, dims: int) -> None:
+@pytest.mark.parametrize("count", [1, 15, 63, 1000, pytest.param(20000, marks=MANY)])
+def test_codes_norms_and_values(gpu: Any, count: int, dims: int, bits: int, step: int) -> None:
     generator = np.random.default_rng(count)
     values = generator.standard_normal((1, count, dims)).astype(np.float32)
     values *= np.exp(generator.uniform(-3, 3, (1, count, 1))).astype(np.float32)
-    bits = from_float32(values, "BF16")
-    values = to_float32(bits, "BF16")
+    given = from_float32(values, "BF16")
+    values = to_float32(given, "BF16")
     part = Part("BF16", values.shape, 0, count)
     rotated = Rotation(seed=1).forward(values, part)
-    quantizer = LloydMax(bits=3, prod=False, seed=2)
+    quantizer = LloydMax(bits=bits, prod=False, seed=2)
     expected, high, low = quantizer.encode(rotated, part)
     norms = (high.astype(np.uint16) << 10 | low).reshape(-1).view(np.float16)
-    vectors = torch.from_numpy(bits[0].view(np.int16)).view(torch.bfloat16).to(gpu.device)
-    codes, mine = cuda.compress(gpu, vectors, seed=1)
+    vectors = torch.from_numpy(given[0].view(np.int16)).view(torch.bfloat16).to(gpu.device)
+    codes, mine = cuda.compress(gpu, vectors, 1, bits, step)
     assert (np.abs(mine.cpu().numpy().view(np.int16) - norms.view(np.int16)) <= 1).all()
-    got = unpack(memoryview(codes.cpu().numpy().reshape(-1)), count * dims, 3).reshape(count, dims)
+    got = unpack(memoryview(codes.cpu().numpy().reshape(-1)), count * dims, step).reshape(count, dims)
     differ = got != expected[0]
     assert differ.mean() < 1e-3
-    levels = centroids(3, dims)
+    levels = centroids(bits, dims)
     bounds = (levels[1:] + levels[:-1]) / 2
     unit = rotated[0] / norms[:, None].astype(np.float32)
     assert (
         np.abs(unit[differ][:, None] - bounds).min(axis=1).max(initial=0) < 5e-4
     )  # a unit in norm's last place, at most
-    packed = np.frombuffer(pack(expected.astype(np.uint8), 3), np.uint8).reshape(count, -1)
+    packed = np.frombuffer(pack(expected.astype(np.uint8), step), np.uint8).reshape(count, -1)
     back = cuda.decompress(
-        gpu, torch.from_numpy(packed.copy()).to(gpu.device), torch.from_numpy(norms.copy()).to(gpu.device), seed=1
+        gpu,
+        torch.from_numpy(packed.copy()).to(gpu.device),
+        torch.from_numpy(norms.copy()).to(gpu.device),
+        1,
+        bits,
+        step,
     )
     exact = Rotation(seed=1).inverse(quantizer.decode([expected, high, low], part), part)[0]
     error = np.abs(to_float32(back.view(torch.int16).cpu().numpy().view(np.uint16), "BF16") - exact)

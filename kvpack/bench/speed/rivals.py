@@ -27,9 +27,9 @@ def kivi(gpu: Gpu, tensors: torch.Tensor, data: str) -> Iterator[Speed]:
     size = 2 * vectors.numel()
     for bits in (4, 2):
         for axis, kind in (("token", "keys"), ("channel", "values")):
-            packed = affine.compress(gpu, vectors, bits, axis)
-            there = seconds(lambda: affine.compress(gpu, vectors, bits, axis))  # noqa: B023 (used at once)
-            back = seconds(lambda: affine.decompress(gpu, *packed, bits, axis))  # noqa: B023
+            packed = affine.compress(gpu, vectors, bits, axis, step=bits)
+            there = seconds(lambda: affine.compress(gpu, vectors, bits, axis, step=bits))  # noqa: B023 (used at once)
+            back = seconds(lambda: affine.decompress(gpu, *packed, bits, axis, step=bits))  # noqa: B023
             yield speed(f"kivi-{bits} {kind} compress", data, size, there)
             yield speed(f"kivi-{bits} {kind} decompress", data, size, back)
 

@@ -2,7 +2,8 @@
 
 Encoding: one pass counts codes (``scan.cu``; for bf16 it packs mantissas and sums the digest on the way), a block a
 part makes the bank of tables (``bank.cu``), a warp encodes a group (``encode.cu``), then streams are placed one behind
-another and filled (``emit.cu``). Decoding: ``prepare.cu`` reads heads and tables, ``decode.cu`` runs the groups.
+another and filled (``emit.cu``). Decoding: ``prepare.cu`` reads heads and tables, ``decode.cu`` runs the groups. What
+is stored without a model is ``pack.cu``'s, both ways.
 
 A context-modelled coder can build on the same pieces: the loop around ``put`` and ``get``, the words of a group, and
 ``layout`` and ``emit`` do not know where a symbol's table comes from.
@@ -37,6 +38,8 @@ ENCODE_SHARED, ENCODE_ENTRIES = 32 << 10, 56
 """Most shared memory in bytes for a block's encoding tables, and symbols a table as a rule."""
 THREADS = 1152
 """Threads that find registers to decode on a multiprocessor at once."""
+PACK_BLOCKS = 16
+"""Blocks that pack or unpack a part."""
 RING_BYTES = 512
 """Shared memory a warp that decodes needs for words."""
 SLOTS_A_TABLE = 464
@@ -96,22 +99,32 @@ class Parts:
 
 
 def supports(shape: tuple[int, int, int], width: int, floats: bool) -> bool:
-    """Whether the kernels take parts of this shape: even D (64 a multiple for bf16), no more than 32,768 tokens."""
+    """Whether the kernels take parts of this shape: D a multiple of 64 with ``floats``, no more than 32,768 tokens."""
     heads, tokens, dims = shape
-    multiple = 64 if floats else 2
+    multiple = 64 if floats else 1
     return 0 < tokens <= MAX_TOKENS and dims > 0 and heads > 0 and dims % multiple == 0 and width <= MAX_WIDTH
 
 
 @dataclass(frozen=True)
-class Coded:
-    """Streams in device memory: part p's rANS stream is ``arena[places[p]:][:sizes[p]]``, its mantissas' (with floats)
-    ``mantissas[p, 15 : 16 + ...]``, both with their mode byte; checksums and digests as in ``docs/format.md``.
-    """  # fmt: skip
+class Streams:
+    """Streams in device memory, with their mode byte: part p's is ``arena[places[p]:][:sizes[p]]``.
+
+    The last of ``places`` ``[P + 1]`` is where they end. Checksums are as in ``docs/format.md``.
+    """
 
     arena: Tensor
     places: Tensor
     sizes: Tensor
     checksums: Tensor
+
+
+@dataclass(frozen=True)
+class Coded(Streams):
+    """By rANS where that is smaller than packing; with floats also the mantissas' streams, and digests.
+
+    Those of mantissas are ``mantissas[p, 15 : 16 + ...]``, with their mode byte.
+    """
+
     meta: Tensor
     mantissas: Tensor | None
     mantissa_checksums: Tensor | None
@@ -177,18 +190,44 @@ def encode(gpu: Launcher, parts: Parts) -> Coded:
                parts.addresses, *parts.geometry, meta, entries, maps, names, scratch, groups, lengths, states,
                room)  # fmt: skip
     places, sizes = empty(torch.int64, count + 1), empty(torch.int64, count)
-    gpu.launch("entropy/rans/emit:layout", defines, (1, 1), 1024, 0, meta, lengths, count, groups, channels,
+    gpu.launch("entropy/rans/emit:layout", {}, (1, 1), 1024, 0, meta, lengths, count, groups, channels,
                parts.width, parts.size, places, sizes)  # fmt: skip
     arena = empty(torch.uint8, count * ((parts.size * parts.width + 7) // 8 + 32) + slack(parts))
-    gpu.launch("entropy/rans/emit:emit", defines, (1 + groups, count), 256, 0, meta, lengths, groups,
+    gpu.launch("entropy/rans/emit:emit", {}, (1 + groups, count), 256, 0, meta, lengths, groups,
                channels, parts.width, symbols, codes, names, states, scratch, parts.shape[1], places,
                arena)  # fmt: skip
-    gpu.launch("entropy/rans/emit:pack", defines, (8, count), 256, 0, parts.addresses, *parts.geometry, parts.shape[2],
-               parts.width, meta, places, arena)  # fmt: skip
+    _pack(gpu, parts, meta, places, arena)
     own = checksums(gpu, places[:count] + arena.data_ptr(), sizes)
     if not parts.floats:
         return Coded(arena, places, sizes, own, meta, None, None, None)
     return Coded(arena, places, sizes, own, meta, mantissas, sums[:, 1], sums[:, 0])
+
+
+def _pack(gpu: Launcher, parts: Parts, meta: Tensor | None, places: Tensor, arena: Tensor) -> None:
+    gpu.launch("entropy/rans/pack:pack", {"ITEM": parts.item}, (PACK_BLOCKS, parts.count), 256, 0, parts.addresses,
+               *parts.geometry, parts.shape[2], parts.width, parts.shift, meta, places, arena)  # fmt: skip
+
+
+def pack(gpu: Launcher, parts: Parts) -> Streams:
+    """Streams of codes without a model: packed, whatever they are; waits for nothing."""
+    size = 1 + (parts.size * parts.width + 7) // 8
+    stride = (size + 15) // 16 * 16
+    arena = torch.empty(parts.count * stride + 16, dtype=torch.uint8, device=gpu.device)
+    places = torch.arange(parts.count + 1, device=gpu.device) * stride
+    sizes = torch.full((parts.count,), size, dtype=torch.int64, device=gpu.device)
+    _pack(gpu, parts, None, places, arena)
+    return Streams(arena, places, sizes, checksums(gpu, places[:-1] + arena.data_ptr(), sizes))
+
+
+def unpack(gpu: Launcher, streams: Tensor, sizes: Tensor, parts: Parts, merge: bool) -> Tensor:
+    """Streams of mode PACKED, as :func:`decode` takes them, into ``parts`` without gaps; faults ``[P]``, int32.
+
+    With ``merge`` other bits of the elements are left as they are, else set to zero.
+    """
+    faults = torch.zeros(parts.count, dtype=torch.int32, device=gpu.device)
+    gpu.launch("entropy/rans/pack:unpack", {"ITEM": parts.item}, (PACK_BLOCKS, parts.count), 256, 0, streams, sizes,
+               parts.addresses, parts.size, parts.width, parts.shift, int(merge), faults)  # fmt: skip
+    return faults
 
 
 def slack(parts: Parts) -> int:
@@ -211,7 +250,7 @@ def decode(gpu: Launcher, streams: Tensor, sizes: Tensor, parts: Parts, mantissa
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=gpu.device)
 
-    count, channels, groups, defines = parts.count, parts.channels, parts.groups, parts.defines
+    count, channels, groups = parts.count, parts.channels, parts.groups
     meta, bases = empty(torch.int32, count, META), empty(torch.int32, count, groups + 1)
     names, entries = empty(torch.uint8, count, channels), empty(torch.int64, count, MOST_ENTRIES)
     slots, tails = empty(torch.int32, count, MOST_SLOTS), empty(torch.int32, 2, count, tables.MAX_TABLES)
@@ -220,7 +259,7 @@ def decode(gpu: Launcher, streams: Tensor, sizes: Tensor, parts: Parts, mantissa
         sums = torch.zeros(len(ranges[0]), dtype=torch.int64, device=gpu.device)
         with gpu.beside():
             gpu.launch("device/checksum:checksum", {}, (8, len(sums)), 256, 0, *ranges, sums)
-    gpu.launch("entropy/rans/prepare:prepare", defines, (count, 1), 256, 0, streams, sizes, channels, parts.shape[1],
+    gpu.launch("entropy/rans/prepare:prepare", {}, (count, 1), 256, 0, streams, sizes, channels, parts.shape[1],
                parts.width, groups, _rules(gpu.device)[1], meta, bases, names, entries, slots, tails)  # fmt: skip
     digests = torch.full((count,), parts.size * parts.item, dtype=torch.int64, device=gpu.device)
     warps = min(32, groups)

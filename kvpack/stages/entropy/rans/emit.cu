@@ -124,28 +124,3 @@ extern "C" __global__ void __launch_bounds__(256) emit(
     const u16 *source = scratch + words_end(part, g, own[PER_LANE], groups_most) * tokens - length;
     copy_words((u16 *)words + before, source, length);
 }
-
-// Codes of parts in mode PACKED: a mode byte, then width bits a code in row-major order. Grid (Y, P).
-extern "C" __global__ void __launch_bounds__(256) pack(
-    const u64 *sources, i64 head_stride, i64 heads, i64 tokens, i64 dims, i64 width, const int *meta,
-    const i64 *places, u8 *arena) {
-    if (meta && meta[blockIdx.y * META + MODE] == CODED) return;
-    u8 *out = arena + places[blockIdx.y];
-    i64 count = heads * tokens * dims, run = tokens * dims;
-    if (blockIdx.x == 0 && threadIdx.x == 0) out[0] = PACKED;
-    u32 mask = (1u << width) - 1;
-    for (i64 byte = (i64)blockIdx.x * 256 + threadIdx.x; byte < packed_bytes(count, (int)width);
-         byte += (i64)gridDim.x * 256) {
-        u64 value = 0;
-        for (i64 i = byte * 8 / width; i < count && i * width < byte * 8 + 8; i++) {
-            i64 shift = i * width - byte * 8, at = i / run * head_stride + i % run;
-#if ITEM == 2
-            u64 code = ((const u16 *)sources[blockIdx.y])[at] >> SHIFT & mask;
-#else
-            u64 code = ((const u8 *)sources[blockIdx.y])[at] >> SHIFT & mask;
-#endif
-            value |= shift < 0 ? code >> -shift : code << shift;
-        }
-        out[1 + byte] = (u8)value;
-    }
-}

@@ -1,15 +1,17 @@
 // One pass over parts: histograms of codes by channel; for bf16 also packed mantissas and the digest of the original.
 //
 // ITEM bytes an element (1 or 2), SHIFT bits below the code, BINS codes; FLOATS: bf16 with DIMS a multiple of 64.
-// sources [P] addresses of parts [H, T, DIMS], rows contiguous, heads head_stride elements apart; DIMS even. Grid (B, P).
+// sources [P] addresses of parts [H, T, DIMS], rows contiguous, heads head_stride elements apart. Grid (B, P).
 // A block takes 64 channels: rows [P, B, BINS, 32] holds, for the codes that occur in the block, in ascending order,
 // the counts of channels 2 i (low 16 bits) and 2 i + 1 (high); present [P, B, BINS / 32] says which codes those are.
 // mantissas: part p at p * mantissa_stride, 7 bits a code (bitpack); sums [P, 2] gets the digest of the original and the
 // checksum of the mantissas' stream (mode byte 0 before them), but for the lengths.
 #if ITEM == 2
 typedef u32 Pair;
+typedef u16 Item;
 #else
 typedef u16 Pair;
+typedef u8 Item;
 #endif
 #define MASK ((1u << (8 * ITEM)) - 1)
 #define THREADS 512
@@ -54,9 +56,19 @@ __device__ __forceinline__ void four_rows(const u32 *v, u32 before, const Place 
 }
 #endif
 
+// One token of two channels, the second `apart` bytes behind the first: of odd DIMS they may be of two heads.
+__device__ __forceinline__ u32 pair_at(const u8 *at, i64 apart) {
+#if DIMS % 2
+    return *(const Item *)at | (u32)*(const Item *)(at + apart) << 8 * ITEM;
+#else
+    return *(const Pair *)at;
+#endif
+}
+
 // Counts of 64 channels' codes over eight tokens, of which `left` are there; with FLOATS sums and packed mantissas.
 template <bool FULL>
-__device__ __forceinline__ void eight_rows(const u8 *rows, bool live, int left, u32 *counts, u32 before, bool above
+__device__ __forceinline__ void eight_rows(
+    const u8 *rows, i64 apart, bool live, int left, u32 *counts, u32 before, bool above
 #if FLOATS
                                            , Place place, Sums &sums
 #endif
@@ -64,7 +76,7 @@ __device__ __forceinline__ void eight_rows(const u8 *rows, bool live, int left, 
     u32 v[8], prior[2] = {before, 0};
     int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int r = 0; r < 8; r++) v[r] = live && (FULL || r < left) ? *(const Pair *)(rows + r * (DIMS * ITEM)) : 0;
+    for (int r = 0; r < 8; r++) v[r] = live && (FULL || r < left) ? pair_at(rows + r * (DIMS * ITEM), apart) : 0;
 #if FLOATS
     const u8 *mine = rows + (lane & 3) * (DIMS * ITEM) - 4 * lane - 4;  // the row's first element is 2 lane before ours
     if (lane < 4 && above && (FULL || lane < left)) prior[0] = *(const u32 *)mine;
@@ -86,7 +98,7 @@ __device__ __forceinline__ void eight_rows(const u8 *rows, bool live, int left, 
 
 // All tokens of 64 channels: a warp takes eight rows at a time.
 __device__ __forceinline__ Sums count(
-    const u8 *source, bool live, i64 head_stride, int heads, int tokens, u32 *counts, u64 *mantissas) {
+    const u8 *source, i64 apart, bool live, i64 head_stride, int heads, int tokens, u32 *counts, u64 *mantissas) {
     int lane = threadIdx.x % 32, t = threadIdx.x / 32 * 8;
     const int step = THREADS / 32 * 8;
     const u8 *rows = kept(source + (i64)t * (DIMS * ITEM));
@@ -104,14 +116,14 @@ __device__ __forceinline__ Sums count(
 #endif
     for (; t < tokens; t += step, rows += step * (DIMS * ITEM)) {
 #if FLOATS
-        if (t + 8 <= tokens) eight_rows<true>(rows, live, 8, counts, before, above, place, sums);
-        else eight_rows<false>(rows, live, tokens - t, counts, before, above, place, sums);
+        if (t + 8 <= tokens) eight_rows<true>(rows, apart, live, 8, counts, before, above, place, sums);
+        else eight_rows<false>(rows, apart, live, tokens - t, counts, before, above, place, sums);
         place.key += step * (DIMS / 4) * GOLDEN, place.packed_key += step * (DIMS / 64) * 7 * GOLDEN;
         place.packed += step * (DIMS / 64) * 7;
         above = true;
 #else
-        if (t + 8 <= tokens) eight_rows<true>(rows, live, 8, counts, before, above);
-        else eight_rows<false>(rows, live, tokens - t, counts, before, above);
+        if (t + 8 <= tokens) eight_rows<true>(rows, apart, live, 8, counts, before, above);
+        else eight_rows<false>(rows, apart, live, tokens - t, counts, before, above);
 #endif
     }
 #if FLOATS
@@ -151,11 +163,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan(
     int lane = threadIdx.x % 32, channel = blockIdx.x * 64 + 2 * lane;
     bool live = FLOATS || channel < (int)heads * DIMS;
     const u8 *source = (const u8 *)sources[blockIdx.y];
-    if (live) source += channel_offset(channel, DIMS, head_stride) * ITEM;
+    i64 first = live ? channel_offset(channel, DIMS, head_stride) : 0, apart = ITEM;
+    if (DIMS % 2)  // a last channel without a second is counted twice, once where no channel is
+        apart = (channel_offset(channel + (channel + 1 < (int)heads * DIMS), DIMS, head_stride) - first) * ITEM;
+    source += first * ITEM;
     for (int i = threadIdx.x; i < BINS * 32 + (BINS + 31) / 32; i += THREADS) counts[i] = 0;
     __syncthreads();
     u64 *packed = (u64 *)(mantissas + blockIdx.y * mantissa_stride);
-    Sums mine = count(source, live, head_stride, (int)heads, (int)tokens, counts, packed);
+    Sums mine = count(source, apart, live, head_stride, (int)heads, (int)tokens, counts, packed);
 #if FLOATS
     mine.original = warp_sum(mine.original), mine.mantissas = warp_sum(mine.mantissas);
     if (lane == 0) atomicAdd(&sums[2 * blockIdx.y], mine.original), atomicAdd(&sums[2 * blockIdx.y + 1], mine.mantissas);

@@ -1,11 +1,13 @@
 // KIVI's codes (arXiv 2402.02750, section 3) of bf16 tensors [N, T, DIMS]: a scale and a zero a group of 32, packed codes.
 //
-// BITS 2 or 4, DIMS a multiple of 32. Scales and zeros are halves, codes BITS bits each in row-major order. A thread has eight
-// dimensions: of all tokens of a group where groups run along tokens, of one token where they run along dimensions.
+// BITS 1 to 8, DIMS a multiple of 32. Scales and zeros are halves, codes STEP bits each in row-major order: 8, or BITS where that
+// is 2 or 4. A thread has eight dimensions: of all tokens of a group where groups run along tokens, of one token where they run along dimensions.
 #define GROUP 32
 #define EIGHTS (DIMS / 8)
 #define LEVELS ((1 << BITS) - 1)
-#if BITS == 4
+#if STEP == 8
+typedef u64 Packed;
+#elif STEP == 4
 typedef u32 Packed;
 #else
 typedef u16 Packed;
@@ -29,7 +31,7 @@ __device__ __forceinline__ void include(Eight &low, Eight &high, const Eight &v)
 struct Parameters { u32 scale, zero; };  // halves
 
 __device__ __forceinline__ Parameters parameters(float low, float high) {
-    return {to_halves((high - low) / LEVELS, 0) & 0xFFFF, to_halves(low, 0) & 0xFFFF};
+    return {to_halves((high - low) / LEVELS, 0) & 0xFFFF, to_halves(__fadd_rn(low, 0), 0) & 0xFFFF};
 }
 
 __device__ __forceinline__ u32 code_of(float x, Parameters p) {
@@ -65,10 +67,10 @@ extern "C" __global__ void __launch_bounds__(128) compress_tokens(
 #pragma unroll 4
     for (int t = 0; t < rows; t++) {
         Eight v = unpack(from[t * EIGHTS]);
-        u32 packed = 0;
+        Packed packed = 0;
 #pragma unroll
-        for (int k = 0; k < 8; k++) packed |= code_of(v.x[k], p[k]) << BITS * k;
-        codes[(first + t) * EIGHTS + d] = (Packed)packed;
+        for (int k = 0; k < 8; k++) packed |= (Packed)code_of(v.x[k], p[k]) << STEP * k;
+        codes[(first + t) * EIGHTS + d] = packed;
     }
 }
 
@@ -88,18 +90,18 @@ extern "C" __global__ void __launch_bounds__(256) compress_channels(
     if (i >= all) return;
     Parameters p = parameters(low, high);
     if (i % 4 == 0) scales[i / 4] = (u16)p.scale, zeros[i / 4] = (u16)p.zero;
-    u32 packed = 0;
+    Packed packed = 0;
 #pragma unroll
-    for (int k = 0; k < 8; k++) packed |= code_of(v.x[k], p) << BITS * k;
-    codes[i] = (Packed)packed;
+    for (int k = 0; k < 8; k++) packed |= (Packed)code_of(v.x[k], p) << STEP * k;
+    codes[i] = packed;
 }
 
-__device__ __forceinline__ uint4 restored(u32 packed, const u32 *scale, const u32 *zero) {
+__device__ __forceinline__ uint4 restored(Packed packed, const u32 *scale, const u32 *zero) {
     u32 out[4];
 #pragma unroll
     for (int k = 0; k < 4; k++)
-        out[k] = to_bf16s(value_of(packed >> 2 * BITS * k & LEVELS, scale[k] & 0xFFFF, zero[k] & 0xFFFF),
-                          value_of(packed >> (2 * k + 1) * BITS & LEVELS, scale[k] >> 16, zero[k] >> 16));
+        out[k] = to_bf16s(value_of((u32)(packed >> 2 * STEP * k) & LEVELS, scale[k] & 0xFFFF, zero[k] & 0xFFFF),
+                          value_of((u32)(packed >> (2 * k + 1) * STEP) & LEVELS, scale[k] >> 16, zero[k] >> 16));
     return pairs(out);
 }
 

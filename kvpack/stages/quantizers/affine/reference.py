@@ -28,7 +28,7 @@ def quantize(values: Floats, bits: int, axis: int, group: int) -> tuple[Codes, H
     high = np.maximum.reduceat(values, starts, axis=axis)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         scale = ((high - low) / np.float32(2**bits - 1)).astype(np.float16)
-        zero = low.astype(np.float16)
+        zero = (low + np.float32(0)).astype(np.float16)  # of zeros of both signs the least is 0, never -0
         steps = _spread(scale, axis, group, size)
         steps = np.where(steps > 0, steps, np.float32(np.inf))
         codes = np.rint((values - _spread(zero, axis, group, size)) / steps)

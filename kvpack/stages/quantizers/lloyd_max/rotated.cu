@@ -1,18 +1,21 @@
-// TurboQuant on tensor cores (mma.sync m16n8k16, bf16 in, float32 out): rotation and 3-bit Lloyd-Max codes in one pass.
+// TurboQuant on tensor cores (mma.sync m16n8k16, bf16 in, float32 out): rotation and Lloyd-Max codes in one pass.
 //
-// DIMS 64 or 128, BITS 3. The rotation is given as two bf16 matrices whose sum it is to 16 bits, [2, DIMS, DIMS] row-major:
-// for compress R (rows are outputs), for decompress its transpose. A warp takes 16 vectors. codes: DIMS * 3 / 8 bytes a
-// vector (bitpack), 4 bytes aligned. (arXiv 2504.19874, algorithm 1.)
+// DIMS 64 or 128, BITS 1 to 4. Codes take STEP bits: 8, or 3 (bitpack) where BITS is 3. The rotation is given as two bf16 matrices whose sum it is to 16 bits, [2, DIMS, DIMS] row-major:
+// for compress R (rows are outputs), for decompress its transpose. A warp takes 16 vectors. codes: DIMS * STEP / 8
+// bytes a vector, 4 bytes aligned. (arXiv 2504.19874, algorithm 1.)
 #define PADDED (DIMS + 8)
 #define TILES (DIMS / 8)
-#define WORDS (DIMS * 3 / 32)
+#define WORDS (DIMS * STEP / 32)
+#define BOUNDS ((1 << BITS) - 1)
 #define WARPS 8
 
+#ifdef __CUDA_ARCH__
 __device__ __forceinline__ void multiply(float *sum, const u32 *a, u32 b0, u32 b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+#endif
 
 __device__ __forceinline__ void load_matrix(const u32 *matrix, u32 *held) {
     for (int i = threadIdx.x; i < DIMS * DIMS; i += WARPS * 32) {  // words: two elements each, both matrices
@@ -50,13 +53,18 @@ __device__ __forceinline__ void rotate(Vectors vectors, const u32 *held, float (
 __device__ __forceinline__ u32 code_of(float value, const float *bounds) {
     u32 code = 0;
 #pragma unroll
-    for (int i = 0; i < 7; i++) code += value > bounds[i];
+    for (int i = 0; i < BOUNDS; i++) code += value > bounds[i];
     return code;
 }
 
-// Codes of one row, 6 bits a lane and tile: a quad's lanes make whole words of four tiles' 96 bits.
+// Codes of one row, a pair a lane and tile; of three bits a quad's lanes make whole words of four tiles' 96 bits.
 __device__ __forceinline__ void store_codes(const u32 *pairs, u32 *out, bool live) {
     int t = threadIdx.x % 4;
+#if STEP == 8
+#pragma unroll
+    for (int j = 0; j < TILES; j++)
+        if (live) ((u16 *)out)[4 * j + t] = (u16)pairs[j];
+#else
 #pragma unroll
     for (int j = 0; j < TILES; j += 4) {
         u32 b[4];
@@ -69,14 +77,27 @@ __device__ __forceinline__ void store_codes(const u32 *pairs, u32 *out, bool liv
         u32 word = t == 0 ? b[0] | b[1] << 24 : t == 1 ? b[1] >> 8 | b[2] << 16 : b[2] >> 16 | b[3] << 8;
         if (live && t < 3) out[j / 4 * 3 + t] = word;
     }
+#endif
+}
+
+// Codes 2 i and 2 i + 1 of a row as an index of 2 BITS bits.
+__device__ __forceinline__ u32 load_codes(const u32 *row, int i) {
+#if STEP == 8
+    u32 pair = ((const u16 *)row)[i];
+    return (pair | pair >> (8 - BITS)) & ((1 << 2 * BITS) - 1);
+#else
+    const u32 *word = row + 6 * i / 32;
+    u32 next = 6 * i % 32 > 26 ? word[1] : 0;
+    return __funnelshift_r(word[0], next, 6 * i) & 63;
+#endif
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) compress(
     const u32 *vectors, i64 count, const u32 *matrix, const float *bounds_, u32 *codes, u16 *norms) {
     extern __shared__ u32 held[];
     load_matrix(matrix, held);
-    float bounds[7];
-    for (int i = 0; i < 7; i++) bounds[i] = bounds_[i];
+    float bounds[BOUNDS];
+    for (int i = 0; i < BOUNDS; i++) bounds[i] = bounds_[i];
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     for (i64 first = ((i64)blockIdx.x * WARPS + threadIdx.x / 32) * 16; first < count; first += (i64)gridDim.x * WARPS * 16) {
         i64 rows[2] = {first + g, first + g + 8};
@@ -97,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) compress(
             u32 pairs[TILES];
 #pragma unroll
             for (int j = 0; j < TILES; j++)
-                pairs[j] = code_of(sums[j][2 * r] * scale, bounds) | code_of(sums[j][2 * r + 1] * scale, bounds) << 3;
+                pairs[j] = code_of(sums[j][2 * r] * scale, bounds) | code_of(sums[j][2 * r + 1] * scale, bounds) << STEP;
             bool live = rows[r] < count;
             store_codes(pairs, codes + rows[r] * WORDS, live);
             if (live && t == 0) norms[rows[r]] = norm;
@@ -105,12 +126,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) compress(
     }
 }
 
-// pairs_ [64, 2]: for two codes (6 bits) their levels as two bf16 pairs, the nearest and what it leaves.
+// pairs_ [4 ** BITS]: for two codes (2 BITS bits) their levels as two bf16 pairs, the nearest and what it leaves.
 extern "C" __global__ void __launch_bounds__(WARPS * 32) decompress(
     const u32 *codes, const u16 *norms, i64 count, const u32 *matrix, const u64 *pairs_, u32 *vectors) {
     extern __shared__ u32 held[];
-    __shared__ u64 pairs[64];
-    if (threadIdx.x < 64) pairs[threadIdx.x] = pairs_[threadIdx.x];
+    __shared__ u64 pairs[1 << 2 * BITS];
+    if (threadIdx.x < 1 << 2 * BITS) pairs[threadIdx.x] = pairs_[threadIdx.x];
     load_matrix(matrix, held);
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     for (i64 first = ((i64)blockIdx.x * WARPS + threadIdx.x / 32) * 16; first < count; first += (i64)gridDim.x * WARPS * 16) {
@@ -124,10 +145,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) decompress(
         rotate<true>([&](int k, u32 *a, u32 *low) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {  // rows g, g + 8 at 16 k + 2 t, then at 16 k + 8 + 2 t
-                int bit = 48 * k + 24 * (i / 2) + 6 * t;
-                const u32 *word = from[i % 2] + bit / 32;
-                u32 next = bit % 32 > 26 ? word[1] : 0;
-                u64 pair = pairs[__funnelshift_r(word[0], next, bit) & 63];
+                u64 pair = pairs[load_codes(from[i % 2], 8 * k + 4 * (i / 2) + t)];
                 a[i] = (u32)pair, low[i] = (u32)(pair >> 32);
             }
         }, held, sums);
@@ -135,10 +153,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) decompress(
         for (int r = 0; r < 2; r++)
             if (rows[r] < count)
 #pragma unroll
-                for (int j = 0; j < TILES; j++) {
-                    u32 pair;
-                    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(sums[j][2 * r + 1] * scales[r]), "f"(sums[j][2 * r] * scales[r]));
-                    vectors[rows[r] * (DIMS / 2) + 4 * j + t] = pair;
-                }
+                for (int j = 0; j < TILES; j++)
+                    vectors[rows[r] * (DIMS / 2) + 4 * j + t] = to_bf16s(sums[j][2 * r] * scales[r], sums[j][2 * r + 1] * scales[r]);
     }
 }
