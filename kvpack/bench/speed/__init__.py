@@ -19,9 +19,10 @@ import torch
 
 from kvpack.archive import Archive, Capture, open_cache
 from kvpack.bench.speed import fisher, given, lossless, paths, rivals
-from kvpack.bench.speed.made import EIGHT_B
+from kvpack.bench.speed.made import CODEC, EIGHT_B
 from kvpack.bench.speed.paths import TOKENS
 from kvpack.bench.speed.timing import Speed, Timed, seconds, speed
+from kvpack.codecs import CODECS
 from kvpack.container import layer_of
 from kvpack.errors import UsageError
 from kvpack.profile import Profile
@@ -102,7 +103,8 @@ def measure(captures: list[Path], gib: float, profile: Profile | None = None) ->
     yield from ceilings(gpu.device)
     with tempfile.TemporaryDirectory() as folder:
         path, arrays = tiled(captures, size, Path(folder))
-        yield from paths.rows(gpu, path, "capture")
+        for name in ("lossless", "kivi-4", "turboquant-3"):
+            yield from paths.rows(gpu, path, "capture", CODECS[name])
     for data, parts in (("capture", arrays), ("8B shape", wide(arrays))):
         if parts.shape[-1] % 64:
             continue
@@ -117,7 +119,13 @@ def measure(captures: list[Path], gib: float, profile: Profile | None = None) ->
         del bits
         torch.cuda.empty_cache()
     if profile is not None:
-        yield from fisher.rows(gpu, given.real(gpu, open_cache(captures[0]), profile, size))
+        one = given.real(gpu, open_cache(captures[0]), profile, size)
+        yield from fisher.rows(gpu, one)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "long.safetensors"
+            one.write(path)
+            yield from paths.rows(gpu, path, one.name, CODEC, profile, one.chunk)
+        del one
         torch.cuda.empty_cache()
     yield from fisher.rows(gpu, given.made(gpu, EIGHT_B, size))
 

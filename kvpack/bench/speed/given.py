@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvpack import pipeline
-from kvpack.archive import Archive, Capture, side_of
+from kvpack.archive import Archive, Capture, as_bytes, side_of
 from kvpack.bench.speed import made as making
 from kvpack.bench.speed.made import CODEC, Shape
 from kvpack.bench.speed.timing import Timed
@@ -20,6 +22,7 @@ from kvpack.floats import to_float32
 from kvpack.profile import Profile
 from kvpack.stages.base import Part, Side
 from kvpack.stages.transforms.token_klt.cuda import SPAN
+from kvpack.tensorfile import build_header
 
 CHUNK = 2048
 
@@ -36,6 +39,20 @@ class Given:
     tensors: torch.Tensor
     chunk: int
     worst: float
+    names: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """As a capture."""
+        tokens = self.part.side.tokens
+        assert tokens is not None
+        entries = [(name, "BF16", tuple(self.tensors.shape[1:])) for name in self.names]
+        header = build_header([*entries, ("tokens", "I32", tokens.shape)], self.metadata)
+        with path.open("wb") as sink:
+            sink.write(len(header.raw).to_bytes(8, "little") + header.raw)
+            for tensor in self.tensors:
+                sink.write(as_bytes(tensor.view(torch.int16).cpu().numpy()))
+            sink.write(as_bytes(tokens.view(np.uint32)))
 
 
 def made(gpu: Timed, shape: Shape, nbytes: int) -> Given:
@@ -69,7 +86,7 @@ def real(gpu: Timed, source: Capture | Archive, profile: Profile, nbytes: int) -
     whole = replace(part, shape=(shape[0], copies * tokens, dims), total=copies * tokens,
                     side=repeated(side, tokens, copies))  # fmt: skip
     worst = 1.01 * error_of(bits.reshape(shape), part)
-    return Given("capture", whole, turned_on(device, part, copies), tokens, worst)
+    return Given("capture", whole, turned_on(device, part, copies), tokens, worst, tuple(names), source.metadata)
 
 
 def error_of(bits: NDArray[np.uint16], part: Part) -> float:
