@@ -41,7 +41,10 @@ Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own; bf16 for G
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Gpu = Annotated[
     str,
-    typer.Option("--device", help="cpu; cuda, cuda:1, ... for lossless and fisher; auto: a GPU for large lossless."),
+    typer.Option(
+        "--device",
+        help="cpu; cuda, cuda:1, ... for lossless, fisher, kivi, turboquant; auto: a GPU for large lossless.",
+    ),
 ]
 ProfileFile = Annotated[
     Path | None,

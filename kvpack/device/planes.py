@@ -255,11 +255,9 @@ class PlaneDecoder:
             received[: len(host)].copy_(host, non_blocking=True)
             pieces, kinds, columns = self._targets(batch.ordered, tensors)
             columns[OFFSET] += received.data_ptr() + batch.staged.skip
-            arena = torch.empty(
-                int(columns[[SIZE, PLACE], -1].sum()) + max(cuda.slack(kind.parts(received)) for kind, _ in kinds),
-                dtype=torch.uint8,
-                device=slot.device,
-            )
+            slack = max(cuda.slack(geometry.parts(received)) for geometry in {geometry for geometry, _ in kinds})
+            space = int(columns[[SIZE, PLACE], -1].sum()) + slack
+            arena = torch.empty(space, dtype=torch.uint8, device=slot.device)
             columns[PLACE] += arena.data_ptr()
             order = sorted(range(len(kinds)), key=lambda i: (not kinds[i][0].modelled, kinds[i]))
             columns, kinds = np.take(columns, order, 1), [kinds[i] for i in order]
@@ -278,7 +276,8 @@ class PlaneDecoder:
         self, names: list[str], tensors: torch.Tensor
     ) -> tuple[list[tuple[Layout, list[torch.Tensor], torch.Tensor]], list[tuple[Geometry, int]], NDArray[np.int64]]:
         """Arrays to be decoded and where they go from there; of each stream its plane, whether it is coded; columns."""
-        pieces, kinds, rows = [], [], []
+        view = self._archive.container.view
+        pieces, kinds, rows, sums = [], [], [], []
         for number, chunk in enumerate(self._chunks(names)):
             first, tokens = chunk[0].plan.first, chunk[0].plan.tokens
             for some, layout in runs_of([part.plan for part in chunk], self._codec(chunk[0])):
@@ -286,14 +285,14 @@ class PlaneDecoder:
                 pieces.append((layout, arrays, tensors[some, :, first : first + tokens]))
                 targets = zip(*(addresses_of(arrays[plane.array]) for plane in layout.planes), strict=True)
                 for i, (part, goals) in enumerate(zip(chunk[some], targets, strict=True), some.start):
-                    streams = self._archive.container.streams(part)
-                    for (_, data, total), plane, goal in zip(streams, layout.planes, goals, strict=True):
-                        kinds.append((plane.geometry, data[0]))
-                        last = data[1] if data[0] == CODED else 0
-                        rows.append((len(data), *signed([total]), goal, number * len(names) + i, last))
-        sizes, sums, goals, parts, tables = np.array(rows, np.int64).T
+                    for (record, at), plane, goal in zip(part.streams, layout.planes, goals, strict=True):
+                        kinds.append((plane.geometry, view[at]))
+                        sums.append(record.checksum)
+                        last = view[at + 1] if view[at] == CODED else 0
+                        rows.append((record.size, goal, number * len(names) + i, last))
+        sizes, goals, parts, tables = np.array(rows, np.int64).T
         spaces = (sizes + 15) // 16 * 16
-        columns = (np.cumsum(sizes) - sizes, sizes, sums, goals, np.cumsum(spaces) - spaces, parts, tables)
+        columns = (np.cumsum(sizes) - sizes, sizes, signed(sums), goals, np.cumsum(spaces) - spaces, parts, tables)
         return pieces, kinds, np.stack(columns)
 
     def _decode(
