@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -52,18 +51,22 @@ class Timed(Gpu):
 
 
 def seconds(function: Callable[[], object], streams: int = 1) -> list[float]:
-    """Times of calls that follow each other, on so many streams by turns, by device events, ascending."""
+    """Times of calls that follow each other, on so many streams by turns, by device events, ascending.
+
+    On several, calls end in uneven steps: a time is that of as many calls as there are streams, shared.
+    """
     cuda: Any = torch.cuda
     turns = [cuda.current_stream()] if streams == 1 else [cuda.Stream() for _ in range(streams)]
-    events = [event() for _ in range(2 * streams + ROUNDS + 1)]
+    events = [event() for _ in range(3 * streams + ROUNDS)]
     torch.cuda.synchronize()
     for number, after in enumerate(events):
         with cuda.stream(turns[number % streams]):
             function()
             after.record()
     torch.cuda.synchronize()
-    events = events[2 * streams :]
-    return sorted(a.elapsed_time(b) / 1e3 for a, b in pairwise(events))
+    events = events[streams:]
+    pairs = zip(events[streams:], events[2 * streams :], strict=False)
+    return sorted(before.elapsed_time(after) / 1e3 / streams for before, after in pairs)
 
 
 def speed(what: str, data: str, size: int, times: list[float], remark: str = "") -> Speed:

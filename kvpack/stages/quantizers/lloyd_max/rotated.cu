@@ -1,8 +1,8 @@
 // TurboQuant on tensor cores (mma.sync m16n8k16, bf16 in, float32 out): rotation and Lloyd-Max codes in one pass.
 //
-// DIMS 64 or 128, BITS 1 to 4. Codes take STEP bits: 8, or 3 (bitpack) where BITS is 3. The rotation is given as two bf16 matrices whose sum it is to 16 bits, [2, DIMS, DIMS] row-major:
-// for compress R (rows are outputs), for decompress its transpose. A warp takes 16 vectors. codes: DIMS * STEP / 8
-// bytes a vector, 4 bytes aligned. (arXiv 2504.19874, algorithm 1.)
+// DIMS 64 or 128, BITS 1 to 4. Codes take STEP bits: 8, or 3 (bitpack) where BITS is 3; DIMS * STEP / 8 bytes a vector, 4
+// bytes aligned. The rotation is given as two bf16 matrices whose sum it is to 16 bits, [2, DIMS, DIMS] row-major: for
+// compress R (rows are outputs), for decompress its transpose. A warp takes 16 vectors. (arXiv 2504.19874, algorithm 1.)
 #define PADDED (DIMS + 8)
 #define TILES (DIMS / 8)
 #define WORDS (DIMS * STEP / 32)
@@ -80,15 +80,16 @@ __device__ __forceinline__ void store_codes(const u32 *pairs, u32 *out, bool liv
 #endif
 }
 
-// Codes 2 i and 2 i + 1 of a row as an index of 2 BITS bits.
-__device__ __forceinline__ u32 load_codes(const u32 *row, int i) {
+// A lane's pair of codes in the half (0 or 1) of a row's k-th 16, as an index of 2 BITS bits.
+__device__ __forceinline__ u32 load_codes(const u32 *row, int k, int half, int t) {
 #if STEP == 8
-    u32 pair = ((const u16 *)row)[i];
+    u32 pair = ((const u16 *)row)[8 * k + 4 * half + t];
     return (pair | pair >> (8 - BITS)) & ((1 << 2 * BITS) - 1);
 #else
-    const u32 *word = row + 6 * i / 32;
-    u32 next = 6 * i % 32 > 26 ? word[1] : 0;
-    return __funnelshift_r(word[0], next, 6 * i) & 63;
+    int bit = 48 * k + 24 * half + 6 * t;
+    const u32 *word = row + bit / 32;
+    u32 next = bit % 32 > 26 ? word[1] : 0;
+    return __funnelshift_r(word[0], next, bit) & 63;
 #endif
 }
 
@@ -145,7 +146,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) decompress(
         rotate<true>([&](int k, u32 *a, u32 *low) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {  // rows g, g + 8 at 16 k + 2 t, then at 16 k + 8 + 2 t
-                u64 pair = pairs[load_codes(from[i % 2], 8 * k + 4 * (i / 2) + t)];
+                u64 pair = pairs[load_codes(from[i % 2], k, i / 2, t)];
                 a[i] = (u32)pair, low[i] = (u32)(pair >> 32);
             }
         }, held, sums);
