@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"units", "inspection", "capture", "claims"},
     {"archive", "calibration"},
     {"fidelity", "device"},
-    {"hints", "decompression"},
+    {"hints", "decompression", "opened"},
     {"api"},
     {"rate"},
     {"demo", "bench"},
@@ -52,7 +52,7 @@ def imported(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_down(path: Path) -> None:
     if path == ROOT / "kvpack" / "__init__.py":
-        assert imported(path) == set()
+        assert imported(path) == {"importlib", "typing"}  # starting takes no time
         return
     height = {name: i for i, layer in enumerate(LAYERS) for name in layer}
     own = room(path)
