@@ -108,6 +108,9 @@ class Opened:
 def open_file(path: str | Path, profile: str | Path | Profile | None = None) -> Opened:
     """``kvpack.open``: a capture or a ``.kvp`` file, with the calibration profile that it needs.
 
+    A profile is unpacked when it is first used, which takes a second: for many files open it once
+    (:meth:`kvpack.profile.Profile.open`) and give it to each.
+
     Raises:
         FormatError: neither, or damaged.
         MismatchError: the file needs another profile.
