@@ -19,7 +19,8 @@ from kvpack.stages.quantizers.lloyd_max.reference import centroids
 from kvpack.stages.random import rotation_matrix
 
 Tensor = torch.Tensor
-BLOCKS = 1024
+BLOCKS = 1056
+"""Blocks of a launch at most: as many for each of 132 multiprocessors, whose last ones end together."""
 
 
 def supports(dims: int) -> bool:
