@@ -103,7 +103,7 @@ def test_auto_decides_by_all_files_together(cli: Cli, three: list[Path], monkeyp
 
     def find_gpu(device: str, size: int) -> tuple[None, str]:
         asked.append((device, size))
-        return None, "no GPU: using the CPU"
+        return None, "no GPU"
 
     monkeypatch.setattr("kvpack.stages.device.host.find_gpu", find_gpu)
     assert cli("compress", *three).err == "kvpack: no GPU: using the CPU\n"

@@ -73,7 +73,7 @@ def gpu(device: str, sources: Sequence[Path], quiet: bool, *, exact: bool) -> La
         return None
     found, reason = find_gpu(device, sum(source.stat().st_size for source in sources if source.is_file()))
     if reason:
-        say(f"kvpack: {reason}", quiet=quiet, to_stderr=True)
+        say(f"kvpack: {reason}: using the CPU", quiet=quiet, to_stderr=True)
     return found
 
 

@@ -78,6 +78,8 @@ def test_what_needs_a_profile_says_so(whole: Path) -> None:
 def test_a_device_that_is_not_there(whole: Path) -> None:
     with pytest.raises(UsageError, match="no GPU for 'cuda:99'"):
         kvpack.open(whole).to_tensors("cuda:99")
+    with pytest.raises(UsageError, match="not 'tpu'"):
+        kvpack.open(whole).to_tensors("tpu")
 
 
 @pytest.mark.parametrize("name", ["lossless", "kivi-4", "turboquant-3", "fisher-8", "zstd", "cachegen-4"])

@@ -100,4 +100,4 @@ def test_devices_are_named() -> None:
         found, reason = find_gpu("cuda", 1)
         assert found is None
         assert reason is not None
-        assert reason.endswith("using the CPU")
+        assert reason in ("no NVIDIA driver", "torch sees no GPU")

@@ -39,7 +39,7 @@ def find_gpu(device: str, size: int) -> tuple[Launcher | None, str | None]:
             return Gpu(int(index or 0)), None
         except (RuntimeError, UnsupportedError) as error:
             reason = str(error).splitlines()[0]
-    return None, None if device == "auto" else f"{reason}: using the CPU"
+    return None, None if device == "auto" else reason
 
 
 def _why_not(index: int) -> str | None:
