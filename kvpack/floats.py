@@ -1,11 +1,14 @@
-"""Floats as bit patterns and back, in numpy, which has no bf16."""
+"""Floats as bit patterns and back, in numpy, which has no bf16; and as torch's, which has."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
 
 FLOAT_BITS = {"BF16": (8, 7), "F16": (5, 10), "F32": (8, 23)}
 """Exponent bits and mantissa bits of each dtype (safetensors spelling)."""
@@ -53,3 +56,11 @@ def from_float32(values: NDArray[np.float32], dtype: str) -> Bits:
             rounded[nan] = (some[nan] >> np.uint32(16)) | np.uint32(0x40)
         flat[at : at + _BLOCK] = rounded
     return out
+
+
+def to_torch(bits: Bits, dtype: str) -> torch.Tensor:
+    """A copy of BF16, F16 or F32 bit patterns as a torch tensor of that dtype, in main memory."""
+    import torch
+
+    dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    return torch.from_numpy(np.array(bits).view(np.dtype(f"i{bits.itemsize}"))).view(dtypes[dtype])

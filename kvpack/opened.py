@@ -11,7 +11,7 @@ import numpy as np
 from kvpack.archive import Archive, Capture, open_cache
 from kvpack.container import layer_of
 from kvpack.errors import FormatError, KvpackError, UsageError
-from kvpack.floats import Bits
+from kvpack.floats import Bits, to_torch
 from kvpack.parallel import ordered_map
 from kvpack.profile import Profile
 from kvpack.stages.device.host import AUTO_BYTES, find_gpu
@@ -57,7 +57,7 @@ class Opened:
         if device == "cpu":
             names = self._layered()
             every = zip(names, ordered_map(self.read, names, None), strict=True)
-            return {name: _tensor(bits, self.tensors[name].dtype) for name, bits in every}
+            return {name: to_torch(bits, self.tensors[name].dtype) for name, bits in every}
         gpu, reason = find_gpu(device, AUTO_BYTES)
         if gpu is None:
             raise UsageError(f"no GPU for {device!r}: {reason or 'asked for the CPU'}")
@@ -72,7 +72,7 @@ class Opened:
 
             given = device.read(gpu, self.source, self._layered(), fetch=False)
         return {
-            name: _tensor(data, self.tensors[name].dtype).to(gpu.device) if isinstance(data, np.ndarray) else data
+            name: to_torch(data, self.tensors[name].dtype).to(gpu.device) if isinstance(data, np.ndarray) else data
             for name, data in given
         }
 
@@ -118,10 +118,3 @@ def open_file(path: str | Path, profile: str | Path | Profile | None = None) -> 
     """
     given = profile if profile is None or isinstance(profile, Profile) else Profile.open(Path(profile))
     return Opened(open_cache(Path(path), given))
-
-
-def _tensor(bits: Bits, dtype: str) -> torch.Tensor:
-    import torch
-
-    dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    return torch.from_numpy(np.array(bits).view(np.dtype(f"i{bits.itemsize}"))).view(dtypes[dtype])

@@ -20,13 +20,12 @@ from kvpack.capture.model import Model
 from kvpack.capture.needles import encode
 from kvpack.errors import FormatError, MismatchError
 from kvpack.fidelity.source import CacheSource, layer_tensors
+from kvpack.floats import to_torch
 
 JUDGED = 256
 """Positions of the repeated passage, and of the plain continuation at most."""
 
 GENERATED = 128
-TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_SIGNED = {"BF16": np.int16, "F16": np.int16, "F32": np.int32}
 
 Progress = Callable[[int, int], None]
 
@@ -280,8 +279,7 @@ def _tensor(model: Model, source: CacheSource, name: str, tokens: int) -> torch.
     spec = source.tensors[name]
     if spec.shape[1] != tokens:
         raise MismatchError(f"{name}: {spec.shape[1]} tokens, but the capture lists {tokens}")
-    bits = np.array(source.read(name)[:, :-1])
-    values = torch.from_numpy(bits.view(_SIGNED[spec.dtype])).view(TORCH[spec.dtype])
+    values = to_torch(source.read(name)[:, :-1], spec.dtype)
     return values[None].to(model.network.device, model.network.dtype)
 
 

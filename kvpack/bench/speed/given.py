@@ -112,10 +112,9 @@ def turned_on(tensors: torch.Tensor, part: Part, copies: int) -> torch.Tensor:
     steps = torch.from_numpy(klt.model(part).frequencies.astype(np.float64)).to(tensors.device)
     out = tensors.repeat(1, 1, copies, 1)
     tokens, half = tensors.shape[2], len(tensors) // 2
-    left, right = tensors[:half].float().chunk(2, -1)
+    keys = tensors[:half].float()
     for copy in range(1, copies):
         angles = copy * tokens * steps
         cosines, sines = angles.cos().float(), angles.sin().float()
-        on = torch.cat([left * cosines - right * sines, right * cosines + left * sines], -1)
-        out[:half, :, copy * tokens : (copy + 1) * tokens] = on.bfloat16()
+        out[:half, :, copy * tokens : (copy + 1) * tokens] = making.turned(keys, cosines, sines).bfloat16()
     return out

@@ -138,6 +138,11 @@ def cache(shape: Shape, part: Part, device: str) -> torch.Tensor:
     angles = torch.arange(tokens, device=device)[:, None] * steps
     cosines, sines = angles.cos().float(), angles.sin().float()
     for keys in tensors[: shape.layers]:
-        left, right = keys.chunk(2, -1)
-        keys.copy_(torch.cat([left * cosines - right * sines, right * cosines + left * sines], -1))
+        keys.copy_(turned(keys, cosines, sines))
     return tensors.bfloat16()
+
+
+def turned(keys: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """Keys ``[..., D]`` turned by RoPE, pairs (i, i + D / 2), by angles of these cosines and sines ``[..., D / 2]``."""
+    left, right = keys.chunk(2, -1)
+    return torch.cat([left * cosines - right * sines, right * cosines + left * sines], -1)
