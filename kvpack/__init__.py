@@ -7,5 +7,5 @@ __version__ = "0.1.0"
 
 
 def open(path: Any, profile: Any = None) -> Any:
-    """A capture or a ``.kvp`` file: :func:`kvpack.opened.open_file`, imported when it is called."""
-    return import_module("kvpack.opened").open_file(path, profile)
+    """A capture or a ``.kvp`` file: :func:`kvpack.jobs.opened.open_file`, imported when it is called."""
+    return import_module("kvpack.jobs.opened").open_file(path, profile)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import settings
 
 from kvpack.cli.main import main
-from kvpack.tensorfile import TensorFile, build_header
+from kvpack.formats.safetensors import TensorFile, build_header
 
 settings.register_profile("kvpack", deadline=None)  # the first call of a kernel compiles it
 settings.load_profile("kvpack")
@@ -71,7 +71,7 @@ def gpu() -> Iterator[Any]:
     import torch
 
     if torch.cuda.is_available():
-        from kvpack.stages.device.launch import Gpu
+        from kvpack.gpu.runtime.launch import Gpu
 
         yield Gpu()
     elif simt.COMPILER:

@@ -21,15 +21,15 @@ import numpy as np
 import torch
 from profiles import FIXTURES, THETA, TINY, model_metadata, tiny_capture
 
-from kvpack import api
-from kvpack.archive import Archive, Capture
+from kvpack import jobs
 from kvpack.calibration import FisherOptions, PredictorOptions, Sample, calibrate, prediction, scales, token_klt
-from kvpack.codecs import CODECS
-from kvpack.container.layout import VERSION
-from kvpack.floats import to_float32
-from kvpack.profile import Profile, write_profile
-from kvpack.stages.transforms.unrope import rotate
-from kvpack.tensorfile import TensorFile
+from kvpack.codecs.chain.transforms.unrope import rotate
+from kvpack.codecs.recipes import CODECS
+from kvpack.formats.safetensors import TensorFile
+from kvpack.jobs.reader import Archive, Capture
+from kvpack.kvp.layout import VERSION
+from kvpack.numerics.floats import to_float32
+from kvpack.profiles import Profile, write_profile
 
 CAPTURE = FIXTURES / "smollm2-160.safetensors"
 RANK, SINKS, TABLE_BUDGET = 32, 1, 8192
@@ -48,10 +48,10 @@ def main() -> None:
             if path.exists():
                 continue
             with path.open("wb") as sink:
-                api.compress(tiny if codec.profiled else CAPTURE, sink, codec, profile=profile)
+                jobs.compress(tiny if codec.profiled else CAPTURE, sink, codec, profile=profile)
             if codec.lossless:
                 back = io.BytesIO()
-                api.decompress(Archive.open(path), back)
+                jobs.decompress(Archive.open(path), back)
                 path.with_suffix(".sha256").write_text(hashlib.sha256(back.getvalue()).hexdigest() + "\n")
     files = [TINY, *sorted(FOLDER.glob("*.kvp")), *sorted(FOLDER.glob("*.sha256"))]
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]

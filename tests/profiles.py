@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from kvpack.archive import Capture
 from kvpack.calibration.aquakv import gaussian_grid
 from kvpack.calibration.scales import CLASSES, UNIT_CLASS, tables
-from kvpack.codecs import AQUAKV_BITS, CODECS, KVTC_RATES, Codec
-from kvpack.container import layer_of
-from kvpack.profile import Profile, write_profile
-from kvpack.stages.packed import pack_matrix
-from kvpack.stages.symbols import SMALLEST
-from kvpack.stages.transforms.token_klt.model import DECAYS, LAGS, PLACES
-from kvpack.tensorfile import TensorFile, build_header
+from kvpack.codecs.chain.packed import pack_matrix
+from kvpack.codecs.chain.symbols import SMALLEST
+from kvpack.codecs.chain.transforms.token_klt.model import DECAYS, LAGS, PLACES
+from kvpack.codecs.recipes import AQUAKV_BITS, CODECS, KVTC_RATES, Codec
+from kvpack.formats.safetensors import TensorFile, build_header
+from kvpack.jobs.reader import Capture
+from kvpack.kvp import layer_of
+from kvpack.profiles import Profile, write_profile
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 TINY = FIXTURES / "tiny.kvprofile"

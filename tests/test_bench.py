@@ -14,12 +14,12 @@ from models import CONFIGS, save_model
 from profiles import PROFILED, profile_for
 
 from kvpack.bench.bounds import BOUNDS
+from kvpack.bench.demo import demo_text
 from kvpack.bench.report import markdown
 from kvpack.bench.results import TOKEN_ENTROPY, Results, Row, compare, interval, summarize
-from kvpack.codecs import CODECS, codecs_matching, family_of
-from kvpack.demo import demo_text
+from kvpack.codecs.recipes import CODECS, codecs_matching, family_of
 from kvpack.errors import UsageError
-from kvpack.tensorfile import TensorFile
+from kvpack.formats.safetensors import TensorFile
 
 Cli = Callable[..., Any]
 

@@ -10,11 +10,11 @@ from conftest import write_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpack.archive import Capture
 from kvpack.bench.bounds import BOUNDS, SINKS, Bound, ecsq, gaussian, simulate
 from kvpack.fidelity import compare
-from kvpack.floats import from_float32
-from kvpack.tensorfile import TensorFile
+from kvpack.formats.safetensors import TensorFile
+from kvpack.jobs.reader import Capture
+from kvpack.numerics.floats import from_float32
 
 
 def correlated(seed: int, tokens: int = 20_000) -> np.ndarray:

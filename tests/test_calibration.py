@@ -13,7 +13,7 @@ from conftest import SMALL
 from models import CONFIGS, REFUSED, save_model
 from profiles import grids
 
-from kvpack.archive import Capture
+from kvpack.bench.demo import demo_text
 from kvpack.calibration import (
     CorpusOptions,
     FisherOptions,
@@ -27,15 +27,15 @@ from kvpack.calibration import (
 )
 from kvpack.calibration.rotary import inverse_frequencies
 from kvpack.capture import load_model
-from kvpack.codecs import CODECS, FISHER_LEVELS, fisher_log_step
-from kvpack.demo import demo_text
+from kvpack.codecs.chain.base import Part
+from kvpack.codecs.chain.quantizers.component_groups import ComponentGroups
+from kvpack.codecs.chain.quantizers.higgs import Higgs
+from kvpack.codecs.recipes import CODECS, FISHER_LEVELS, fisher_log_step
 from kvpack.errors import UnsupportedError, UsageError
-from kvpack.floats import to_float32
-from kvpack.profile import Profile
-from kvpack.stages.base import Part
-from kvpack.stages.quantizers.component_groups import ComponentGroups
-from kvpack.stages.quantizers.higgs import Higgs
-from kvpack.tensorfile import TensorFile
+from kvpack.formats.safetensors import TensorFile
+from kvpack.jobs.reader import Capture
+from kvpack.numerics.floats import to_float32
+from kvpack.profiles import Profile
 
 Cli = Callable[..., Any]
 ROPE = ["llama-gqa", "llama-mqa", "qwen3", "gpt-neox", "phi"]

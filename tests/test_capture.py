@@ -15,9 +15,9 @@ import torch
 import transformers
 from models import CONFIGS, REFUSED, save_model
 
-from kvpack.archive import Capture, open_cache
 from kvpack.capture.run import probe_positions
-from kvpack.floats import to_float32
+from kvpack.jobs.reader import Capture, open_cache
+from kvpack.numerics.floats import to_float32
 
 Cli = Callable[..., Any]
 TEXT = "The KV cache of a language model holds, for every layer, the keys and values of all tokens so far. " * 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpack.checksum import checksum
+from kvpack.numerics.checksum import checksum
 
 
 @given(st.binary(max_size=100))

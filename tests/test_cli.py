@@ -16,8 +16,8 @@ import pytest
 from conftest import SMALL, write_tensors
 from profiles import profile_for
 
-from kvpack.codecs import CODECS
-from kvpack.container.layout import MAGIC
+from kvpack.codecs.recipes import CODECS
+from kvpack.kvp.layout import MAGIC
 
 Cli = Callable[..., "object"]
 
@@ -105,7 +105,7 @@ def test_auto_decides_by_all_files_together(cli: Cli, three: list[Path], monkeyp
         asked.append((device, size))
         return None, "no GPU"
 
-    monkeypatch.setattr("kvpack.stages.device.host.find_gpu", find_gpu)
+    monkeypatch.setattr("kvpack.gpu.runtime.host.find_gpu", find_gpu)
     assert cli("compress", *three).err == "kvpack: no GPU: using the CPU\n"
     assert asked == [("auto", 3 * SMALL.stat().st_size)]
     assert cli("compress", "-f", "-c", "kivi-4", *three).err == ""
@@ -120,7 +120,7 @@ def test_rm_only_after_verification(cli: Cli, small: Path, monkeypatch: pytest.M
         raise CorruptError("corrupt")
 
     with monkeypatch.context() as patch:
-        patch.setattr("kvpack.api.check", broken)
+        patch.setattr("kvpack.jobs.compress.check", broken)
         assert cli("compress", "--rm", small).code == 1
         assert small.exists()
     assert cli("compress", "-f", "--rm", small).code == 0
@@ -240,7 +240,7 @@ def test_selection(cli: Cli, small: Path, tmp_path: Path) -> None:
         "BF16[3, 40, 64]": ["layers.29.keys", "layers.29.values"],
         "I32[40]": ["tokens"],
     }
-    from kvpack.archive import open_cache
+    from kvpack.jobs.reader import open_cache
 
     whole, part = open_cache(small), open_cache(target)
     for name in part.tensors:
@@ -360,7 +360,7 @@ def test_interrupted_writes_leave_nothing(cli: Cli, small: Path, monkeypatch: py
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "small.kvp")
 
-    monkeypatch.setattr("kvpack.container.writer.ContainerWriter.finish", full)
+    monkeypatch.setattr("kvpack.kvp.writer.ContainerWriter.finish", full)
     result = cli("compress", small)
     assert (result.code, result.err) == (1, "kvpack: small.kvp: No space left on device\n")
     assert [p.name for p in small.parent.iterdir()] == [small.name]

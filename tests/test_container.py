@@ -13,25 +13,25 @@ from conftest import SMALL, write_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpack import api
-from kvpack.archive import Archive, open_cache
-from kvpack.codecs import CODECS
-from kvpack.container import Container, layout
-from kvpack.container.header import Header
-from kvpack.container.layout import FOOTER, MAGIC, PROLOGUE, pack_footer, pack_index, pack_prologue
+from kvpack import jobs
+from kvpack.codecs.recipes import CODECS
 from kvpack.errors import CorruptError, FormatError, KvpackError, TruncatedError, UnsupportedError
+from kvpack.jobs.reader import Archive, open_cache
+from kvpack.kvp import Container, layout
+from kvpack.kvp.header import Header
+from kvpack.kvp.layout import FOOTER, MAGIC, PROLOGUE, pack_footer, pack_index, pack_prologue
 
 
 @pytest.fixture(scope="module")
 def blob() -> bytes:
     sink = io.BytesIO()
-    api.compress(SMALL, sink, CODECS["lossless"], chunk_tokens=128)
+    jobs.compress(SMALL, sink, CODECS["lossless"], chunk_tokens=128)
     return sink.getvalue()
 
 
 def read_all(data: bytes) -> bytes:
     sink = io.BytesIO()
-    api.decompress(Archive(Container(memoryview(data))), sink, threads=1)
+    jobs.decompress(Archive(Container(memoryview(data))), sink, threads=1)
     return sink.getvalue()
 
 
@@ -71,7 +71,7 @@ def test_appended_bytes_are_refused(blob: bytes) -> None:
 
 def test_header_of_one_file_and_index_of_another(blob: bytes) -> None:
     sink = io.BytesIO()
-    api.compress(SMALL, sink, CODECS["zstd"])
+    jobs.compress(SMALL, sink, CODECS["zstd"])
     prologue = PROLOGUE.size
     with pytest.raises(FormatError):
         Container(memoryview(sink.getvalue()[:prologue] + blob[prologue:]))
@@ -192,7 +192,7 @@ def test_a_small_file_cannot_claim_a_huge_cache() -> None:
 
 def test_inflation_is_capped(blob: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     header, streams, index = taken_apart(blob)
-    monkeypatch.setattr("kvpack.container.reader.MAX_HEADER", 1 << 16)
+    monkeypatch.setattr("kvpack.kvp.reader.MAX_HEADER", 1 << 16)
     with pytest.raises(FormatError, match="longer than it may be"):
         Container(memoryview(assemble(header.to_bytes() + b" " * (1 << 17), streams, index)))
 
@@ -211,17 +211,17 @@ def test_a_name_of_many_digits_is_no_layer(tmp_path: Path) -> None:
     name = f"layers.{'9' * 5000}.keys"
     path = write_tensors(tmp_path / "x", {name: ("F32", np.ones((1, 2, 2), np.float32))})
     sink = io.BytesIO()
-    api.compress(path, sink, CODECS["lossless"])
+    jobs.compress(path, sink, CODECS["lossless"])
     assert read_all(sink.getvalue()) == path.read_bytes()
 
 
 def test_a_file_without_tensors_round_trips(tmp_path: Path) -> None:
     path = write_tensors(tmp_path / "x", {}, {"a": "b"})
     sink = io.BytesIO()
-    api.compress(path, sink, CODECS["lossless"])
+    jobs.compress(path, sink, CODECS["lossless"])
     assert read_all(sink.getvalue()) == path.read_bytes()
     with pytest.raises(FormatError, match="to compress lossily"):
-        api.compress(path, io.BytesIO(), CODECS["kivi-2"])
+        jobs.compress(path, io.BytesIO(), CODECS["kivi-2"])
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-32-le", "latin-1"])

@@ -10,20 +10,20 @@ import pytest
 from conftest import SMALL, write_tensors
 from profiles import STACKED, VOCABULARY, profile_for
 
-from kvpack import api
-from kvpack.archive import Archive
-from kvpack.codecs import CODECS, Codec, family_of
-from kvpack.container import Container
+from kvpack import jobs
+from kvpack.codecs.recipes import CODECS, Codec, family_of
 from kvpack.errors import MismatchError, UnsupportedError
-from kvpack.floats import UINT, from_float32, to_float32
+from kvpack.jobs.reader import Archive
+from kvpack.kvp import Container
+from kvpack.numerics.floats import UINT, from_float32, to_float32
 
 SHAPES = [(2, 1, 8), (2, 63, 8), (1, 1000, 16), (2, 300, 7), (3, 0, 8), (1, 200, 1)]
 
 
-def pack(path: Path, codec: Codec, **options: object) -> tuple[bytes, api.Compressed]:
+def pack(path: Path, codec: Codec, **options: object) -> tuple[bytes, jobs.Compressed]:
     sink = io.BytesIO()
     profile = profile_for(path, codec)
-    done = api.compress(path, sink, codec, profile=profile, **options)  # type: ignore[arg-type]
+    done = jobs.compress(path, sink, codec, profile=profile, **options)  # type: ignore[arg-type]
     return sink.getvalue(), done
 
 
@@ -35,7 +35,7 @@ def opened(data: bytes, path: Path) -> Archive:
 
 def unpack(data: bytes, path: Path) -> bytes:
     sink = io.BytesIO()
-    api.decompress(opened(data, path), sink)
+    jobs.decompress(opened(data, path), sink)
     return sink.getvalue()
 
 
@@ -165,7 +165,7 @@ def test_layers_that_do_not_stack_are_refused(tmp_path: Path, name: str) -> None
         tensors = {"layers.0.keys": ("BF16", bits), "layers.1.keys": ("BF16", other)}
         path = write_tensors(tmp_path / "y", tensors)
         with pytest.raises(UnsupportedError, match="differ in shape"):
-            api.compress(path, io.BytesIO(), CODECS[name], profile=profile)
+            jobs.compress(path, io.BytesIO(), CODECS[name], profile=profile)
 
 
 @pytest.mark.parametrize("name", STACKED)

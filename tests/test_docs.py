@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from kvpack.bench.demo import demo_text
 from kvpack.cli.main import app
-from kvpack.codecs import CODECS
-from kvpack.demo import demo_text
+from kvpack.codecs.recipes import CODECS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -46,7 +46,7 @@ def test_the_readmes_commands_run(tmp_path: Path) -> None:
     out = run(block("sh", "kvpack capture"), tmp_path)
     assert "doc.safetensors.kvp ok (bit-exact)" in out
     assert (tmp_path / "back.safetensors").read_bytes() == (tmp_path / "doc.safetensors").read_bytes()
-    (tmp_path / "example.py").write_text(block("python", "api.compress"))
+    (tmp_path / "example.py").write_text(block("python", "jobs.compress"))
     run(f"{sys.executable} example.py", tmp_path)
 
 

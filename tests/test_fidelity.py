@@ -21,8 +21,8 @@ from kvpack.fidelity import (
 )
 from kvpack.fidelity import attention as attention_module
 from kvpack.fidelity import reconstruction as reconstruction_module
-from kvpack.floats import FLOAT_BITS, UINT, from_float32, to_float32
-from kvpack.tensorfile import ITEM_BITS, TensorSpec
+from kvpack.formats.safetensors import ITEM_BITS, TensorSpec
+from kvpack.numerics.floats import FLOAT_BITS, UINT, from_float32, to_float32
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 ALL_16_BITS = np.arange(1 << 16, dtype=np.uint16)

@@ -16,21 +16,22 @@ from hypothesis import given as generated
 from hypothesis import strategies as st
 from profiles import VOCABULARY, arrays_for, fisher_arrays, matrix, write
 
-from kvpack import api, archive
+from kvpack import jobs
 from kvpack.calibration.scales import tables
-from kvpack.codecs import CODECS, fisher
-from kvpack.container.layout import plan_parts
+from kvpack.codecs.chain.base import Part, Scales, Side, UnrepresentableError
+from kvpack.codecs.chain.quantizers.dead_zone import MIDDLE, MOST_SHIFT, DeadZone, quantise, reference, token_levels
+from kvpack.codecs.chain.rotary import rotate, turns
+from kvpack.codecs.chain.symbols import unzigzag
+from kvpack.codecs.chain.transforms.token_klt import TokenKlt, cpu
+from kvpack.codecs.chain.units import Unit, units
+from kvpack.codecs.recipes import CODECS, fisher
 from kvpack.errors import MismatchError, UnsupportedError, UsageError
-from kvpack.floats import from_float32, to_float32
-from kvpack.profile import Profile
-from kvpack.rate import COARSEST, FINEST, RESOLUTION, Goal, coarsest, step_for_kl
-from kvpack.stages.base import Part, Scales, Side, UnrepresentableError
-from kvpack.stages.quantizers.dead_zone import MIDDLE, MOST_SHIFT, DeadZone, quantise, reference, token_levels
-from kvpack.stages.rotary import rotate, turns
-from kvpack.stages.symbols import unzigzag
-from kvpack.stages.transforms.token_klt import TokenKlt, cpu
-from kvpack.tensorfile import build_header
-from kvpack.units import Unit, units
+from kvpack.formats.safetensors import build_header
+from kvpack.jobs import reader as archive
+from kvpack.jobs.rate import COARSEST, FINEST, RESOLUTION, Goal, coarsest, step_for_kl
+from kvpack.kvp.layout import plan_parts
+from kvpack.numerics.floats import from_float32, to_float32
+from kvpack.profiles import Profile
 
 Cli = Callable[..., Any]
 KLT = TokenKlt(section="fisher")
@@ -393,8 +394,8 @@ def test_token_ids_come_from_the_file_itself(cli: Cli, capture: Path, tmp_path: 
         out, back = tmp_path / "c.kvp", tmp_path / "back"
         assert cli("compress", capture, "-c", "fisher-8", "-D", profile, "-o", out, "-f", *options).code == 0
         assert cli("decompress", out, "-D", profile, "-o", back, "-f").code == 0
-        from kvpack.archive import Capture
-        from kvpack.tensorfile import TensorFile
+        from kvpack.formats.safetensors import TensorFile
+        from kvpack.jobs.reader import Capture
 
         x, y = (Capture(TensorFile.open(path)).read("layers.1.keys").view(np.float32) for path in (capture, back))
         assert np.abs(x - y)[:, 1:].max() < 0.05
@@ -477,7 +478,7 @@ def test_chunks_are_decoded_once_each(cli: Cli, tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(archive, "KEPT_BYTES", kept)
         decoded.clear()
         sink = io.BytesIO()
-        api.decompress(archive.Archive.open(packed, Profile.open(profile)), sink)
+        jobs.decompress(archive.Archive.open(packed, Profile.open(profile)), sink)
         assert len(decoded) == 3
         backs.append(sink.getvalue())
     assert backs[0] == backs[1]

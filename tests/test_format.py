@@ -15,14 +15,14 @@ import reference_stages
 from conftest import FIXTURES, SMALL, write_tensors
 from profiles import PROFILED, STACKED, TINY, profile_for, tiny_capture
 
-from kvpack import api
-from kvpack.archive import Archive
-from kvpack.codecs import CODECS, family_of
-from kvpack.container import Container
-from kvpack.container.layout import VERSION
-from kvpack.floats import UINT, from_float32, to_float32
-from kvpack.profile import Profile
-from kvpack.stages.registry import STAGES
+from kvpack import jobs
+from kvpack.codecs.chain.registry import STAGES
+from kvpack.codecs.recipes import CODECS, family_of
+from kvpack.jobs.reader import Archive
+from kvpack.kvp import Container
+from kvpack.kvp.layout import VERSION
+from kvpack.numerics.floats import UINT, from_float32, to_float32
+from kvpack.profiles import Profile
 
 GOLDENS = FIXTURES / "goldens" / ".".join(map(str, VERSION))
 SPECIFICATION = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
@@ -31,13 +31,13 @@ FLOAT_PRODUCTS = [name for name in CODECS if name.startswith(("turboquant", "kvt
 
 def decompress(data: bytes, profile: Profile | None = None) -> bytes:
     sink = io.BytesIO()
-    api.decompress(Archive(Container(memoryview(data)), profile), sink)
+    jobs.decompress(Archive(Container(memoryview(data)), profile), sink)
     return sink.getvalue()
 
 
 def compress(path: Path, name: str, profile: Profile | None = None, **options: int) -> bytes:
     sink = io.BytesIO()
-    api.compress(path, sink, CODECS[name], profile=profile, **options)
+    jobs.compress(path, sink, CODECS[name], profile=profile, **options)
     return sink.getvalue()
 
 

@@ -15,19 +15,19 @@ from conftest import SMALL, write_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpack.archive import Archive, Capture
-from kvpack.codecs import CODECS, local
-from kvpack.container.layout import plan_parts
+from kvpack.codecs.chain.base import Part, Side, UnrepresentableError
+from kvpack.codecs.chain.rotary import rotate
+from kvpack.codecs.chain.units import Unit, units
+from kvpack.codecs.low_rank import SINKS, LowRank, cpu, factors, reference
+from kvpack.codecs.low_rank.tables import UNIT, tables
+from kvpack.codecs.low_rank.weights import element_weights
+from kvpack.codecs.recipes import CODECS, local
 from kvpack.fidelity import compare
-from kvpack.floats import from_float32, to_float32
-from kvpack.hints import probe_weights, rope_frequencies
-from kvpack.stages.base import Part, Side, UnrepresentableError
-from kvpack.stages.quantizers.low_rank import SINKS, LowRank, cpu, factors, reference
-from kvpack.stages.quantizers.low_rank.tables import UNIT, tables
-from kvpack.stages.quantizers.low_rank.weights import element_weights
-from kvpack.stages.rotary import rotate
-from kvpack.tensorfile import TensorFile, build_header
-from kvpack.units import Unit, units
+from kvpack.formats.safetensors import TensorFile, build_header
+from kvpack.jobs.hints import probe_weights, rope_frequencies
+from kvpack.jobs.reader import Archive, Capture
+from kvpack.kvp.layout import plan_parts
+from kvpack.numerics.floats import from_float32, to_float32
 
 Cli = Callable[..., Any]
 FREQUENCIES = np.array([1.0, 0.1, 0.01], np.float32)

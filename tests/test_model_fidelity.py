@@ -12,16 +12,16 @@ import pytest
 import torch
 from models import CONFIGS, save_model
 
-from kvpack import api
-from kvpack.archive import Archive, Capture
+from kvpack import jobs
+from kvpack.bench.demo import demo_text
 from kvpack.capture import CaptureOptions, Model, load_model, run, write_capture
 from kvpack.capture.needles import facts, plant
-from kvpack.codecs import CODECS
-from kvpack.demo import demo_text
+from kvpack.codecs.recipes import CODECS
 from kvpack.errors import FormatError, MismatchError, UsageError
 from kvpack.fidelity import compare
 from kvpack.fidelity.model import GENERATED, Judge, ModelReport, check_model
-from kvpack.tensorfile import TensorFile, build_header
+from kvpack.formats.safetensors import TensorFile, build_header
+from kvpack.jobs.reader import Archive, Capture
 
 Cli = Callable[..., Any]
 TOKENS, FOLLOWING = 150, 40
@@ -37,7 +37,7 @@ def capture(model: Model, path: Path, **options: int) -> Capture:
 
 def compressed(path: Path, codec: str) -> Archive:
     with path.with_suffix(".kvp").open("wb") as sink:
-        api.compress(path, sink, CODECS[codec])
+        jobs.compress(path, sink, CODECS[codec])
     return Archive.open(path.with_suffix(".kvp"))
 
 

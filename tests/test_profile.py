@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from profiles import PROFILED, STACKED, TINY, arrays_for, model_metadata, tiny_capture, write
 
 from kvpack.errors import FormatError, KvpackError, MismatchError
-from kvpack.profile import Profile, write_profile
-from kvpack.tensorfile import TensorFile
+from kvpack.formats.safetensors import TensorFile
+from kvpack.profiles import Profile, write_profile
 
 Cli = Callable[..., Any]
 

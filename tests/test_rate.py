@@ -12,13 +12,13 @@ import pytest
 from conftest import write_tensors
 from models import CONFIGS, save_model
 
-from kvpack import api
-from kvpack.archive import Archive, Capture
-from kvpack.codecs import fisher, fisher_log_step
-from kvpack.demo import demo_text
-from kvpack.profile import Profile
-from kvpack.rate import MARGIN
-from kvpack.tensorfile import TensorFile
+from kvpack import jobs
+from kvpack.bench.demo import demo_text
+from kvpack.codecs.recipes import fisher, fisher_log_step
+from kvpack.formats.safetensors import TensorFile
+from kvpack.jobs.rate import MARGIN
+from kvpack.jobs.reader import Archive, Capture
+from kvpack.profiles import Profile
 
 Cli = Callable[..., Any]
 SMALL = ("--context", 128, "--tokens", 12288, "--rank", 60, "--units", 8, "--steps", 10, "-q", "--device", "cpu")
@@ -89,7 +89,7 @@ def test_every_kind_of_attention_and_length(cli: Cli, folder: Path, tokens: int)
     errors = []
     for log_step in (-480, -320, -180):
         with (folder / "x.kvp").open("wb") as sink:
-            done = api.compress(source, sink, fisher(log_step), profile=profile)
+            done = jobs.compress(source, sink, fisher(log_step), profile=profile)
         assert done.carried == []
         assert cli("verify", source, folder / "x.kvp", "-D", profile.path).code == 0
         errors.append(_nmse(source, Archive.open(folder / "x.kvp", profile)))

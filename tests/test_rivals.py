@@ -17,15 +17,15 @@ import pytest
 import torch
 from conftest import SMALL
 
-from kvpack.archive import Capture
-from kvpack.floats import to_float32
-from kvpack.stages.base import Part, PlaneSpec
-from kvpack.stages.entropy.rans import Rans
-from kvpack.stages.quantizers.affine import Affine
-from kvpack.stages.quantizers.anchor_delta import quantize
-from kvpack.stages.quantizers.lloyd_max import LloydMax
-from kvpack.stages.transforms.rotation import Rotation
-from kvpack.tensorfile import TensorFile
+from kvpack.codecs.chain.base import Part, PlaneSpec
+from kvpack.codecs.chain.entropy.rans import Rans
+from kvpack.codecs.chain.quantizers.affine import Affine
+from kvpack.codecs.chain.quantizers.anchor_delta import quantize
+from kvpack.codecs.chain.quantizers.lloyd_max import LloydMax
+from kvpack.codecs.chain.transforms.rotation import Rotation
+from kvpack.formats.safetensors import TensorFile
+from kvpack.jobs.reader import Capture
+from kvpack.numerics.floats import to_float32
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

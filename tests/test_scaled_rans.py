@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpack.calibration.scales import CLASSES, tables
+from kvpack.codecs.chain import symbols
+from kvpack.codecs.chain.base import Part, PlaneSpec, Scales
+from kvpack.codecs.chain.entropy.rans import Rans
+from kvpack.codecs.chain.entropy.scaled_rans import GROUP_BYTES, ScaledRans, cpu, reference
+from kvpack.codecs.chain.packed import pack_matrix, unpack_matrix
 from kvpack.errors import CorruptError, MismatchError
-from kvpack.stages import symbols
-from kvpack.stages.base import Part, PlaneSpec, Scales
-from kvpack.stages.entropy.rans import Rans
-from kvpack.stages.entropy.scaled_rans import GROUP_BYTES, ScaledRans, cpu, reference
-from kvpack.stages.packed import pack_matrix, unpack_matrix
 
 CODER = ScaledRans()
 TABLES = tables(np.zeros((CLASSES, len(symbols.SMALLEST))))

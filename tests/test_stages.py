@@ -9,30 +9,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvpack.codecs.chain.base import Part, PlaneSpec, UnrepresentableError
+from kvpack.codecs.chain.entropy.bitpack import BitPack, pack, reference, unpack
+from kvpack.codecs.chain.entropy.deflate import Deflate
+from kvpack.codecs.chain.entropy.rans import Rans, _layout, cpu, tables
+from kvpack.codecs.chain.entropy.rans import reference as rans_reference
+from kvpack.codecs.chain.entropy.zstd import Zstd
+from kvpack.codecs.chain.keep import Keep
+from kvpack.codecs.chain.predictors.cross_layer import CrossLayer
+from kvpack.codecs.chain.quantizers.affine import Affine
+from kvpack.codecs.chain.quantizers.anchor_delta import AnchorDelta
+from kvpack.codecs.chain.quantizers.byte_planes import BytePlanes
+from kvpack.codecs.chain.quantizers.component_groups import ComponentGroups
+from kvpack.codecs.chain.quantizers.dead_zone import DeadZone
+from kvpack.codecs.chain.quantizers.float_split import FloatSplit
+from kvpack.codecs.chain.quantizers.higgs import Higgs
+from kvpack.codecs.chain.quantizers.lloyd_max import LloydMax
+from kvpack.codecs.chain.random import rotation_matrix
+from kvpack.codecs.chain.registry import STAGES, stage_from_json
+from kvpack.codecs.chain.transforms.klt import Klt
+from kvpack.codecs.chain.transforms.rotation import Rotation
+from kvpack.codecs.chain.transforms.token_klt import TokenKlt
+from kvpack.codecs.low_rank import LowRank
 from kvpack.errors import CorruptError, FormatError, UnsupportedError
-from kvpack.floats import UINT
-from kvpack.stages.base import Part, PlaneSpec, UnrepresentableError
-from kvpack.stages.entropy.bitpack import BitPack, pack, reference, unpack
-from kvpack.stages.entropy.deflate import Deflate
-from kvpack.stages.entropy.rans import Rans, _layout, cpu, tables
-from kvpack.stages.entropy.rans import reference as rans_reference
-from kvpack.stages.entropy.zstd import Zstd
-from kvpack.stages.keep import Keep
-from kvpack.stages.predictors.cross_layer import CrossLayer
-from kvpack.stages.quantizers.affine import Affine
-from kvpack.stages.quantizers.anchor_delta import AnchorDelta
-from kvpack.stages.quantizers.byte_planes import BytePlanes
-from kvpack.stages.quantizers.component_groups import ComponentGroups
-from kvpack.stages.quantizers.dead_zone import DeadZone
-from kvpack.stages.quantizers.float_split import FloatSplit
-from kvpack.stages.quantizers.higgs import Higgs
-from kvpack.stages.quantizers.lloyd_max import LloydMax
-from kvpack.stages.quantizers.low_rank import LowRank
-from kvpack.stages.random import rotation_matrix
-from kvpack.stages.registry import STAGES, stage_from_json
-from kvpack.stages.transforms.klt import Klt
-from kvpack.stages.transforms.rotation import Rotation
-from kvpack.stages.transforms.token_klt import TokenKlt
+from kvpack.numerics.floats import UINT
 
 SHAPES = [(1, 1, 1), (1, 63, 5), (3, 1000, 7), (2, 0, 4), (4, 2, 64), (1, 5000, 1)]
 CODERS = [BitPack(), Rans(), Zstd(level=3), Deflate(level=6)]

@@ -10,21 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from profiles import grids
 
-from kvpack.codecs import Chain, Codec
+from kvpack.codecs.chain.base import Codes, Part, PlaneSpec, Quantizer, UnrepresentableError
+from kvpack.codecs.chain.entropy.deflate import Deflate
+from kvpack.codecs.chain.entropy.rans import Rans
+from kvpack.codecs.chain.keep import Keep
+from kvpack.codecs.chain.predictors.cross_layer import CrossLayer
+from kvpack.codecs.chain.quantizers.affine import Affine
+from kvpack.codecs.chain.quantizers.anchor_delta import AnchorDelta
+from kvpack.codecs.chain.quantizers.component_groups import E4M3, ComponentGroups
+from kvpack.codecs.chain.quantizers.float_split import FloatSplit
+from kvpack.codecs.chain.quantizers.higgs import Higgs
+from kvpack.codecs.chain.transforms.klt import Klt
+from kvpack.codecs.chain.transforms.merge_heads import MergeHeads
+from kvpack.codecs.chain.transforms.unrope import Unrope
+from kvpack.codecs.recipes import Chain, Codec
 from kvpack.errors import CorruptError, FormatError, MismatchError
-from kvpack.stages.base import Codes, Part, PlaneSpec, Quantizer, UnrepresentableError
-from kvpack.stages.entropy.deflate import Deflate
-from kvpack.stages.entropy.rans import Rans
-from kvpack.stages.keep import Keep
-from kvpack.stages.predictors.cross_layer import CrossLayer
-from kvpack.stages.quantizers.affine import Affine
-from kvpack.stages.quantizers.anchor_delta import AnchorDelta
-from kvpack.stages.quantizers.component_groups import E4M3, ComponentGroups
-from kvpack.stages.quantizers.float_split import FloatSplit
-from kvpack.stages.quantizers.higgs import Higgs
-from kvpack.stages.transforms.klt import Klt
-from kvpack.stages.transforms.merge_heads import MergeHeads
-from kvpack.stages.transforms.unrope import Unrope
 
 shapes = st.tuples(st.integers(1, 4), st.integers(0, 70), st.integers(1, 9))
 SCALES = st.sampled_from([1e-3, 1.0, 300.0])

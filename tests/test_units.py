@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpack.codecs import CODECS
-from kvpack.container.layout import plan_parts
-from kvpack.tensorfile import build_header
-from kvpack.units import Unit, units
+from kvpack.codecs.chain.units import Unit, units
+from kvpack.codecs.recipes import CODECS
+from kvpack.formats.safetensors import build_header
+from kvpack.kvp.layout import plan_parts
 
 SHAPES = st.lists(st.integers(0, 300), min_size=0, max_size=6)
 

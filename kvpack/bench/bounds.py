@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvpack.codecs.chain.base import Floats
 from kvpack.fidelity import CacheSource
 from kvpack.fidelity.source import layer_tensors
-from kvpack.floats import Bits, from_float32, to_float32
-from kvpack.stages.base import Floats
-from kvpack.tensorfile import TensorSpec
+from kvpack.formats.safetensors import TensorSpec
+from kvpack.numerics.floats import Bits, from_float32, to_float32
 
 SINKS = 4
 """First tokens, kept whole: their outliers would swamp every covariance (arXiv 2309.17453)."""

@@ -103,7 +103,7 @@ def plot(results: Results, path: Path) -> None:
         from matplotlib.ticker import LogLocator
     except ImportError:
         raise KvpackError("--plot needs matplotlib: pip install 'kvpack[plot]'") from None
-    from kvpack.codecs import family_of
+    from kvpack.codecs.recipes import family_of
 
     figure = Figure(figsize=(11, 8), layout="constrained")
     every = summarize(results.rows)

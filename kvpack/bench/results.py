@@ -11,7 +11,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from kvpack.errors import FormatError, UsageError
-from kvpack.files import atomic_output
+from kvpack.formats.output import atomic_output
 
 SCHEMA_VERSION = 2
 TOKEN_ENTROPY = "token-entropy"

@@ -1,7 +1,7 @@
 """Runs codecs over captures: a real file each, decompressed, measured, judged by the model.
 
 The judged file holds what a reader of a cache needs, keys, values and tokens: tensors that only measure fidelity
-(``api.PROBES``) are dropped from it, so that they weigh on no ratio.
+(``jobs.PROBES``) are dropped from it, so that they weigh on no ratio.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from typing import Any
 import numpy as np
 
 import kvpack
-from kvpack import api
-from kvpack.archive import Archive, Capture
+from kvpack import jobs
 from kvpack.bench.bounds import Bound, simulate
 from kvpack.bench.results import TOKEN_ENTROPY, Results, Row
 from kvpack.capture import Model
 from kvpack.capture.entropy import token_bits
-from kvpack.codecs import Codec
+from kvpack.codecs.recipes import Codec
 from kvpack.errors import CorruptError
 from kvpack.fidelity import CacheSource, compare
 from kvpack.fidelity.model import Judge
 from kvpack.fidelity.source import layer_tensors
-from kvpack.inspection import inspect
-from kvpack.profile import Profile
-from kvpack.tensorfile import TensorFile
+from kvpack.formats.safetensors import TensorFile
+from kvpack.jobs.reader import Archive, Capture
+from kvpack.kvp.inspection import inspect
+from kvpack.profiles import Profile
 
 QUICK = ("lossless", "kivi-4", "kivi-2", "turboquant-4", "turboquant-2", "cachegen-4", "aquakv-2", "kvtc-1")
 """Codecs of ``--quick``; those that are calibrated only with a profile."""
@@ -171,10 +171,10 @@ class _Bench:
         for _ in range(2):
             start = time.perf_counter()
             with packed.open("wb") as sink:
-                api.compress(task.path, sink, codec.with_seed(task.seed), profile=self.profile, drop=api.PROBES)
+                jobs.compress(task.path, sink, codec.with_seed(task.seed), profile=self.profile, drop=jobs.PROBES)
             middle = time.perf_counter()
             with back.open("wb") as sink:
-                api.decompress(Archive.open(packed, self.profile), sink)
+                jobs.decompress(Archive.open(packed, self.profile), sink)
             seconds.append((middle - start, time.perf_counter() - middle))
         decompressed = Capture(TensorFile.open(back))
         if codec.lossless:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpack.stages.base import Floats, Part
-from kvpack.stages.jit import njit
-from kvpack.stages.predictors.cross_layer import CrossLayer
-from kvpack.stages.quantizers.higgs import Higgs
+from kvpack.codecs.chain.base import Floats, Part
+from kvpack.codecs.chain.predictors.cross_layer import CrossLayer
+from kvpack.codecs.chain.quantizers.higgs import Higgs
+from kvpack.numerics.jit import njit
 
 RIDGE = 1e-3
 """Of the inputs' mean variance."""

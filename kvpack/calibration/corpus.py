@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from kvpack.calibration.rotary import inverse_frequencies, rotated
 from kvpack.calibration.work import Work
 from kvpack.capture import CaptureOptions, Model, prefill, run_tokens
+from kvpack.codecs.chain.base import Floats
 from kvpack.errors import UnsupportedError, UsageError
-from kvpack.stages.base import Floats
 
 SKIPPED = 4
 """First tokens of a sequence that are left out: attention sinks, unlike all others (arXiv 2309.17453)."""

@@ -25,7 +25,7 @@ SINK = 100.0
 
 TEMPER, FLOOR = 0.5, 0.03
 """A token's share of the average is its energy to the power ``1 - TEMPER``: few tokens have most of the gradient, and
-they have finer steps besides (:mod:`kvpack.stages.quantizers.dead_zone`). ``FLOOR`` bounds what the calmest count.
+they have finer steps besides (the stage ``dead_zone``). ``FLOOR`` bounds what the calmest count.
 """
 
 JUDGED = 256

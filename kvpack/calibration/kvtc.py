@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvpack.stages.base import Floats
-from kvpack.stages.jit import njit
+from kvpack.codecs.chain.base import Floats
+from kvpack.numerics.jit import njit
 
 GROUP_SIZES = np.array([1, 16, 64, 256, 1024])
 BITS = np.array([2, 4, 8])

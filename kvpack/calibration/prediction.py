@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from kvpack.calibration.corpus import SKIPPED, Sample
-from kvpack.stages.base import Floats, Part
-from kvpack.stages.packed import pack_matrix, unpack_matrix
-from kvpack.stages.transforms.token_klt.model import PLACES, places, token_inputs
+from kvpack.codecs.chain.base import Floats, Part
+from kvpack.codecs.chain.packed import pack_matrix, unpack_matrix
+from kvpack.codecs.chain.transforms.token_klt.model import PLACES, places, token_inputs
 
 RIDGE = 1e-3
 REACH = 192

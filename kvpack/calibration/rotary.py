@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from kvpack.capture import CaptureOptions, Model, run_tokens
+from kvpack.codecs.chain.base import Floats
+from kvpack.codecs.chain.transforms.unrope import rotate
 from kvpack.errors import UnsupportedError
-from kvpack.stages.base import Floats
-from kvpack.stages.transforms.unrope import rotate
 
 CHECKED_TOKENS = 64
 TOLERANCE = 0.02

@@ -18,9 +18,9 @@ from kvpack.calibration.gradients import Network
 from kvpack.calibration.prediction import PredictorOptions
 from kvpack.calibration.work import Work
 from kvpack.capture import Model
-from kvpack.codecs import AQUAKV_BITS, KVTC_RATES
-from kvpack.stages.base import Floats
-from kvpack.stages.quantizers.higgs import FIRST_BITS, Higgs
+from kvpack.codecs.chain.base import Floats
+from kvpack.codecs.chain.quantizers.higgs import FIRST_BITS, Higgs
+from kvpack.codecs.recipes import AQUAKV_BITS, KVTC_RATES
 
 Arrays = dict[str, NDArray[Any]]
 Say = Callable[[str], None]

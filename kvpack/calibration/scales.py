@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from kvpack.calibration.corpus import SKIPPED, Sample
 from kvpack.calibration.gradients import PLAIN, Continuation, Network, continuations, rows_of
-from kvpack.codecs import FISHER_IMPORTANCE, FISHER_LEVELS, fisher_log_step
-from kvpack.parallel import ordered_map
-from kvpack.stages.base import Floats, Part, Scales, Side
-from kvpack.stages.entropy.scaled_rans.reference import PRECISION
-from kvpack.stages.jit import njit
-from kvpack.stages.quantizers.dead_zone import DeadZone, quantise, token_levels
-from kvpack.stages.symbols import ALPHABET, BUCKETS, SMALLEST, unzigzag
-from kvpack.stages.transforms.token_klt import TokenKlt, model_of
+from kvpack.codecs.chain.base import Floats, Part, Scales, Side
+from kvpack.codecs.chain.entropy.scaled_rans.reference import PRECISION
+from kvpack.codecs.chain.quantizers.dead_zone import DeadZone, quantise, token_levels
+from kvpack.codecs.chain.symbols import ALPHABET, BUCKETS, SMALLEST, unzigzag
+from kvpack.codecs.chain.transforms.token_klt import TokenKlt, model_of
+from kvpack.codecs.recipes import FISHER_IMPORTANCE, FISHER_LEVELS, fisher_log_step
+from kvpack.engine.threads import ordered_map
+from kvpack.numerics.jit import njit
 
 CLASSES = 64
 UNIT_CLASS = 20

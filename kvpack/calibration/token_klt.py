@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from kvpack.calibration.corpus import SKIPPED, Sample
 from kvpack.calibration.gradients import rows_of
 from kvpack.calibration.prediction import Arrays, Ridge, embedded, pack, unpack
-from kvpack.stages.base import Floats
-from kvpack.stages.transforms.token_klt.model import dual, local_of
+from kvpack.codecs.chain.base import Floats
+from kvpack.codecs.chain.transforms.token_klt.model import dual, local_of
 
 DAMPING = 0.1
 """Of F's mean diagonal, added to it: directions without a measured gradient still matter a little."""

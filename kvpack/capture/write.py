@@ -9,7 +9,7 @@ import torch
 
 from kvpack.capture.run import CapturedCache
 from kvpack.errors import UnsupportedError
-from kvpack.tensorfile import build_header
+from kvpack.formats.safetensors import build_header
 
 _DTYPES = {
     torch.bfloat16: "BF16",

@@ -9,11 +9,11 @@ import typer
 
 from kvpack.cli import common
 from kvpack.errors import UsageError
-from kvpack.files import check_output
+from kvpack.formats.output import check_output
 
 if TYPE_CHECKING:
     from kvpack.bench.results import Results
-    from kvpack.profile import Profile
+    from kvpack.profiles import Profile
 
 
 def bench(
@@ -73,7 +73,7 @@ def bench(
     from kvpack.bench.bounds import BOUNDS
     from kvpack.bench.results import Results
     from kvpack.capture import load_model
-    from kvpack.codecs import codecs_matching
+    from kvpack.codecs.recipes import codecs_matching
 
     names = ",".join(run.QUICK) if quick and codecs == "all" else codecs
     chosen = codecs_matching(names.split(","))

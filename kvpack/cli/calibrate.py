@@ -11,7 +11,7 @@ from kvpack import __version__
 from kvpack.cli import common
 from kvpack.cli.capture import Model, read_text
 from kvpack.errors import KvpackError, UsageError
-from kvpack.files import atomic_output, check_output
+from kvpack.formats.output import atomic_output, check_output
 
 
 def calibrate(
@@ -48,7 +48,7 @@ def calibrate(
     check_output(output, force=force)
     from kvpack import calibration
     from kvpack.capture import load_model
-    from kvpack.profile import write_profile
+    from kvpack.profiles import write_profile
 
     sections = calibration.SECTIONS if codecs == "all" else tuple(codecs.split(","))
     unknown = [name for name in sections if name not in calibration.SECTIONS]

@@ -10,7 +10,7 @@ import typer
 
 from kvpack.cli import common
 from kvpack.errors import KvpackError
-from kvpack.files import check_output
+from kvpack.formats.output import check_output
 
 Model = Annotated[
     str | None,

@@ -30,7 +30,7 @@ def claims(
     With --text the entropy is measured under --model (default: the embedded one). The bound is a cache's information,
     not a codec: reaching it means to store tokens and compute the cache again.
     """
-    from kvpack.claims import Shape, claim
+    from kvpack.bench.claims import Shape, claim
 
     if model is not None and text is None:
         raise UsageError("--model measures the entropy of a text: give --text too")

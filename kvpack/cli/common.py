@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 import typer
 
 from kvpack.errors import UsageError
-from kvpack.files import atomic_output
+from kvpack.formats.output import atomic_output
 
 if TYPE_CHECKING:
-    from kvpack.profile import Profile
-    from kvpack.stages.device.launch import Launcher
+    from kvpack.gpu.runtime.launch import Launcher
+    from kvpack.profiles import Profile
 
 STDIO = Path("-")
 
@@ -56,7 +56,7 @@ def open_profile(path: Path | None) -> Profile | None:
     """The profile that -D names, if it was given."""
     if path is None:
         return None
-    from kvpack.profile import Profile
+    from kvpack.profiles import Profile
 
     return Profile.open(path)
 
@@ -67,7 +67,7 @@ def gpu(device: str, sources: Sequence[Path], quiet: bool, *, exact: bool) -> La
     ``auto`` takes one for what is ``exact`` there: a lossy codec's file, and what is read from it, is to be the same
     everywhere unless a GPU is asked for.
     """
-    from kvpack.stages.device.host import find_gpu
+    from kvpack.gpu.runtime.host import find_gpu
 
     if device == "auto" and not exact:
         return None

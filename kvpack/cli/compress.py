@@ -11,17 +11,17 @@ import typer
 
 from kvpack.cli import common
 from kvpack.errors import FormatError, KvpackError, UsageError
-from kvpack.files import check_output
+from kvpack.formats.output import check_output
 
 if TYPE_CHECKING:
-    from kvpack.api import Planned, Write
-    from kvpack.codecs import Codec
-    from kvpack.profile import Profile
-    from kvpack.rate import Goal
+    from kvpack.codecs.recipes import Codec
+    from kvpack.jobs.compress import Planned, Write
+    from kvpack.jobs.rate import Goal
+    from kvpack.profiles import Profile
 
 
 def _codec_names() -> list[str]:
-    from kvpack.codecs import CODECS
+    from kvpack.codecs.recipes import CODECS
 
     return list(CODECS)
 
@@ -86,8 +86,8 @@ def compress(
     """
     del list_codecs
     common.check_inputs(inputs, output, keep=keep, remove=remove, as_json=as_json)
-    from kvpack.api import PROBES, compress_many
-    from kvpack.codecs import codec_named
+    from kvpack.codecs.recipes import codec_named
+    from kvpack.jobs.compress import PROBES, compress_many
 
     opened = common.open_profile(profile)
     goal, named = _goal(codec, quality, max_kl, max_attn_err, ratio), codec_named(codec)
@@ -117,7 +117,7 @@ def _goal(
     """The promise that is asked for in place of a codec."""
     if (quality, max_kl, max_attn_err, ratio) == (None,) * 4:
         return None
-    from kvpack.rate import Goal
+    from kvpack.jobs.rate import Goal
 
     goal = Goal(quality, max_kl, max_attn_err, ratio)
     if name != "lossless":
@@ -141,10 +141,10 @@ class _File:
         self, wanted: Codec | Goal, profile: Profile | None, chunk_tokens: int, drop: list[str], force: bool
     ) -> Planned:
         """Open and check it, by the codec wanted or the one that keeps the promise; nothing is written."""
-        from kvpack import api
-        from kvpack.archive import Capture
-        from kvpack.codecs import Codec
-        from kvpack.tensorfile import TensorFile
+        from kvpack import jobs
+        from kvpack.codecs.recipes import Codec
+        from kvpack.formats.safetensors import TensorFile
+        from kvpack.jobs.reader import Capture
 
         common.check_distinct(self.path, self.target)
         if self.target != common.STDIO:
@@ -152,10 +152,10 @@ class _File:
         try:
             capture = Capture(TensorFile.open(self.source))
             if not isinstance(wanted, Codec):
-                from kvpack.rate import choose
+                from kvpack.jobs.rate import choose
 
                 wanted = choose(self.source, profile, wanted, chunk_tokens=chunk_tokens, drop=drop)
-            return api.plan(capture, wanted, profile=profile, chunk_tokens=chunk_tokens, drop=drop)
+            return jobs.plan(capture, wanted, profile=profile, chunk_tokens=chunk_tokens, drop=drop)
         except FormatError as error:
             raise type(error)(str(error).replace(str(self.source), str(self.path))) from None
 
@@ -203,12 +203,12 @@ def _surprised(row: dict[str, Any]) -> str:
 
 
 def _remove_verified(path: Path, target: Path, profile: Profile | None) -> None:
-    from kvpack import api
-    from kvpack.archive import Archive
+    from kvpack import jobs
+    from kvpack.jobs.reader import Archive
 
     try:
         archive = Archive.open(target, profile)
-        api.check(archive)
+        jobs.check(archive)
     except FormatError as error:
         raise KvpackError(f"{path}: kept, because what was written does not verify ({error})") from None
     path.unlink()

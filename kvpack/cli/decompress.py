@@ -11,7 +11,7 @@ from kvpack.cli import common
 from kvpack.errors import KvpackError, UsageError
 
 if TYPE_CHECKING:
-    from kvpack.profile import Profile
+    from kvpack.profiles import Profile
 
 
 def decompress(
@@ -86,8 +86,8 @@ def _decompress_one(
     device: str,
     quiet: bool,
 ) -> dict[str, Any]:
-    from kvpack import api
-    from kvpack.archive import Archive
+    from kvpack import jobs
+    from kvpack.jobs.reader import Archive
 
     left_out: list[str] = []
     title = f"{'testing' if target is None else 'decompressing'} {path.name}"
@@ -95,13 +95,13 @@ def _decompress_one(
         try:
             archive = Archive.open(source, profile)
             if target is None:
-                api.check(archive, threads=threads, progress=progress)
+                jobs.check(archive, threads=threads, progress=progress)
             else:
                 with common.writable(target, force) as sink:
-                    selection = api.Selection(*chosen)
+                    selection = jobs.Selection(*chosen)
                     exact = all(codec.lossless for codec in archive.codecs)
                     gpu = common.gpu(device, [source], quiet, exact=exact)
-                    left_out = api.decompress(archive, sink, selection, threads=threads, progress=progress, gpu=gpu)
+                    left_out = jobs.decompress(archive, sink, selection, threads=threads, progress=progress, gpu=gpu)
         except KvpackError as error:
             text = str(error).replace(str(source), str(path))
             raise type(error)(text if text.startswith(str(path)) else f"{path}: {text}") from None

@@ -13,7 +13,7 @@ from kvpack.cli import common
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from kvpack.demo import Row
+    from kvpack.bench.demo import Row
 
 TITLE = "SmolLM2-135M, bf16 cache of 2,048 tokens of English prose"
 COLUMNS = ("codec", "bits/elem", "ratio", "K nmse", "V nmse", "attn err", "in, s", "out, s")
@@ -33,7 +33,7 @@ def demo(
 
     The text is from Python's own language reference. Files are kept; a capture found there is used again.
     """
-    from kvpack import demo as work
+    from kvpack.bench import demo as work
 
     folder.mkdir(parents=True, exist_ok=True)
     capture = folder / "capture.safetensors"

@@ -12,7 +12,7 @@ from kvpack.cli import common
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from kvpack.inspection import Inspection
+    from kvpack.kvp.inspection import Inspection
 
 
 def inspect(
@@ -22,7 +22,7 @@ def inspect(
     verbose: common.Verbose = False,
 ) -> None:
     """Show what a capture or a .kvp file holds, and where its bytes went."""
-    from kvpack.inspection import inspect as look
+    from kvpack.kvp.inspection import inspect as look
 
     reports = []
     for path in inputs:

@@ -53,10 +53,10 @@ def verify(
 
     Exit code 3 where a threshold is not met, 5 where FILE was not made from ORIGINAL.
     """
-    from kvpack.api import differing_parts
-    from kvpack.archive import Archive, Capture, open_cache
     from kvpack.fidelity import check, compare
-    from kvpack.tensorfile import TensorFile
+    from kvpack.formats.safetensors import TensorFile
+    from kvpack.jobs.compress import differing_parts
+    from kvpack.jobs.reader import Archive, Capture, open_cache
 
     if model is None and any(limit is not None for limit in (max_kl, min_top1, max_ppl_increase)):
         raise UsageError("--max-kl, --min-top1 and --max-ppl-increase need --model")

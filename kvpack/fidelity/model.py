@@ -20,7 +20,7 @@ from kvpack.capture.model import Model
 from kvpack.capture.needles import encode
 from kvpack.errors import FormatError, MismatchError
 from kvpack.fidelity.source import CacheSource, layer_tensors
-from kvpack.floats import to_torch
+from kvpack.numerics.floats import to_torch
 
 JUDGED = 256
 """Positions of the repeated passage, and of the plain continuation at most."""

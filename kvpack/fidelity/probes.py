@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from kvpack.errors import FormatError
 from kvpack.fidelity.attention import Attention, measure_attention
 from kvpack.fidelity.source import CacheSource, FloatHeads, is_float_tensor
-from kvpack.floats import to_float32
-from kvpack.tensorfile import TensorSpec
+from kvpack.formats.safetensors import TensorSpec
+from kvpack.numerics.floats import to_float32
 
 NO_QUERIES = "no probe queries in ORIGINAL: attention fidelity not measured (capture with --queries)"
 NO_POSITIONS = "no query_positions in ORIGINAL: attention fidelity not measured (capture with --queries)"

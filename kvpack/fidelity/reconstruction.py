@@ -9,7 +9,7 @@ from math import inf
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpack.floats import Bits, to_float32
+from kvpack.numerics.floats import Bits, to_float32
 
 BLOCK = 1 << 19
 """Elements converted to float64 at a time."""

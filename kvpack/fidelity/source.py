@@ -9,10 +9,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpack.container import layer_of
 from kvpack.errors import MismatchError
-from kvpack.floats import FLOAT_BITS, Bits, to_float32
-from kvpack.tensorfile import TensorSpec
+from kvpack.formats.safetensors import TensorSpec
+from kvpack.kvp import layer_of
+from kvpack.numerics.floats import FLOAT_BITS, Bits, to_float32
 
 
 class CacheSource(Protocol):

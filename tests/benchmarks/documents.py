@@ -33,7 +33,7 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from kvpack.demo import TOPICS, demo_text
+from kvpack.bench.demo import TOPICS, demo_text
 
 Texts = dict[str, Callable[[], str]]
 PARAGRAPH = 80

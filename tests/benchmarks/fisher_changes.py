@@ -73,7 +73,7 @@ def _megabytes(integers: torch.Tensor, columns: int = 64) -> float:
 
 
 def _dual(codec: Codec, synthesis: torch.Tensor) -> torch.Tensor:
-    """:func:`kvpack.stages.transforms.token_klt.model.dual` on a device."""
+    """:func:`kvpack.codecs.chain.transforms.token_klt.model.dual` on a device."""
     white = codec.white.whitened(synthesis).T
     gram = white.T.double() @ white.double()
     gram += (1e-10 * gram.diagonal().mean() + 1e-30) * torch.eye(len(gram)).to(gram)

@@ -13,10 +13,10 @@ from fisher_simulation import Codec, Document, Material
 from kvpack.calibration.corpus import SKIPPED
 from kvpack.calibration.gradients import PLAIN, REPEAT
 from kvpack.calibration.scales import CLASSES, DEAD_ZONE, UNIT_CLASS, tables
-from kvpack.stages.base import Floats, Part, Side
-from kvpack.stages.quantizers.dead_zone import token_levels
-from kvpack.stages.quantizers.dead_zone.reference import SHIFT_BITS, magnitude_bits
-from kvpack.stages.symbols import BUCKETS, LARGEST, SMALLEST
+from kvpack.codecs.chain.base import Floats, Part, Side
+from kvpack.codecs.chain.quantizers.dead_zone import token_levels
+from kvpack.codecs.chain.quantizers.dead_zone.reference import SHIFT_BITS, magnitude_bits
+from kvpack.codecs.chain.symbols import BUCKETS, LARGEST, SMALLEST
 
 ROUNDS = 3
 SEEN = 100

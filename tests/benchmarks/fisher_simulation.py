@@ -35,8 +35,8 @@ from kvpack.calibration.rotary import inverse_frequencies, rotated
 from kvpack.calibration.run import PLAIN_SHARE
 from kvpack.calibration.token_klt import Whitened, leading_directions
 from kvpack.capture import CaptureOptions, Model, prefill, run_tokens
-from kvpack.stages.base import Floats
-from kvpack.stages.transforms.token_klt.model import DECAYS, LAGS, places
+from kvpack.codecs.chain.base import Floats
+from kvpack.codecs.chain.transforms.token_klt.model import DECAYS, LAGS, places
 
 JUDGED = 256
 BASIS_TOKENS = 131072
@@ -249,7 +249,7 @@ class Codec:
 
 
 def inputs(vectors: torch.Tensor, start: int) -> torch.Tensor:
-    """:func:`kvpack.stages.transforms.token_klt.model.token_inputs` on a device."""
+    """:func:`kvpack.codecs.chain.transforms.token_klt.model.token_inputs` on a device."""
     short, count = vectors[:, :REACH], len(vectors)
     blank = torch.zeros_like(short)
     behind = [torch.cat([blank[:lag], short[: count - lag]])[start:] for lag in range(1, LAGS + 1)]

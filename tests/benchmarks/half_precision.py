@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvpack.archive import Capture, side_of
-from kvpack.codecs import CODECS
-from kvpack.container import plan_parts
-from kvpack.floats import to_float32
-from kvpack.profile import Profile
-from kvpack.stages.packed import unpack_matrix
-from kvpack.stages.transforms.token_klt.model import DECAYS, LAGS, PLACES, TokenModel, token_inputs
-from kvpack.stages.transforms.unrope import rotate
-from kvpack.tensorfile import TensorFile
-from kvpack.units import Unit, units
+from kvpack.codecs.chain.packed import unpack_matrix
+from kvpack.codecs.chain.transforms.token_klt.model import DECAYS, LAGS, PLACES, TokenModel, token_inputs
+from kvpack.codecs.chain.transforms.unrope import rotate
+from kvpack.codecs.chain.units import Unit, units
+from kvpack.codecs.recipes import CODECS
+from kvpack.formats.safetensors import TensorFile
+from kvpack.jobs.reader import Capture, side_of
+from kvpack.kvp import plan_parts
+from kvpack.numerics.floats import to_float32
+from kvpack.profiles import Profile
 
 KINDS = ("float32", "half", "tf32", "bf16")
 

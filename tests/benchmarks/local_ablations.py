@@ -18,17 +18,18 @@ from unittest.mock import patch
 
 import numpy as np
 
-from kvpack import api, hints
-from kvpack.archive import Archive, Capture
+from kvpack import jobs
 from kvpack.capture import load_model
-from kvpack.codecs import local, local_log_step
-from kvpack.container.layout import PartPlan
+from kvpack.codecs.chain.quantizers import low_rank
+from kvpack.codecs.chain.units import Unit
+from kvpack.codecs.low_rank import factors
+from kvpack.codecs.recipes import local, local_log_step
 from kvpack.fidelity.model import Judge
-from kvpack.inspection import inspect
-from kvpack.stages.quantizers import low_rank
-from kvpack.stages.quantizers.low_rank import factors
-from kvpack.tensorfile import TensorFile, build_header
-from kvpack.units import Unit
+from kvpack.formats.safetensors import TensorFile, build_header
+from kvpack.jobs import hints
+from kvpack.jobs.reader import Archive, Capture
+from kvpack.kvp.inspection import inspect
+from kvpack.kvp.layout import PartPlan
 
 STEP = local_log_step(3)
 
@@ -95,7 +96,7 @@ def main(paths: list[Path]) -> None:
                 source = without(path, copy, names, metadata)
                 with changed():
                     with packed.open("wb") as sink:
-                        api.compress(source, sink, local(STEP, importance), drop=api.PROBES)
+                        jobs.compress(source, sink, local(STEP, importance), drop=jobs.PROBES)
                     report = judge.measure(Archive.open(packed))
                 assert report.plain
                 assert report.repeat

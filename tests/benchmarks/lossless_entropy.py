@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from kvpack import api
-from kvpack.archive import Archive, Capture
-from kvpack.codecs import CODECS
-from kvpack.container import Container, layer_of
-from kvpack.floats import FLOAT_BITS
-from kvpack.tensorfile import TensorFile
+from kvpack import jobs
+from kvpack.codecs.recipes import CODECS
+from kvpack.formats.safetensors import TensorFile
+from kvpack.jobs.reader import Archive, Capture
+from kvpack.kvp import Container, layer_of
+from kvpack.numerics.floats import FLOAT_BITS
 
 
 def channel_entropy(symbols: np.ndarray) -> float:
@@ -37,7 +37,7 @@ def channel_entropy(symbols: np.ndarray) -> float:
 def main() -> None:
     capture = Capture(TensorFile.open(Path(sys.argv[1])))
     sink = io.BytesIO()
-    api.compress(capture.file.path, sink, CODECS["lossless"])
+    jobs.compress(capture.file.path, sink, CODECS["lossless"])
     archive = Archive(Container(memoryview(sink.getvalue())))
     for kind in ("keys", "values"):
         specs = [s for s in capture.tensors.values() if layer_of(s) is not None and s.name.endswith(kind)]

@@ -17,11 +17,11 @@ from statistics import median
 
 import zstandard
 
-from kvpack import api
-from kvpack.archive import Archive, Capture
-from kvpack.codecs import CODECS
-from kvpack.container import Container
-from kvpack.tensorfile import TensorFile, parse_header
+from kvpack import jobs
+from kvpack.codecs.recipes import CODECS
+from kvpack.formats.safetensors import TensorFile, parse_header
+from kvpack.jobs.reader import Archive, Capture
+from kvpack.kvp import Container
 
 
 class Sink(list[bytes]):
@@ -45,7 +45,7 @@ def main() -> None:
 
     def kvpack_in() -> Sink:
         sink = Sink()
-        next(api.compress_many([api.plan(capture, CODECS["lossless"])]))(sink, None)
+        next(jobs.compress_many([jobs.plan(capture, CODECS["lossless"])]))(sink, None)
         return sink
 
     blob = memoryview(b"".join(kvpack_in()))
@@ -53,7 +53,7 @@ def main() -> None:
     runs: dict[str, Callable[[], object]] = {
         "kvpack in": kvpack_in,
         "zstd in": lambda: zstandard.ZstdCompressor(level=3, threads=-1).compress(raw),
-        "kvpack out": lambda: api.decompress(Archive(Container(blob)), Sink()),
+        "kvpack out": lambda: jobs.decompress(Archive(Container(blob)), Sink()),
         "zstd out": lambda: zstandard.ZstdDecompressor().decompress(frame),
     }
     for run in runs.values():

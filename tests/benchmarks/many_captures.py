@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from kvpack import api
-from kvpack.archive import Capture
-from kvpack.codecs import CODECS
-from kvpack.container import layer_of
-from kvpack.files import atomic_output
-from kvpack.stages.device.host import find_gpu
-from kvpack.tensorfile import TensorFile, build_header
+from kvpack import jobs
+from kvpack.codecs.recipes import CODECS
+from kvpack.formats.output import atomic_output
+from kvpack.formats.safetensors import TensorFile, build_header
+from kvpack.gpu.runtime.host import find_gpu
+from kvpack.jobs.reader import Capture
+from kvpack.kvp import layer_of
 
 LOSSLESS = CODECS["lossless"]
 
@@ -60,12 +60,12 @@ def targets(paths: list[Path]) -> Iterator[tuple[Path, Path]]:
 def one_by_one(paths: list[Path], gpu: Any) -> None:
     for path, target in targets(paths):
         with atomic_output(target, force=True) as sink:
-            api.compress(path, sink, LOSSLESS, gpu=gpu)
+            jobs.compress(path, sink, LOSSLESS, gpu=gpu)
 
 
 def together(paths: list[Path], gpu: Any) -> None:
-    plans = (api.plan(Capture(TensorFile.open(path)), LOSSLESS) for path in paths)
-    for (_, target), writes in zip(targets(paths), api.compress_many(plans, gpu=gpu), strict=True):
+    plans = (jobs.plan(Capture(TensorFile.open(path)), LOSSLESS) for path in paths)
+    for (_, target), writes in zip(targets(paths), jobs.compress_many(plans, gpu=gpu), strict=True):
         with atomic_output(target, force=True) as sink:
             writes(sink, None)
 

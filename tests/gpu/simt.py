@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kvpack.stages.device.source import source_of
+from kvpack.gpu.runtime.source import source_of
 
 COMPILER = shutil.which("g++")
 HERE = Path(__file__).parent
@@ -52,7 +52,7 @@ def library(name: str, defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
 
 
 class Emulator:
-    """Launches kernels as ``kvpack.stages.device.launch.Gpu`` does."""
+    """Launches kernels as ``kvpack.gpu.runtime.launch.Gpu`` does."""
 
     def __init__(self) -> None:
         self.device = "cpu"

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from kvpack.floats import from_float32, to_float32
-from kvpack.stages.entropy.bitpack import pack
-from kvpack.stages.quantizers.affine import cuda
-from kvpack.stages.quantizers.affine.reference import dequantize, quantize
+from kvpack.codecs.chain.entropy.bitpack import pack
+from kvpack.codecs.chain.quantizers.affine.reference import dequantize, quantize
+from kvpack.gpu.kernels import affine as cuda
+from kvpack.numerics.floats import from_float32, to_float32
 
 
 @pytest.mark.parametrize("kind", ["normal", "equal", "large"])

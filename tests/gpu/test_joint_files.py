@@ -11,14 +11,15 @@ import pytest
 import torch
 from profiles import profile_for
 
-from kvpack import api, device
-from kvpack.archive import Archive, Capture
-from kvpack.codecs import CODECS
-from kvpack.container import Container, layer_of
+from kvpack import jobs
+from kvpack.codecs.recipes import CODECS
 from kvpack.errors import CorruptError, MismatchError
-from kvpack.floats import to_float32
-from kvpack.profile import Profile
-from kvpack.tensorfile import TensorFile, build_header
+from kvpack.formats.safetensors import TensorFile, build_header
+from kvpack.gpu import engine as device
+from kvpack.jobs.reader import Archive, Capture
+from kvpack.kvp import Container, layer_of
+from kvpack.numerics.floats import to_float32
+from kvpack.profiles import Profile
 
 SMALL = Path(__file__).parents[2] / "fixtures" / "smollm2-160.safetensors"
 CODEC = CODECS["fisher-8"]
@@ -48,9 +49,9 @@ def profile(source: Path) -> Profile:
     return found
 
 
-def compress(source: Path, profile: Profile, gpu: Any, chunk: int = 128) -> tuple[bytes, api.Compressed]:
+def compress(source: Path, profile: Profile, gpu: Any, chunk: int = 128) -> tuple[bytes, jobs.Compressed]:
     sink = io.BytesIO()
-    done = api.compress(source, sink, CODEC, profile=profile, chunk_tokens=chunk, gpu=gpu)
+    done = jobs.compress(source, sink, CODEC, profile=profile, chunk_tokens=chunk, gpu=gpu)
     return sink.getvalue(), done
 
 
@@ -61,7 +62,7 @@ def opened(data: bytes, profile: Profile | None) -> Archive:
 def decompress(data: bytes, profile: Profile, gpu: Any) -> dict[str, np.ndarray]:
     archive = opened(data, profile)
     sink = io.BytesIO()
-    api.decompress(archive, sink, gpu=gpu)
+    jobs.decompress(archive, sink, gpu=gpu)
     whole = archive.container.source
     raw = memoryview(sink.getvalue())[whole.data_start :]
     return {
@@ -130,4 +131,4 @@ def test_damage_is_found(gpu: Any, source: Path, profile: Profile, where: int) -
 def test_without_its_profile_it_is_refused(gpu: Any, source: Path, profile: Profile) -> None:
     archive = opened(compress(source, profile, None)[0], None)
     with pytest.raises(MismatchError, match="needs the profile"):
-        api.decompress(archive, io.BytesIO(), gpu=gpu)
+        jobs.decompress(archive, io.BytesIO(), gpu=gpu)

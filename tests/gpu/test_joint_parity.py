@@ -10,18 +10,18 @@ import pytest
 import torch
 from profiles import VOCABULARY, arrays_for
 
-from kvpack.checksum import checksum
-from kvpack.codecs import fisher
-from kvpack.device.joint import Joint
-from kvpack.device.staging import unsigned
-from kvpack.floats import from_float32, to_float32
-from kvpack.stages.base import Part, Scales, Side
-from kvpack.stages.quantizers.dead_zone import MIDDLE, DeadZone, reference
-from kvpack.stages.quantizers.dead_zone import cuda as dead_zone
-from kvpack.stages.quantizers.dead_zone.reference import MOST_SHIFT, magnitude_costs, thresholds
-from kvpack.stages.symbols import zigzag
-from kvpack.stages.transforms.token_klt import TokenKlt
-from kvpack.stages.transforms.token_klt import cuda as klt
+from kvpack.codecs.chain.base import Part, Scales, Side
+from kvpack.codecs.chain.quantizers.dead_zone import MIDDLE, DeadZone, reference
+from kvpack.codecs.chain.quantizers.dead_zone.reference import MOST_SHIFT, magnitude_costs, thresholds
+from kvpack.codecs.chain.symbols import zigzag
+from kvpack.codecs.chain.transforms.token_klt import TokenKlt
+from kvpack.codecs.recipes import fisher
+from kvpack.gpu.engine.joint import Joint
+from kvpack.gpu.engine.staging import unsigned
+from kvpack.gpu.kernels import dead_zone
+from kvpack.gpu.kernels import token_klt as klt
+from kvpack.numerics.checksum import checksum
+from kvpack.numerics.floats import from_float32, to_float32
 
 LAYERS, HEADS, DIMS = 2, 2, 16
 CODEC = fisher(-200)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from conftest import SMALL, write_tensors
 
-from kvpack import api
-from kvpack.archive import Capture
-from kvpack.codecs import CODECS
-from kvpack.device import lossless
+from kvpack import jobs
+from kvpack.codecs.recipes import CODECS
 from kvpack.errors import FormatError
-from kvpack.tensorfile import TensorFile
+from kvpack.formats.safetensors import TensorFile
+from kvpack.gpu.engine import lossless
+from kvpack.jobs.reader import Capture
 
 Tensors = dict[str, tuple[str, np.ndarray]]
 Cli = Callable[..., Any]
@@ -71,18 +71,18 @@ def alone(paths: list[Path], codec: str, chunk: int = 2048, gpu: Any = None) -> 
     made = []
     for path in paths:
         sink = io.BytesIO()
-        api.compress(path, sink, CODECS[codec], chunk_tokens=chunk, gpu=gpu)
+        jobs.compress(path, sink, CODECS[codec], chunk_tokens=chunk, gpu=gpu)
         made.append(sink.getvalue())
     return made
 
 
-def plans(paths: list[Path], codec: str = "lossless", chunk: int = 2048) -> Iterator[api.Planned]:
+def plans(paths: list[Path], codec: str = "lossless", chunk: int = 2048) -> Iterator[jobs.Planned]:
     for path in paths:
-        yield api.plan(Capture(TensorFile.open(path)), CODECS[codec], chunk_tokens=chunk)
+        yield jobs.plan(Capture(TensorFile.open(path)), CODECS[codec], chunk_tokens=chunk)
 
 
-def written(every: Iterable[api.Planned], gpu: Any) -> Iterator[bytes]:
-    for write in api.compress_many(every, gpu=gpu):
+def written(every: Iterable[jobs.Planned], gpu: Any) -> Iterator[bytes]:
+    for write in jobs.compress_many(every, gpu=gpu):
         sink = io.BytesIO()
         write(sink, None)
         yield sink.getvalue()
@@ -129,16 +129,16 @@ def test_captures_of_alternating_lengths_share_launches(gpu: Any, tmp_path: Path
 
 def test_captures_are_open_a_window_at_a_time(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = captures(tmp_path)
-    monkeypatch.setattr(api, "WINDOW_FILES", 3)
+    monkeypatch.setattr(jobs.compress, "WINDOW_FILES", 3)
     opened = 0
 
-    def counted() -> Iterator[api.Planned]:
+    def counted() -> Iterator[jobs.Planned]:
         nonlocal opened
         for plan in plans(paths):
             opened += 1
             yield plan
 
-    for done, write in enumerate(api.compress_many(counted(), gpu=gpu)):
+    for done, write in enumerate(jobs.compress_many(counted(), gpu=gpu)):
         assert opened - done <= 4  # those of the window, and the one that did not join it
         write(io.BytesIO(), None)
     assert opened == len(paths)
@@ -148,7 +148,7 @@ def test_captures_are_open_a_window_at_a_time(gpu: Any, tmp_path: Path, monkeypa
 def test_a_file_that_is_not_written_does_not_shift_the_next(gpu: Any, tmp_path: Path) -> None:
     paths = [write_tensors(tmp_path / f"{i}", cut(i, i + 64)) for i in range(3)]
     sink = io.BytesIO()
-    for number, write in enumerate(api.compress_many(plans(paths), gpu=gpu)):
+    for number, write in enumerate(jobs.compress_many(plans(paths), gpu=gpu)):
         if number == 2:
             write(sink, None)
     assert sink.getvalue() == alone(paths, "lossless")[2]
@@ -172,7 +172,7 @@ def test_the_command_line(gpu: Any, cli: Cli, tmp_path: Path, monkeypatch: pytes
         asked.append((device, size))
         return gpu, None
 
-    monkeypatch.setattr("kvpack.stages.device.host.find_gpu", find_gpu)
+    monkeypatch.setattr("kvpack.gpu.runtime.host.find_gpu", find_gpu)
     paths = captures(tmp_path)
     done = cli("compress", *paths)
     assert [line.split(" -> ")[0] for line in done.out.splitlines()] == list(map(str, paths))

@@ -12,12 +12,12 @@ from conftest import SMALL, write_tensors
 from profiles import profile_for
 
 import kvpack
-from kvpack import api
-from kvpack.archive import Capture
-from kvpack.codecs import CODECS
+from kvpack import jobs
+from kvpack.codecs.recipes import CODECS
 from kvpack.errors import FormatError, MismatchError, UsageError
-from kvpack.opened import Opened
-from kvpack.tensorfile import TensorFile
+from kvpack.formats.safetensors import TensorFile
+from kvpack.jobs.opened import Opened
+from kvpack.jobs.reader import Capture
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def packed(source: Path, name: str) -> tuple[Path, Path | None]:
     codec, path = CODECS[name], source.with_suffix(".kvp")
     profile = profile_for(source, codec) if codec.profiled else None
     with path.open("wb") as sink:
-        api.compress(source, sink, codec, profile=profile)
+        jobs.compress(source, sink, codec, profile=profile)
     return path, profile and profile.path
 
 

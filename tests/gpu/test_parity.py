@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from kvpack import api, device
-from kvpack.archive import Archive
-from kvpack.codecs import CODECS
-from kvpack.container import Container
+from kvpack import jobs
+from kvpack.codecs.recipes import CODECS
 from kvpack.errors import CorruptError, UsageError
-from kvpack.stages.device.host import find_gpu
-from kvpack.tensorfile import build_header
+from kvpack.formats.safetensors import build_header
+from kvpack.gpu import engine as device
+from kvpack.gpu.runtime.host import find_gpu
+from kvpack.jobs.reader import Archive
+from kvpack.kvp import Container
 
 SMALL = Path(__file__).parents[2] / "fixtures" / "smollm2-160.safetensors"
 
@@ -47,7 +48,7 @@ def mixed(path: Path) -> Path:
 
 def compress(source: Path, gpu: Any, codec: str = "lossless", chunk: int = 2048) -> bytes:
     sink = io.BytesIO()
-    api.compress(source, sink, CODECS[codec], chunk_tokens=chunk, gpu=gpu)
+    jobs.compress(source, sink, CODECS[codec], chunk_tokens=chunk, gpu=gpu)
     return sink.getvalue()
 
 
@@ -59,7 +60,7 @@ def test_the_file_is_the_same_and_comes_back(gpu: Any, tmp_path: Path, which: st
     assert mine == cpu
     for reader in (None, gpu):
         sink = io.BytesIO()
-        api.decompress(Archive(Container(memoryview(cpu))), sink, gpu=reader)
+        jobs.decompress(Archive(Container(memoryview(cpu))), sink, gpu=reader)
         assert sink.getvalue() == source.read_bytes()
 
 
@@ -75,7 +76,7 @@ def test_damage_is_found(gpu: Any, tmp_path: Path) -> None:
         changed = bytearray(good)
         changed[start + offset] ^= 1
         with pytest.raises(CorruptError):
-            api.decompress(Archive(Container(memoryview(bytes(changed)))), io.BytesIO(), gpu=gpu)
+            jobs.decompress(Archive(Container(memoryview(bytes(changed)))), io.BytesIO(), gpu=gpu)
 
 
 def test_tensors_on_the_device(gpu: Any, tmp_path: Path) -> None:

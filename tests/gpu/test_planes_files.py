@@ -11,20 +11,21 @@ import numpy as np
 import pytest
 import torch
 
-from kvpack import api, device
-from kvpack.api import Compressed
-from kvpack.archive import Archive, Capture
-from kvpack.codecs import CODECS, Chain
-from kvpack.container import Container, layer_of
-from kvpack.container.layout import PartPlan
-from kvpack.device import planes
+from kvpack import jobs
+from kvpack.codecs.chain.base import Part
+from kvpack.codecs.chain.entropy.rans import Rans
+from kvpack.codecs.chain.pipeline import chain_of, plan_of
+from kvpack.codecs.chain.quantizers.lloyd_max.reference import centroids
+from kvpack.codecs.recipes import CODECS, Chain
 from kvpack.errors import CorruptError
-from kvpack.floats import to_float32
-from kvpack.pipeline import chain_of, plan_of
-from kvpack.stages.base import Part
-from kvpack.stages.entropy.rans import Rans
-from kvpack.stages.quantizers.lloyd_max.reference import centroids
-from kvpack.tensorfile import TensorFile, build_header
+from kvpack.formats.safetensors import TensorFile, build_header
+from kvpack.gpu import engine as device
+from kvpack.gpu.engine import planes
+from kvpack.jobs.compress import Compressed
+from kvpack.jobs.reader import Archive, Capture
+from kvpack.kvp import Container, layer_of
+from kvpack.kvp.layout import PartPlan
+from kvpack.numerics.floats import to_float32
 
 SMALL = Path(__file__).parents[2] / "fixtures" / "smollm2-160.safetensors"
 KIVI = ["kivi-4", "kivi-3", "kivi-2"]
@@ -52,7 +53,7 @@ def longer(path: Path, tokens: int) -> Path:
 
 def compress(source: Path, gpu: Any, codec: str, chunk: int = 2048) -> tuple[bytes, Compressed]:
     sink = io.BytesIO()
-    done = api.compress(source, sink, CODECS[codec], chunk_tokens=chunk, gpu=gpu)
+    done = jobs.compress(source, sink, CODECS[codec], chunk_tokens=chunk, gpu=gpu)
     return sink.getvalue(), done
 
 
@@ -62,7 +63,7 @@ def opened(data: bytes) -> Archive:
 
 def decompress(data: bytes, gpu: Any) -> bytes:
     sink = io.BytesIO()
-    api.decompress(opened(data), sink, gpu=gpu)
+    jobs.decompress(opened(data), sink, gpu=gpu)
     return sink.getvalue()
 
 
@@ -81,7 +82,7 @@ def gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any, **__: Any) -> None:
         raise AssertionError("the CPU was asked")
 
-    monkeypatch.setattr(api._Encoder, "__call__", refused)
+    monkeypatch.setattr(jobs.compress._Encoder, "__call__", refused)
     monkeypatch.setattr(Archive, "read", refused)
 
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from kvpack.checksum import checksum
-from kvpack.stages.base import Part, PlaneSpec
-from kvpack.stages.entropy.bitpack import pack
-from kvpack.stages.entropy.rans import Rans, cuda
-from kvpack.stages.quantizers.float_split import FloatSplit
+from kvpack.codecs.chain.base import Part, PlaneSpec
+from kvpack.codecs.chain.entropy.bitpack import pack
+from kvpack.codecs.chain.entropy.rans import Rans
+from kvpack.codecs.chain.quantizers.float_split import FloatSplit
+from kvpack.gpu.kernels import rans as cuda
+from kvpack.numerics.checksum import checksum
 
 
 def on_device(gpu: Any, arrays: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from kvpack.floats import from_float32, to_float32
-from kvpack.stages.base import Part
-from kvpack.stages.entropy.bitpack import pack, unpack
-from kvpack.stages.quantizers.lloyd_max import LloydMax, cuda
-from kvpack.stages.quantizers.lloyd_max.reference import centroids
-from kvpack.stages.transforms.rotation import Rotation
+from kvpack.codecs.chain.base import Part
+from kvpack.codecs.chain.entropy.bitpack import pack, unpack
+from kvpack.codecs.chain.quantizers.lloyd_max import LloydMax
+from kvpack.codecs.chain.quantizers.lloyd_max.reference import centroids
+from kvpack.codecs.chain.transforms.rotation import Rotation
+from kvpack.gpu.kernels import lloyd_max as cuda
+from kvpack.numerics.floats import from_float32, to_float32
 
 MANY = pytest.mark.skipif(not torch.cuda.is_available(), reason="takes long on a stand-in for a GPU")
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from kvpack.calibration.scales import CLASSES, tables
-from kvpack.checksum import checksum
-from kvpack.stages.base import PlaneSpec, Scales
-from kvpack.stages.entropy.scaled_rans import ScaledRans, cuda
-from kvpack.stages.symbols import LARGEST, SMALLEST, zigzag
+from kvpack.codecs.chain.base import PlaneSpec, Scales
+from kvpack.codecs.chain.entropy.scaled_rans import ScaledRans
+from kvpack.codecs.chain.symbols import LARGEST, SMALLEST, zigzag
+from kvpack.gpu.kernels import scaled_rans as cuda
+from kvpack.numerics.checksum import checksum
 
 FREQUENCIES = tables(np.zeros((CLASSES, len(SMALLEST))))
 SHAPES = [(1, 32), (1, 40), (63, 33), (200, 50), (300, 128), (2, 2048)]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from profiles import profile_for
 
-from kvpack.archive import open_cache
 from kvpack.bench.speed import fisher, given, made
-from kvpack.stages.base import Side
+from kvpack.codecs.chain.base import Side
+from kvpack.jobs.reader import open_cache
 
 
 @pytest.fixture(autouse=True)

@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvpack.archive import Archive, Capture, open_cache
 from kvpack.bench.speed import fisher, given, lossless, paths, rivals
 from kvpack.bench.speed.made import CODEC, EIGHT_B
 from kvpack.bench.speed.paths import TOKENS
 from kvpack.bench.speed.timing import Speed, Timed, seconds, speed
-from kvpack.codecs import CODECS
-from kvpack.container import layer_of
+from kvpack.codecs.recipes import CODECS
 from kvpack.errors import UsageError
-from kvpack.profile import Profile
-from kvpack.stages.quantizers.lloyd_max import cuda as turboquant
-from kvpack.tensorfile import TensorFile, build_header
+from kvpack.formats.safetensors import TensorFile, build_header
+from kvpack.gpu.kernels import lloyd_max as turboquant
+from kvpack.jobs.reader import Archive, Capture, open_cache
+from kvpack.kvp import layer_of
+from kvpack.profiles import Profile
 
 
 def ceilings(device: str) -> Iterator[Speed]:

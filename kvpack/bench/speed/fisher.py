@@ -10,8 +10,8 @@ import torch
 from kvpack.bench.speed.given import Given
 from kvpack.bench.speed.made import CODEC
 from kvpack.bench.speed.timing import Speed, Timed, by_kernel, seconds, speed
-from kvpack.device.joint import Compressed, Joint
-from kvpack.stages.device.tensors import product
+from kvpack.gpu.engine.joint import Compressed, Joint
+from kvpack.gpu.runtime.tensors import product
 
 
 def rows(gpu: Timed, one: Given) -> Iterator[Speed]:

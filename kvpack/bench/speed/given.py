@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvpack import pipeline
-from kvpack.archive import Archive, Capture, as_bytes, side_of
 from kvpack.bench.speed import made as making
 from kvpack.bench.speed.made import CODEC, Shape
 from kvpack.bench.speed.timing import Timed
-from kvpack.container import layer_of
+from kvpack.codecs.chain import pipeline
+from kvpack.codecs.chain.base import Part, Side
 from kvpack.errors import UsageError
-from kvpack.floats import to_float32
-from kvpack.profile import Profile
-from kvpack.stages.base import Part, Side
-from kvpack.stages.transforms.token_klt.cuda import SPAN
-from kvpack.tensorfile import build_header
+from kvpack.formats.safetensors import build_header
+from kvpack.gpu.kernels.token_klt import SPAN
+from kvpack.jobs.reader import Archive, Capture, as_bytes, side_of
+from kvpack.kvp import layer_of
+from kvpack.numerics.floats import to_float32
+from kvpack.profiles import Profile
 
 CHUNK = 2048
 

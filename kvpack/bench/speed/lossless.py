@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kvpack.bench.speed.timing import Speed, Timed, by_kernel, seconds, speed
-from kvpack.stages.entropy.rans import cuda
+from kvpack.gpu.kernels import rans as cuda
 
 
 def _parts(tensors: torch.Tensor) -> cuda.Parts:

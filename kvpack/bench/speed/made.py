@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvpack.codecs import CODECS
-from kvpack.stages.base import Part
-from kvpack.stages.entropy.scaled_rans.reference import PRECISION
-from kvpack.stages.packed import pack_matrix
-from kvpack.stages.symbols import ALPHABET, LARGEST, split, zigzag
-from kvpack.stages.transforms.token_klt.model import DECAYS, LAGS, PLACES
+from kvpack.codecs.chain.base import Part
+from kvpack.codecs.chain.entropy.scaled_rans.reference import PRECISION
+from kvpack.codecs.chain.packed import pack_matrix
+from kvpack.codecs.chain.symbols import ALPHABET, LARGEST, split, zigzag
+from kvpack.codecs.chain.transforms.token_klt.model import DECAYS, LAGS, PLACES
+from kvpack.codecs.recipes import CODECS
 
 CODEC = CODECS["fisher-4"]
 CLASSES, UNIT_CLASS = 64, 20

@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvpack import api, device
-from kvpack.archive import Archive, Capture
+from kvpack import jobs
 from kvpack.bench.speed.timing import Speed, speed
-from kvpack.codecs import Codec
-from kvpack.container import Container, layer_of, plan_parts
-from kvpack.device.staging import Source
-from kvpack.profile import Profile
-from kvpack.stages.device.launch import Gpu
-from kvpack.tensorfile import TensorFile
+from kvpack.codecs.recipes import Codec
+from kvpack.formats.safetensors import TensorFile
+from kvpack.gpu import engine as device
+from kvpack.gpu.engine.staging import Source
+from kvpack.gpu.runtime.launch import Gpu
+from kvpack.jobs.reader import Archive, Capture
+from kvpack.kvp import Container, layer_of, plan_parts
+from kvpack.profiles import Profile
 
 TOKENS = 2048
 ROUNDS = 5
@@ -61,11 +62,11 @@ def rows(
 
         def compress() -> None:
             with packed.open("wb") as sink:
-                api.compress(source, sink, codec, profile=profile, chunk_tokens=chunk, gpu=gpu)
+                jobs.compress(source, sink, codec, profile=profile, chunk_tokens=chunk, gpu=gpu)
 
         def decompress() -> None:
             with back.open("wb") as sink:
-                api.decompress(Archive.open(packed, profile), sink, gpu=gpu)
+                jobs.decompress(Archive.open(packed, profile), sink, gpu=gpu)
 
         def load() -> None:
             archive = Archive.open(packed, profile)

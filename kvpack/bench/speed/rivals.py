@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from kvpack.bench.speed.timing import Speed, seconds, speed, waited
-from kvpack.stages.device.launch import Gpu
-from kvpack.stages.quantizers.affine import cuda as affine
-from kvpack.stages.quantizers.lloyd_max import cuda as turboquant
+from kvpack.gpu.kernels import affine
+from kvpack.gpu.kernels import lloyd_max as turboquant
+from kvpack.gpu.runtime.launch import Gpu
 
 
 def turboquant_3(gpu: Gpu, tensors: torch.Tensor, data: str) -> Iterator[Speed]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kvpack.stages.device.launch import Gpu
+from kvpack.gpu.runtime.launch import Gpu
 
 ROUNDS = 20
 

@@ -1,0 +1,1 @@
+"""Codecs: from the tensors of a window to streams and back."""

@@ -1,0 +1,20 @@
+"""Bit packing in plain numpy, in the words of ``docs/format.md``."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvpack.codecs.chain.base import Codes
+
+
+def pack(codes: Codes, width: int) -> bytes:
+    """``codes`` ``[N]`` to bytes: code i takes bits ``i * width ..``, bit 0 of a byte first."""
+    bits = (codes.astype(np.uint64)[:, None] >> np.arange(width, dtype=np.uint64)) & np.uint64(1)
+    return np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little").tobytes()
+
+
+def unpack(data: memoryview, count: int, width: int) -> Codes:
+    """The inverse of :func:`pack`; ``[count]`` uint64."""
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")[: count * width]
+    weights = np.uint64(1) << np.arange(width, dtype=np.uint64)
+    return np.asarray(bits.reshape(count, width).astype(np.uint64) @ weights)

@@ -1,0 +1,31 @@
+"""``keep``: tokens that a lossy codec leaves whole: the first (attention sinks) and the last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvpack.codecs.chain.base import Part, Stage
+
+
+@dataclass(frozen=True)
+class Keep(Stage):
+    """The first ``first`` tokens, and at least the last ``last``; what lies between is a multiple of ``group``."""
+
+    name: ClassVar[str] = "keep"
+    version: ClassVar[int] = 1
+
+    first: int
+    last: int
+    group: int
+
+    def __post_init__(self) -> None:
+        """Check the configuration."""
+        if min(self.first, self.last) < 0 or max(self.first, self.last) > 1 << 31 or not 1 <= self.group <= 65536:
+            raise ValueError("first and last are 0 to 2**31, group is 1 to 65536")
+
+    def coded(self, part: Part) -> tuple[int, int]:
+        """The part's tokens ``[start, stop)`` that are coded; the others stay whole."""
+        end = self.first + max(0, part.total - self.first - self.last) // self.group * self.group
+        start = min(max(self.first - part.first, 0), part.shape[1])
+        return start, max(start, min(end - part.first, part.shape[1]))

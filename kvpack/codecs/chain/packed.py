@@ -1,0 +1,81 @@
+"""Matrices of a profile as ``rans`` streams: what a codec learns is itself quantised and entropy-coded.
+
+``{name}.step`` ``[G, C]`` float32 and ``{name}.codes`` uint8 bytes: groups of consecutive rows, each with a step a
+column; values are ``(code - 128) * step``, rows ``[G * S, C]``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpack.codecs.chain.base import Floats, Part, PlaneSpec
+from kvpack.codecs.chain.entropy.rans import Rans
+from kvpack.errors import CorruptError, MismatchError
+from kvpack.numerics.jit import njit
+
+_MIDDLE = 128
+_ROUNDS = 2
+
+
+def pack_matrix(matrix: Floats, step: Floats, price: float = 0.0) -> dict[str, NDArray[Any]]:
+    """``step`` ``[G, C]`` of positive numbers; ``matrix`` ``[G * S, C]``. Codes are clipped to a byte.
+
+    Of the nearest code and the next one towards zero the one is taken whose squared error, in steps, plus ``price`` a
+    bit is less; bits are those of each column's codes so far in each group.
+    """
+    groups, columns = step.shape
+    blocks = matrix.reshape(groups, -1, columns) / step[:, None]
+    codes = np.clip(np.rint(blocks) + _MIDDLE, 0, 255).astype(np.uint8)
+    for _ in range(_ROUNDS if price else 0):
+        _towards_zero(blocks, codes, price)
+    stream = Rans().encode(codes, PlaneSpec("", codes.shape, 8))
+    return {"step": step.astype(np.float32), "codes": np.frombuffer(stream, np.uint8), "rows": _ints(matrix.shape[0])}
+
+
+@njit
+def _towards_zero(blocks: Floats, codes: NDArray[np.uint8], price: float) -> None:
+    """One round of :func:`pack_matrix`'s choice over ``[G, S, C]``."""
+    groups, rows, columns = codes.shape
+    for g in range(groups):
+        counts = np.full((columns, 256), 0.02)
+        for s in range(rows):
+            for c in range(columns):
+                counts[c, codes[g, s, c]] += 1
+        bits = -np.log2(counts / (rows + 0.02 * 256))
+        for s in range(rows):
+            for c in range(columns):
+                value = blocks[g, s, c]
+                near = min(max(np.rint(value) + _MIDDLE, 0), 255)
+                if near != _MIDDLE:
+                    less = near - 1 if near > _MIDDLE else near + 1
+                    cost = (value - (near - _MIDDLE)) ** 2 + price * bits[c, int(near)]
+                    other = (value - (less - _MIDDLE)) ** 2 + price * bits[c, int(less)]
+                    codes[g, s, c] = np.uint8(less if other < cost else near)
+
+
+def _ints(*values: int) -> NDArray[np.int32]:
+    return np.array(values, np.int32)
+
+
+def unpack_matrix(part: Part, name: str) -> Floats:
+    """The matrix of the part's profile of that name.
+
+    Raises:
+        MismatchError: it is not there, or does not decode.
+
+    """
+    step, codes, rows = (part.array(f"{name}.{field}") for field in ("step", "codes", "rows"))
+    count = int(rows[0]) if rows.shape == (1,) else 0
+    sound = step.ndim == 2 and step.size and codes.dtype == np.uint8
+    if not sound or not 1 <= count <= 1 << 24 or count % len(step):
+        raise MismatchError(f"the profile's {name!r} is not a packed matrix")
+    shape = (len(step), count // len(step), step.shape[1])
+    try:
+        found = Rans().decode(memoryview(codes.tobytes()), PlaneSpec("", shape, 8))
+    except CorruptError as error:
+        raise MismatchError(f"the profile's {name!r}: {error}") from None
+    values = (found.astype(np.float32) - _MIDDLE) * step[:, None]
+    return np.ascontiguousarray(values.reshape(count, -1))

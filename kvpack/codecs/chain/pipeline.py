@@ -1,0 +1,176 @@
+"""Runs a chain over a part: bits in, streams out, and back. Pure compute, no files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from kvpack.codecs.chain.base import Codes, Floats, Part, PlaneSpec, UnrepresentableError
+from kvpack.codecs.chain.quantizers.float_split import join, split, split_planes
+from kvpack.codecs.recipes import Chain, Codec
+from kvpack.errors import CorruptError
+from kvpack.numerics.floats import Bits, from_float32, to_float32
+
+__all__ = ["Bits", "Plan", "chain_of", "decode", "encode", "plan_of", "stream_names"]
+
+Streams = list[tuple[str, bytes]]
+
+
+def chain_of(codec: Codec, tensor: str) -> Chain:
+    """The chain for a tensor by its name: keys or values; values also for everything else."""
+    return codec.keys if tensor.endswith(".keys") else codec.values
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A chain's way through a part: which tokens are coded, the part before each transform, the planes."""
+
+    start: int
+    stop: int
+    parts: tuple[Part, ...]
+    whole: list[PlaneSpec]
+    planes: list[PlaneSpec]
+
+    @property
+    def stored(self) -> Iterator[PlaneSpec]:
+        """Planes that have a stream: those with codes, of at least one bit."""
+        return (plane for plane in (*self.whole, *self.planes) if plane.size and plane.width)
+
+
+def plan_of(chain: Chain, part: Part) -> Plan:
+    """The way of ``part`` through ``chain``."""
+    heads, tokens, dims = part.shape
+    start, stop = chain.keep.coded(part) if chain.keep else (0, tokens)
+    parts = [replace(part, shape=(heads, stop - start, dims), first=part.first + start)]
+    for transform in chain.transforms:
+        parts.append(transform.output(parts[-1]))
+    whole = split_planes(part.dtype, (heads, tokens - (stop - start), dims), "whole/") if chain.keep else []
+    return Plan(start, stop, tuple(parts), whole, chain.quantizer.planes(parts[-1]))
+
+
+def stream_names(chain: Chain, part: Part) -> list[str]:
+    """Names of the streams that :func:`encode` gives: the planes that have codes."""
+    return [plane.name for plane in plan_of(chain, part).stored]
+
+
+def encode(chain: Chain, bits: Bits, part: Part, reference: Floats | None = None) -> tuple[Streams, Floats | None]:
+    """Streams by name (planes without codes have none), and the decoder's array where the chain predicts.
+
+    ``bits`` are ``[H, T, D]``, unsigned integers of the tensor's item size; ``reference`` is the array that the
+    keys' chain gave, where the values' chain predicts from it.
+
+    Raises:
+        UnrepresentableError: a lossy chain met values it cannot represent.
+
+    """
+    plan = plan_of(chain, part)
+    if chain.quantizer.exact:
+        return _write(chain, plan, chain.quantizer.encode(bits, part)), None
+    values = to_float32(bits[:, plan.start : plan.stop], part.dtype)
+    if not np.isfinite(values).all():
+        raise UnrepresentableError("NaN or Inf")
+    for transform, before in zip(chain.transforms, plan.parts, strict=False):
+        values = transform.forward(values, before)
+    decoded = None
+    if chain.predictor is None:
+        codes = chain.quantizer.encode(values, plan.parts[-1])
+    else:
+        codes, decoded = _encode_rows(chain, values, plan.parts[-1], reference)
+    if chain.keep:
+        whole = np.concatenate([bits[:, : plan.start], bits[:, plan.stop :]], axis=1)
+        codes = [*split(whole, part.dtype), *codes]
+    return _write(chain, plan, codes), decoded
+
+
+def _write(chain: Chain, plan: Plan, codes: Sequence[Codes]) -> Streams:
+    streams: Streams = []
+    before: dict[str, Codes] = {}
+    for plane, code in zip((*plan.whole, *plan.planes), codes, strict=True):
+        if plane.size and plane.width:
+            scaled = chain.quantizer.scaled(plane, before, plan.parts[-1])
+            streams.append((plane.name, chain.entropy.encode(code, scaled)))
+        before[plane.name] = code
+    return streams
+
+
+def _encode_rows(chain: Chain, values: Floats, part: Part, reference: Floats | None) -> tuple[list[Codes], Floats]:
+    assert chain.predictor is not None
+    decoded = np.zeros(part.shape, np.float32)
+    rows: list[list[Codes]] = []
+    for row in range(part.shape[0]):
+        expected = chain.predictor.predict(row, decoded, reference, part)
+        one = replace(part, shape=(1, *part.shape[1:]), row=row)
+        with np.errstate(over="ignore", invalid="ignore"):
+            rows.append(chain.quantizer.encode(values[row : row + 1] - expected, one))
+            copies = [code.copy() for code in rows[-1]]  # decoding reuses them
+            decoded[row] = (expected + chain.quantizer.decode(copies, one))[0]
+        if not np.isfinite(decoded[row]).all():
+            raise UnrepresentableError("a prediction beyond float32")
+    return [np.concatenate(planes) for planes in zip(*rows, strict=True)], decoded
+
+
+def decode(
+    chain: Chain, streams: Sequence[tuple[str, memoryview]], part: Part, reference: Floats | None = None
+) -> tuple[Bits, Floats | None]:
+    """The part's bit patterns: the very ones for exact chains, approximations for the others.
+
+    The second result is as of :func:`encode`.
+
+    Raises:
+        CorruptError: streams that do not decode to this part.
+
+    """
+    plan = plan_of(chain, part)
+    if [name for name, _ in streams] != [plane.name for plane in plan.stored]:
+        raise CorruptError("corrupt: the part does not have the streams of its codec")
+    try:
+        return _decode(chain, streams, part, plan, reference)
+    except UnrepresentableError as error:
+        raise CorruptError(f"corrupt: {error}") from None
+
+
+def _decode(
+    chain: Chain, streams: Sequence[tuple[str, memoryview]], part: Part, plan: Plan, reference: Floats | None
+) -> tuple[Bits, Floats | None]:
+    remaining = iter(streams)
+    found: dict[str, Codes] = {}
+    for plane in (*plan.whole, *plan.planes):
+        if plane.size and plane.width:
+            scaled = chain.quantizer.scaled(plane, found, plan.parts[-1])
+            found[plane.name] = chain.entropy.decode(next(remaining)[1], scaled)
+        else:
+            found[plane.name] = np.zeros(plane.shape, plane.code_dtype)
+    every = list(found.values())
+    whole, codes = every[: len(plan.whole)], every[len(plan.whole) :]
+    if chain.quantizer.exact:
+        return chain.quantizer.decode(codes, part), None
+    decoded = None
+    if chain.predictor is None:
+        values = chain.quantizer.decode(codes, plan.parts[-1])
+    else:
+        values = decoded = _decode_rows(chain, codes, plan, reference)
+    for transform, before in reversed(list(zip(chain.transforms, plan.parts, strict=False))):
+        values = transform.inverse(values, before)
+    bits = from_float32(values, part.dtype)
+    if chain.keep:
+        kept = join(whole, part.dtype)
+        bits = np.concatenate([kept[:, : plan.start], bits, kept[:, plan.start :]], axis=1)
+    return bits, decoded
+
+
+def _decode_rows(chain: Chain, codes: list[Codes], plan: Plan, reference: Floats | None) -> Floats:
+    assert chain.predictor is not None
+    part = plan.parts[-1]
+    decoded = np.zeros(part.shape, np.float32)
+    taken = [0] * len(codes)
+    for row in range(part.shape[0]):
+        one = replace(part, shape=(1, *part.shape[1:]), row=row)
+        counts = [plane.shape[0] for plane in chain.quantizer.planes(one)]
+        mine = [code[at : at + count] for code, at, count in zip(codes, taken, counts, strict=True)]
+        taken = [at + count for at, count in zip(taken, counts, strict=True)]
+        with np.errstate(over="ignore", invalid="ignore"):
+            expected = chain.predictor.predict(row, decoded, reference, part)
+            decoded[row] = (expected + chain.quantizer.decode(mine, one))[0]
+    return decoded

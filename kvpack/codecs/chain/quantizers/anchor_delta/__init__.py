@@ -1,0 +1,126 @@
+"""``anchor_delta``: an anchor every few tokens, the others as differences from it (CacheGen, arXiv 2310.07240, 5.2).
+
+One row is one layer. Each vector is scaled by its largest magnitude, stored in fp16: anchors to 8 bits,
+differences to a number of bins that is larger in the leading layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpack.codecs.chain.base import Codes, Floats, Part, PlaneSpec, Quantizer, UnrepresentableError
+from kvpack.codecs.chain.quantizers.float_split import join, split, split_planes
+
+ANCHOR_LEVELS = 127
+"""Anchors are codes -127 .. 127."""
+
+
+def quantize(values: Floats, levels: NDArray[np.int64]) -> tuple[Codes, NDArray[np.float16]]:
+    """``values`` ``[L, T, C]`` to codes 0 .. 2 * levels and scales ``[L, T, 1]``; ``levels`` is ``[L]``.
+
+    code = round(x / scale * levels) + levels, scale the vector's largest magnitude.
+    """
+    with np.errstate(over="ignore"):
+        scale: NDArray[np.float16] = np.abs(values).max(axis=2, keepdims=True, initial=0).astype(np.float16)
+    steps = np.where(scale > 0, scale, np.float16(1)).astype(np.float32)
+    most = levels.astype(np.float32)[:, None, None]
+    return np.clip(np.rint(values / steps * most) + most, 0, 2 * most).astype(np.uint8), scale
+
+
+def dequantize(codes: Codes, scale: NDArray[np.float16], levels: NDArray[np.int64]) -> Floats:
+    """The inverse; float32 ``[L, T, C]``."""
+    most = levels.astype(np.float32)[:, None, None]
+    unit = (codes.astype(np.float32) - most) / np.maximum(most, np.float32(1))
+    return np.asarray(unit * scale.astype(np.float32), np.float32)
+
+
+@dataclass(frozen=True)
+class AnchorDelta(Quantizer):
+    """Anchors every ``group`` tokens; ``bins`` (3 to 256) a difference, ``leading_bins`` in the leading layers.
+
+    ``leading`` is the number of leading layers out of 32, scaled to the model's depth and rounded.
+    """
+
+    name: ClassVar[str] = "anchor_delta"
+    version: ClassVar[int] = 1
+    exact: ClassVar[bool] = False
+    stacked: ClassVar[bool] = True
+
+    leading_bins: int
+    bins: int
+    leading: int
+    group: int
+
+    def __post_init__(self) -> None:
+        """Check the configuration."""
+        if not all(3 <= bins <= 256 for bins in (self.leading_bins, self.bins)):
+            raise ValueError("bins are 3 to 256")
+        if not 0 <= self.leading <= 32 or not 2 <= self.group <= 65536:
+            raise ValueError("leading is 0 to 32 and group is 2 to 65536")
+
+    def _levels(self, layers: int) -> NDArray[np.int64]:
+        """Largest code of each layer, ``[L]``: bins // 2 - 1 as in the authors' code, at least 1."""
+        leading = (layers * self.leading + 16) // 32
+        bins = np.where(np.arange(layers) < leading, self.leading_bins, self.bins)
+        levels: NDArray[np.int64] = np.maximum(bins // 2 - 1, 1)
+        return levels
+
+    def planes(self, part: Part) -> list[PlaneSpec]:
+        """``anchors`` and ``deltas``, each with its scales."""
+        layers, tokens, channels = part.shape
+        anchors = -(-tokens // self.group)
+        most = 2 * int(self._levels(layers).max(initial=1))
+        return [
+            PlaneSpec("anchors", (layers, anchors, channels), 8),
+            *split_planes("F16", (layers, anchors, 1), "anchor_scale/"),
+            PlaneSpec("deltas", (layers, tokens - anchors, channels), most.bit_length()),
+            *split_planes("F16", (layers, tokens - anchors, 1), "delta_scale/"),
+        ]
+
+    def encode(self, data: NDArray[Any], part: Part) -> list[Codes]:
+        """Float32 values ``[L, T, C]`` to planes.
+
+        Raises:
+            UnrepresentableError: a vector beyond fp16.
+
+        """
+        layers, tokens, _ = part.shape
+        eight = np.full(layers, ANCHOR_LEVELS)
+        anchors, anchor_scale = quantize(data[:, :: self.group], eight)
+        owner, others = self._tokens(tokens)
+        with np.errstate(over="ignore", invalid="ignore"):
+            delta = data[:, others] - dequantize(anchors, anchor_scale, eight)[:, owner]
+        if not np.isfinite(anchor_scale).all() or not np.isfinite(delta).all():
+            raise UnrepresentableError("vectors beyond fp16")
+        deltas, delta_scale = quantize(delta, self._levels(layers))
+        if not np.isfinite(delta_scale).all():
+            raise UnrepresentableError("vectors beyond fp16")
+        return [
+            anchors,
+            *split(anchor_scale.view(np.uint16), "F16"),
+            deltas,
+            *split(delta_scale.view(np.uint16), "F16"),
+        ]
+
+    def decode(self, codes: list[Codes], part: Part) -> Floats:
+        """Anchors, and anchor + difference for the tokens after each."""
+        layers, tokens, _ = part.shape
+        owner, others = self._tokens(tokens)
+        values = np.empty(part.shape, np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            scale = join(codes[1:3], "F16").view(np.float16)
+            anchors = dequantize(codes[0], scale, np.full(layers, ANCHOR_LEVELS))
+            scale = join(codes[4:6], "F16").view(np.float16)
+            values[:, :: self.group] = anchors
+            values[:, others] = anchors[:, owner] + dequantize(codes[3], scale, self._levels(layers))
+        return values
+
+    def _tokens(self, tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Tokens that are not anchors, and the number of the anchor of each."""
+        token = np.arange(tokens)
+        others = token[token % self.group != 0]
+        return others // self.group, others

@@ -1,0 +1,82 @@
+"""``lloyd_max``: a norm a vector and Lloyd-Max codes of its coordinates (TurboQuant, arXiv 2504.19874).
+
+To be used behind a random rotation: the coordinates of a rotated unit vector of D dimensions are close to
+N(0, 1/D) whatever the vector was (the paper, section 3.1), so that one codebook serves all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpack.codecs.chain.base import Codes, Floats, Part, PlaneSpec, Quantizer, UnrepresentableError
+from kvpack.codecs.chain.quantizers.float_split import join, split, split_planes
+from kvpack.codecs.chain.quantizers.lloyd_max import reference
+
+
+@dataclass(frozen=True)
+class LloydMax(Quantizer):
+    """``bits`` (1 to 4) a coordinate; with ``prod`` one of them is the sign of a QJL sketch of the residual.
+
+    ``prod`` is the paper's inner-product variant (section 3.2): ``bits - 1`` bits of Lloyd-Max, then the
+    signs of a Gaussian projection of the residual (seeded by ``seed``), with the residual's norm.
+    """
+
+    name: ClassVar[str] = "lloyd_max"
+    version: ClassVar[int] = 1
+    exact: ClassVar[bool] = False
+
+    bits: int
+    prod: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Check the configuration."""
+        if not 1 <= self.bits <= 4 or not 0 <= self.seed < 1 << 63:
+            raise ValueError("bits is 1 to 4 and seed not negative")
+
+    @property
+    def _mse_bits(self) -> int:
+        return self.bits - self.prod
+
+    def planes(self, part: Part) -> list[PlaneSpec]:
+        """``codes``, the norms; with ``prod`` the ``signs`` and the residuals' norms."""
+        heads, tokens, _ = part.shape
+        norms = (heads, tokens, 1)
+        planes = [PlaneSpec("codes", part.shape, self._mse_bits), *split_planes("F16", norms, "norm/")]
+        if self.prod:
+            planes += [PlaneSpec("signs", part.shape, 1), *split_planes("F16", norms, "residual_norm/")]
+        return planes
+
+    def encode(self, data: NDArray[Any], part: Part) -> list[Codes]:
+        """Float32 values ``[H, T, D]`` to planes.
+
+        Raises:
+            UnrepresentableError: NaN, Inf, or a vector whose norm fp16 cannot hold.
+
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            norm = np.sqrt(np.square(data).sum(-1, keepdims=True)).astype(np.float16)
+        nonzero = data.any(axis=-1, keepdims=True)
+        if not np.isfinite(norm).all() or (nonzero & (norm == 0)).any():
+            raise UnrepresentableError("vector norms beyond fp16")
+        unit = np.asarray(data / np.where(norm > 0, norm, np.float16(1)).astype(np.float32), np.float32)
+        codes = reference.quantize(unit, self._mse_bits)
+        planes = [codes, *split(norm.view(np.uint16), "F16")]
+        if self.prod:
+            residual = unit - reference.dequantize(codes, self._mse_bits, part.shape[2])
+            signs, length = reference.sketch(residual, self.seed)
+            planes += [signs, *split(length.view(np.uint16), "F16")]
+        return planes
+
+    def decode(self, codes: list[Codes], part: Part) -> Floats:
+        """Values, float32 ``[H, T, D]``."""
+        unit = reference.dequantize(codes[0], self._mse_bits, part.shape[2])
+        if self.prod:
+            length = join(codes[4:6], "F16").view(np.float16)
+            unit = unit + reference.unsketch(codes[3], length, self.seed)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return unit * join(codes[1:3], "F16").view(np.float16).astype(np.float32)

@@ -1,0 +1,53 @@
+"""``klt``: coordinates of a token's whole stack in the profile's orthonormal basis (KVTC, arXiv 2511.01815).
+
+All layers and heads of a token are one vector of P = L * H * D elements; the Karhunen-Loeve transform subtracts
+the calibration set's mean and projects on the leading eigenvectors of its covariance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from kvpack.codecs.chain.base import Floats, Part, Transform
+from kvpack.errors import MismatchError
+
+
+@dataclass(frozen=True)
+class Klt(Transform):
+    """With the profile's ``{section}.mean`` ``[P]`` and ``{section}.basis`` ``[P, R]``; gives ``[1, T, R]``."""
+
+    name: ClassVar[str] = "klt"
+    version: ClassVar[int] = 1
+    profiled: ClassVar[bool] = True
+    stacked: ClassVar[bool] = True
+
+    section: str
+
+    def _arrays(self, part: Part) -> tuple[Floats, Floats]:
+        mean, basis = part.array(f"{self.section}.mean"), part.array(f"{self.section}.basis")
+        size = part.shape[0] * part.shape[2]
+        if mean.shape != (size,) or basis.ndim != 2 or basis.shape[0] != size:
+            raise MismatchError(f"the profile is for {mean.size} elements a token, this cache has {size}")
+        return mean, basis
+
+    def output(self, part: Part) -> Part:
+        """One row of R coordinates."""
+        return replace(part, shape=(1, part.shape[1], self._arrays(part)[1].shape[1]), heads=1)
+
+    def forward(self, values: Floats, part: Part) -> Floats:
+        """``(x - mean) @ basis``."""
+        mean, basis = self._arrays(part)
+        flat: Floats = np.ascontiguousarray(values.transpose(1, 0, 2)).reshape(part.shape[1], mean.size)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.asarray((flat - mean) @ basis, np.float32)[None]
+
+    def inverse(self, values: Floats, part: Part) -> Floats:
+        """``z @ basis.T + mean``."""
+        mean, basis = self._arrays(part)
+        rows, tokens, dims = part.shape
+        with np.errstate(over="ignore", invalid="ignore"):
+            flat: Floats = values[0] @ basis.T + mean
+        return np.ascontiguousarray(flat.reshape(tokens, rows, dims).transpose(1, 0, 2))

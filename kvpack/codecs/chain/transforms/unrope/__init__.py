@@ -1,0 +1,37 @@
+"""``unrope``: keys as they were before rotary position embedding (RoPE, arXiv 2104.09864), where ranks are lower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvpack.codecs.chain.base import Floats, Part, Transform
+from kvpack.codecs.chain.rotary import rotate
+from kvpack.errors import MismatchError
+
+
+@dataclass(frozen=True)
+class Unrope(Transform):
+    """Undoes RoPE with the profile's ``rope.inv_freq``; a profile with none of them leaves keys alone."""
+
+    name: ClassVar[str] = "unrope"
+    version: ClassVar[int] = 1
+    profiled: ClassVar[bool] = True
+
+    def forward(self, values: Floats, part: Part) -> Floats:
+        """Keys after RoPE to keys before it; ``[H, T, D]``."""
+        return rotate(values, _frequencies(part), part.first, -1)
+
+    def inverse(self, values: Floats, part: Part) -> Floats:
+        """Keys before RoPE to keys after it; ``[H, T, D]``."""
+        return rotate(values, _frequencies(part), part.first, 1)
+
+
+def _frequencies(part: Part) -> Floats:
+    frequencies: Floats = part.array("rope.inv_freq")
+    if frequencies.ndim != 1 or 2 * len(frequencies) > part.shape[2]:
+        raise MismatchError("the profile's rotary embedding is not this model's")
+    return frequencies
+
+
+__all__ = ["Unrope", "rotate"]

@@ -1,0 +1,31 @@
+"""How much an error of each element matters beside the others: what probes tell, else what the part itself does."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpack.codecs.chain.base import Floats, Part
+
+KEYS_BESIDE_VALUES = 2**0.5
+"""Without probes: an error relative to all keys beside one relative to a layer's values, by trial (docs/fisher.md)."""
+
+LEAST = 1e-90
+
+
+def element_weights(data: Floats, part: Part) -> NDArray[np.float64]:
+    """Weights ``[R, D]`` of the elements of ``data`` ``[R, T, D]``; weighted, they have variance 1 on average.
+
+    A part whose side has no weights gets one weight for all keys, because logits add up their errors as they are, and
+    one for each layer's values.
+    """
+    tokens = max(part.shape[1], 1)
+    mean = data.mean(1, dtype=np.float64)
+    energy = data.var(1, dtype=np.float64) + np.square(mean) / tokens
+    found = None if part.side.weights is None else part.side.weights.astype(np.float64)
+    if found is None:
+        layers = energy.reshape(-1, max(part.heads, 1) * part.shape[2])
+        each = np.maximum(layers.mean(1), LEAST).repeat(max(part.heads, 1))
+        each[: part.keys] = max(energy[: part.keys].mean(), LEAST) / KEYS_BESIDE_VALUES**2 if part.keys else 1
+        found = np.broadcast_to(each[:, None] ** -0.5, energy.shape)
+    return np.asarray(found / np.sqrt(max(np.mean(energy * np.square(found)), LEAST)), np.float64)

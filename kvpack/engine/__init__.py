@@ -1,0 +1,1 @@
+"""Runs the work of codecs: on the threads of a CPU here, on a GPU in ``kvpack.gpu``."""

@@ -1,0 +1,1 @@
+"""Files of caches by other programs, read and written."""

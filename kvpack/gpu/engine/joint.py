@@ -1,0 +1,197 @@
+"""``fisher`` on a GPU: the keys and values of all layers of a chunk as one, from bf16 tensors to streams and back.
+
+From coefficients on, everything is integer arithmetic or the CPU's own steps, and streams are the CPU's byte for byte
+for the same codes. Coordinates are sums of rounded products in another order than the CPU's, so that a coefficient next
+to a bound may get the neighbouring code (``tests/gpu/test_joint_parity.py`` bounds how near and how often).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil, log2
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpack.codecs.chain.base import Part, Scales
+from kvpack.codecs.chain.entropy.scaled_rans import ScaledRans, checked
+from kvpack.codecs.chain.quantizers.dead_zone import MIDDLE, DeadZone, token_levels
+from kvpack.codecs.chain.quantizers.dead_zone.reference import MOST_SHIFT
+from kvpack.codecs.chain.transforms.token_klt import TokenKlt
+from kvpack.codecs.recipes import Chain
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvpack.gpu.kernels.scaled_rans import Classes, Coded
+    from kvpack.gpu.kernels.token_klt import Stacks
+    from kvpack.gpu.runtime.launch import Launcher
+
+Levels = NDArray[np.int32]
+"""Levels, or shifts, of the tokens of units of one length, ``[U, T]``."""
+
+
+def is_joint(chain: Chain) -> bool:
+    """Whether a chain is ``fisher``'s."""
+    every = (chain.keep, chain.predictor, len(chain.transforms))
+    return (
+        every == (None, None, 1)
+        and isinstance(chain.transforms[0], TokenKlt)
+        and isinstance(chain.quantizer, DeadZone)
+        and isinstance(chain.entropy, ScaledRans)
+    )
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """In device memory: streams of the units' coefficients, shifts int32 ``[U, T]``, digests int64 ``[U, S]`` of the
+    original tensors, faults int32 ``[U]``, not 0 where the GPU cannot represent a unit.
+    """  # fmt: skip
+
+    coded: Coded
+    shifts: torch.Tensor
+    digests: torch.Tensor
+    faults: torch.Tensor
+
+
+class Joint:
+    """A codec and a profile in device memory, for the units of one capture."""
+
+    def __init__(self, gpu: Launcher, chain: Chain, part: Part) -> None:
+        """For units like ``part``, which says the cache's shape, its length and what is known beside it.
+
+        Raises:
+            MismatchError: the profile is not sound, or not for this cache.
+
+        """
+        from kvpack.gpu.kernels.dead_zone import Choices
+        from kvpack.gpu.kernels.scaled_rans import Tables
+        from kvpack.gpu.kernels.token_klt import Matrices, Tokens, turns
+
+        klt, quantizer = chain.transforms[0], chain.quantizer
+        assert isinstance(klt, TokenKlt)
+        assert isinstance(quantizer, DeadZone)
+        self._gpu, self._quantizer, self._part = gpu, quantizer, replace(part, first=0)
+        model = klt.model(part)
+        self._coordinates = klt.output(part)
+        scales = self._scales(*np.zeros((2, part.shape[1]), np.int32))
+        self._tables = Tables.of(scales.tables, gpu.device)
+        self._choices = Choices.of(scales.tables, quantizer.centroids(part), gpu.device)
+        widest = float(quantizer.steps(np.array([MIDDLE - 1], np.int32)).max())
+        self.matrices = Matrices.of(gpu, model, -ceil(log2(widest)) - 1)  # so that no code times its step overflows
+        self._tokens = None
+        if part.side.tokens is not None:
+            model.require(part.side.tokens)
+            self._tokens = Tokens.of(gpu, self.matrices.prediction, part.side.tokens)
+        self._cosines, self._sines = turns(model.frequencies, part.total, gpu.device)
+
+    @property
+    def rank(self) -> int:
+        """Coordinates a token."""
+        return self.matrices.rank
+
+    @staticmethod
+    def supports(part: Part, chain: Chain, tensors: int) -> bool:
+        """Whether the kernels take such units, of so many tensors each."""
+        from kvpack.gpu.kernels import dead_zone
+        from kvpack.gpu.kernels import scaled_rans as coder
+        from kvpack.gpu.kernels import token_klt as klt
+
+        if part.dtype != "BF16" or not is_joint(chain):
+            return False
+        stage = chain.transforms[0]
+        assert isinstance(stage, TokenKlt)
+        assert isinstance(chain.quantizer, DeadZone)
+        model, (rows, tokens, dims) = stage.model(part), part.shape
+        tables = len(part.array(f"{chain.quantizer.section}.tables"))
+        shape = (rows // tensors, tokens, dims)
+        fits = dead_zone.supports(model.rank, tables) and coder.supports(tokens, model.rank, tables)
+        return fits and klt.supports(shape, model)
+
+    def _scales(self, levels: NDArray[np.int32], shifts: NDArray[np.int32]) -> Scales:
+        tokens, rank = len(levels), self._coordinates.shape[2]
+        part = replace(self._coordinates, shape=(1, tokens, rank))
+        plane = self._quantizer.planes(part)[2]
+        before = {"levels": (levels + MIDDLE).astype(np.uint8), "shifts": (shifts + MOST_SHIFT).astype(np.uint8)}
+        return checked(self._quantizer.scaled(plane, before, part))
+
+    def levels(self, first: int, units: int, tokens: int) -> Levels:
+        """What the encoder decides for tokens from ``first`` on."""
+        part = replace(self._part, first=first, shape=(1, units * tokens, 1))
+        return token_levels(part, self._quantizer.importance).reshape(units, tokens)
+
+    def _classes(self, levels: Levels, shifts: Levels) -> tuple[Classes, NDArray[np.float32]]:
+        """Classes in device memory, and each token's step, ``[U * T]``."""
+        from kvpack.gpu.kernels.scaled_rans import Classes
+
+        scales = [self._scales(*both) for both in zip(levels, shifts, strict=True)]
+        steps = self._quantizer.steps(levels.reshape(-1)).reshape(-1)
+        return Classes.of(scales, self._tables, self._gpu.device), steps
+
+    def _stacks(self, addresses: torch.Tensor, shape: tuple[int, int, int], head_stride: int, first: int) -> Stacks:
+        from kvpack.gpu.kernels.token_klt import Stacks
+
+        return Stacks(addresses, shape, head_stride, first, self._cosines, self._sines)
+
+    def compress(
+        self, addresses: torch.Tensor, shape: tuple[int, int, int], head_stride: int, first: int, levels: Levels
+    ) -> Compressed:
+        """Code the units whose tensors ``[H, T, D]`` lie at ``addresses`` ``[U, S]``, from token ``first`` on.
+
+        ``S`` counts all layers' keys and, behind them, values; nothing is waited for.
+        """
+        import torch
+
+        from kvpack.gpu.kernels.dead_zone import quantize
+        from kvpack.gpu.kernels.scaled_rans import encode
+        from kvpack.gpu.kernels.token_klt import forward
+        from kvpack.gpu.runtime.tensors import sent
+
+        gpu, matrices = self._gpu, self.matrices
+        classes, steps = self._classes(levels, np.zeros_like(levels))
+        faults = torch.zeros(len(addresses), dtype=torch.int32, device=gpu.device)
+        stacks = self._stacks(addresses, shape, head_stride, first)
+        z, digests = forward(gpu, matrices, stacks, self._tokens, faults)
+        units = sent(steps * np.float32(2.0**matrices.analysis_exponent), gpu.device)
+        codes, shifts, rows = quantize(gpu, z, units, classes.columns, classes.rows, self._choices, faults)
+        del z
+        classes = replace(classes, rows=rows.view(levels.shape))
+        coded = encode(gpu, codes.view(*levels.shape, -1), classes)
+        return Compressed(coded, shifts.view(levels.shape), digests, faults)
+
+    def decompress(
+        self,
+        streams: torch.Tensor,
+        sizes: torch.Tensor,
+        groups: int,
+        addresses: torch.Tensor,
+        shape: tuple[int, int, int],
+        head_stride: int,
+        first: int,
+        levels: Levels,
+        shifts: Levels,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The inverse of :meth:`compress`, from streams ``[U]`` as :func:`scaled_rans.cuda.decode` takes them.
+
+        Returns, ``[U]`` each: faults of the streams, their checksums, and whether values are not finite.
+        """
+        import torch
+
+        from kvpack.gpu.kernels.dead_zone import restore
+        from kvpack.gpu.kernels.scaled_rans import decode
+        from kvpack.gpu.kernels.token_klt import inverse, predict
+        from kvpack.gpu.runtime.tensors import sent
+
+        gpu, matrices = self._gpu, self.matrices
+        classes, steps = self._classes(levels, shifts)
+        codes, unsound, sums = decode(gpu, streams, sizes, classes, groups)
+        predicted = None
+        if self._tokens is not None:
+            predicted = predict(gpu, matrices, self._tokens, first, levels.size)
+        z = restore(gpu, codes.view(levels.size, -1), sent(steps, gpu.device), classes.columns, classes.rows,
+                    self._choices, predicted, matrices.prediction.weights_exponent, matrices.exponent, matrices.shared,
+                    len(matrices.groups))  # fmt: skip
+        odd = torch.zeros(len(levels), dtype=torch.int32, device=gpu.device)
+        inverse(gpu, matrices, z, self._stacks(addresses, shape, head_stride, first), odd)
+        return unsound, sums, odd

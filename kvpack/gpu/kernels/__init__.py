@@ -1,0 +1,1 @@
+"""CUDA sources and the functions that launch them, one folder for each stage."""

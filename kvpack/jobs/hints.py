@@ -1,0 +1,134 @@
+"""What a capture itself tells the encoder of a codec without a profile: how keys were turned, what its probes read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpack.codecs.chain.base import Side
+from kvpack.codecs.chain.rotary import rotate
+from kvpack.errors import FormatError
+from kvpack.fidelity.probes import Probes
+from kvpack.fidelity.source import layer_tensors
+from kvpack.jobs.reader import Capture
+from kvpack.numerics.floats import to_float32
+
+Floats = NDArray[np.float32]
+
+KEY_WEIGHT = 32**0.5
+"""A logit's error beside a relative error of a value, by trial on SmolLM2-135M (docs/fisher.md)."""
+
+
+def with_hints(side: Side, capture: Capture) -> Side:
+    """``side`` with RoPE's frequencies and the weights of elements, as far as ``capture`` tells them."""
+    frequencies = rope_frequencies(capture.metadata)
+    return replace(side, frequencies=frequencies, weights=probe_weights(capture, frequencies))
+
+
+def rope_frequencies(metadata: Mapping[str, str]) -> Floats | None:
+    """Radians a position ``[N]`` for dimensions i and i + N, from ``rope`` and ``model``; None where they do not tell.
+
+    Knows transformers' ``default``, ``linear`` and ``llama3``.
+    """
+    try:
+        rope, model = (json.loads(metadata.get(name, "null")) for name in ("rope", "model"))
+        with np.errstate(all="ignore"):
+            found = _frequencies(rope, int(model["head_dim"] * float(rope.get("partial_rotary_factor", 1))) // 2)
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
+        return None
+    sound = found.size and np.isfinite(found).all() and (found > 1e-30).all() and (found <= 1).all()
+    return found.astype(np.float32) if sound else None
+
+
+def _frequencies(rope: Mapping[str, Any], count: int) -> NDArray[np.float64]:
+    """As transformers' ``ROPE_INIT_FUNCTIONS`` has them, ``[count]``; raises for kinds that are not known."""
+    if not 0 < count <= 1 << 16:
+        raise ValueError("not a number of dimensions")
+    found = np.float64(rope["rope_theta"]) ** -(np.arange(count) / count)
+    kind = rope.get("rope_type", "default")
+    if kind == "linear":
+        found /= float(rope["factor"])
+    elif kind == "llama3":
+        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+        turns = found * float(rope["original_max_position_embeddings"]) / (2 * np.pi)
+        smooth = np.clip((turns - low) / (high - low), 0, 1)
+        found *= smooth + (1 - smooth) / float(rope["factor"])
+    elif kind != "default":
+        raise ValueError("not a kind that is known")
+    return found
+
+
+def probe_weights(capture: Capture, frequencies: Floats | None) -> dict[str, Floats] | None:
+    """Weights ``[H, D]`` of keys' and values' elements by tensor, from probe queries; None unless every layer has them.
+
+    An error of a key shifts a logit by scale * (q . error), so dimension d weighs as the root mean square of q_d before
+    RoPE. An error of a value counts beside its layer's deviation, and beside its layer's attention output as often as
+    the probes read it: the geometric mean of both.
+    """
+    layers = layer_tensors(capture)
+    keys: dict[str, Floats] = {}
+    plain: dict[str, float] = {}
+    read: dict[str, Floats] = {}
+    try:
+        probes = Probes(capture)
+        for layer, names in layers.items():
+            found = _layer(capture, probes, layer, names, frequencies)
+            if found is None:
+                return None
+            keys[names["keys"]], plain[names["values"]], read[names["values"]] = found
+    except FormatError:
+        return None
+    if not layers:
+        return None
+    level = np.mean([np.log(one) for one in plain.values()]) - np.mean([np.log(one).mean() for one in read.values()])
+    values = {
+        name: np.repeat(np.sqrt(plain[name] * one * np.exp(level))[:, None], capture.tensors[name].shape[2], axis=1)
+        for name, one in read.items()
+    }
+    every = {name: np.asarray(one, np.float32) for name, one in {**keys, **values}.items()}
+    return every if all(np.isfinite(one).all() and (one > 0).all() for one in every.values()) else None
+
+
+def _layer(
+    capture: Capture, probes: Probes, layer: int, names: Mapping[str, str], frequencies: Floats | None
+) -> tuple[Floats, float, Floats] | None:
+    """Weights of keys ``[H, D]``, one over the values' deviation, and how much probes read values ``[H]``."""
+    if len(names) < 2:
+        return None
+    keys, values = (to_float32(capture.read(names[k]), capture.tensors[names[k]].dtype) for k in ("keys", "values"))
+    queries, positions = probes.queries(layer), probes.positions
+    heads, tokens, dims = keys.shape
+    if queries is None or positions is None or not queries.size or not keys.size or values.shape[:2] != keys.shape[:2]:
+        return None
+    if queries.shape[0] % heads or queries.shape[1:] != (len(positions), dims):
+        return None
+    scale = probes.scale_for(layer, dims)
+    grouped = queries.reshape(heads, -1, dims)
+    visible = np.tile(np.arange(tokens) <= positions[:, None], (queries.shape[0] // heads, 1))
+    energy, read = np.empty(heads), np.empty(heads)
+    with np.errstate(all="ignore"):
+        for head in range(heads):
+            logits = np.where(visible, scale * (grouped[head] @ keys[head].T), -np.inf)
+            weights = np.exp(logits - logits.max(1, keepdims=True))
+            weights /= weights.sum(1, keepdims=True)
+            energy[head], read[head] = np.square(weights @ values[head]).sum(), np.square(weights).sum()
+        deviation = np.sqrt(np.square(values - values.mean(1, keepdims=True)).mean())
+        before = _before_rope(queries, positions, frequencies).reshape(heads, -1, dims)
+        own = KEY_WEIGHT * scale * np.sqrt(np.square(before).mean(1) + 1e-12)
+        return own, float(1 / deviation), np.sqrt(read / energy.sum())
+
+
+def _before_rope(queries: Floats, positions: NDArray[np.integer[Any]], frequencies: Floats | None) -> Floats:
+    """Queries ``[H, P, D]`` before RoPE; dimensions that it turns into each other have their mean energy."""
+    if frequencies is None or 2 * len(frequencies) > queries.shape[2]:
+        return queries
+    half = len(frequencies)
+    each = [rotate(queries[:, i : i + 1], frequencies, int(at), -1) for i, at in enumerate(positions)]
+    out = np.concatenate(each, axis=1)
+    out[..., :half] = out[..., half : 2 * half] = np.hypot(out[..., :half], out[..., half : 2 * half]) / 2**0.5
+    return out

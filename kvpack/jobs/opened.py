@@ -1,0 +1,120 @@
+"""Files for programs: ``kvpack.open(path)`` gives tensors, on a GPU if wanted, and the cache that a model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvpack.engine.threads import ordered_map
+from kvpack.errors import FormatError, KvpackError, UsageError
+from kvpack.formats.safetensors import TensorSpec
+from kvpack.gpu.runtime.host import AUTO_BYTES, find_gpu
+from kvpack.jobs.reader import Archive, Capture, open_cache
+from kvpack.kvp import layer_of
+from kvpack.numerics.floats import Bits, to_torch
+from kvpack.profiles import Profile
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvpack.gpu.runtime.launch import Launcher
+
+
+class Opened:
+    """A capture or a ``.kvp`` file."""
+
+    def __init__(self, source: Capture | Archive) -> None:
+        """Over an open one."""
+        self.source = source
+        self.tensors: Mapping[str, TensorSpec] = source.tensors
+        self.metadata: Mapping[str, str] = source.metadata
+
+    def read(self, name: str) -> Bits:
+        """A tensor's bit patterns in its shape, unsigned integers.
+
+        Raises:
+            KeyError: the file has no such tensor.
+            CorruptError: the file is damaged.
+
+        """
+        return self.source.read(name)
+
+    def to_tensors(self, device: str = "cpu") -> dict[str, torch.Tensor]:
+        """Keys and values of all layers by name, ``[H, T, D]`` in their own dtype, on ``device`` (``cpu``, ``cuda:1``).
+
+        A ``.kvp`` file is decoded on a GPU by the codecs that have kernels, and then does not pass through main memory
+        decoded; what they do not take is decoded by the CPU, and sent.
+
+        Raises:
+            UsageError: there is no such GPU.
+            CorruptError: the file is damaged.
+            MismatchError: it needs a calibration profile.
+
+        """
+        if device == "cpu":
+            names = self._layered()
+            every = zip(names, ordered_map(self.read, names, None), strict=True)
+            return {name: to_torch(bits, self.tensors[name].dtype) for name, bits in every}
+        gpu, reason = find_gpu(device, AUTO_BYTES)
+        if gpu is None:
+            raise UsageError(f"no GPU for {device!r}: {reason or 'asked for the CPU'}")
+        return self.tensors_on(gpu)
+
+    def tensors_on(self, gpu: Launcher) -> dict[str, torch.Tensor]:
+        """:meth:`to_tensors` for a GPU that was found."""
+        if isinstance(self.source, Capture):
+            given: Iterator[tuple[str, Any]] = ((name, self.read(name)) for name in self._layered())
+        else:
+            from kvpack.gpu import engine as device
+
+            given = device.read(gpu, self.source, self._layered(), fetch=False)
+        return {
+            name: to_torch(data, self.tensors[name].dtype).to(gpu.device) if isinstance(data, np.ndarray) else data
+            for name, data in given
+        }
+
+    def to_cache(self, device: str = "cpu", config: Any = None) -> Any:
+        """A ``transformers`` ``DynamicCache`` for a batch of one, of the file's layers, on ``device``.
+
+        ``config`` is the model's, if its cache wants one.
+
+        Raises:
+            FormatError: a layer is missing, or has keys or values alone.
+            KvpackError: transformers is not installed; and what :meth:`to_tensors` raises.
+
+        """
+        try:
+            from transformers import DynamicCache
+        except ImportError:
+            raise KvpackError("a cache needs transformers: pip install 'kvpack[capture]'") from None
+        names = set(self._layered())
+        layers = len(names) // 2
+        wanted = [(f"layers.{i}.keys", f"layers.{i}.values") for i in range(layers)]
+        if not layers or names != {name for pair in wanted for name in pair}:
+            raise FormatError("a cache needs keys and values of all layers from 0 on, and the file has not")
+        found = self.to_tensors(device)
+        cache = DynamicCache(config=config) if config is not None else DynamicCache()
+        for i, (keys, values) in enumerate(wanted):
+            cache.update(found[keys][None], found[values][None], i)
+        return cache
+
+    def _layered(self) -> list[str]:
+        return [name for name, spec in self.tensors.items() if layer_of(spec) is not None]
+
+
+def open_file(path: str | Path, profile: str | Path | Profile | None = None) -> Opened:
+    """``kvpack.open``: a capture or a ``.kvp`` file, with the calibration profile that it needs.
+
+    A profile is unpacked when it is first used, which takes a second: for many files open it once
+    (:meth:`kvpack.profiles.Profile.open`) and give it to each.
+
+    Raises:
+        FormatError: neither, or damaged.
+        MismatchError: the file needs another profile.
+
+    """
+    given = profile if profile is None or isinstance(profile, Profile) else Profile.open(Path(profile))
+    return Opened(open_cache(Path(path), given))

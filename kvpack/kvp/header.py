@@ -1,0 +1,95 @@
+"""The header's fields: one declaration drives the writer, the reader and ``inspect``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from kvpack.errors import FormatError
+from kvpack.formats.safetensors import Header as SourceHeader
+from kvpack.formats.safetensors import parse_header
+
+MAX_CHUNK_TOKENS = 1 << 20
+MAX_CODECS = 8
+MAX_STREAM_NAMES = 256
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a ``.kvp`` file says of itself before its streams; see ``docs/format.md``, section Header."""
+
+    writer: str
+    """The program that wrote the file, for people; readers ignore it."""
+    codecs: list[dict[str, Any]]
+    """The codecs that parts refer to by position: the one asked for, then those that carry the rest."""
+    chunk_tokens: int
+    """Tokens a chunk."""
+    lossless: bool
+    """Whether every tensor comes back bit for bit."""
+    streams: list[str]
+    """Names of the kinds of stream, sorted; the index refers to them by position."""
+    profile: dict[str, str] | None
+    """Name and SHA-256 of the calibration profile it takes to decode, or null."""
+    dropped: list[str]
+    """Names of tensors of the source that the user had left out."""
+    source: str
+    """The source's safetensors header, verbatim, without dropped tensors' entries if there are any."""
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON: sorted keys, no spaces, UTF-8."""
+        document = {field.name: getattr(self, field.name) for field in fields(self)}
+        return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Header:
+        """Parse and check every field; unknown fields are ignored.
+
+        Raises:
+            FormatError: not JSON, or a field that is missing or out of range.
+
+        """
+        try:
+            document = json.loads(raw.decode())
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise FormatError(f"header is not valid JSON ({error})") from None
+        if not isinstance(document, dict):
+            raise FormatError("header is not a JSON object")
+        values = {}
+        for field in fields(cls):
+            if field.name not in document or not _CHECKS[field.name](document[field.name]):
+                raise FormatError(f"header field {field.name!r} is missing or out of range")
+            values[field.name] = document[field.name]
+        return cls(**values)
+
+    def source_header(self) -> SourceHeader:
+        """The source's safetensors header, parsed and checked."""
+        return parse_header(self.source.encode(), "source header")
+
+
+def _is_strings(value: Any, limit: int) -> bool:
+    return isinstance(value, list) and len(value) <= limit and all(isinstance(v, str) for v in value)
+
+
+def _is_profile(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and set(value) == {"name", "sha256"}
+        and isinstance(value["name"], str)
+        and isinstance(value["sha256"], str)
+        and re.fullmatch("[0-9a-f]{64}", value["sha256"]) is not None
+    )
+
+
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "writer": lambda v: isinstance(v, str),
+    "codecs": lambda v: isinstance(v, list) and 1 <= len(v) <= MAX_CODECS,
+    "chunk_tokens": lambda v: type(v) is int and 1 <= v <= MAX_CHUNK_TOKENS,
+    "lossless": lambda v: isinstance(v, bool),
+    "streams": lambda v: _is_strings(v, MAX_STREAM_NAMES) and v == sorted(set(v)),
+    "profile": lambda v: v is None or _is_profile(v),
+    "dropped": lambda v: _is_strings(v, 1 << 20),
+    "source": lambda v: isinstance(v, str),
+}

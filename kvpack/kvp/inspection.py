@@ -1,0 +1,183 @@
+"""What is in a capture or a ``.kvp`` file, and where its bytes went. Standard library alone, to start fast."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvpack.formats.safetensors import Header, TensorFile
+from kvpack.kvp import Container, PartEntry, layer_of
+from kvpack.kvp.layout import MAGIC
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """A layer's share: tokens, and bytes of its keys' and values' streams (of its tensors, in a capture)."""
+
+    layer: int
+    tokens: int
+    keys: int
+    values: int
+    bits_per_element: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything ``kvpack inspect`` says; sizes in bytes.
+
+    ``bits_per_element`` counts the whole file but the streams of other tensors than keys and values, over the
+    number of elements of keys and values; ``ratio`` is the original file's size over this file's.
+    """
+
+    path: str
+    kind: str
+    size: int
+    original_size: int
+    ratio: float
+    bits_per_element: float | None
+    identity: dict[str, Any]
+    shapes: dict[str, list[str]]
+    layers: list[LayerBytes]
+    other_tensors: int
+    codec: dict[str, Any] | None = None
+    lossless: bool | None = None
+    format: str | None = None
+    writer: str | None = None
+    profile: dict[str, str] | None = None
+    chunk_tokens: int | None = None
+    streams: dict[str, int] = field(default_factory=dict)
+    header: int = 0
+    index: int = 0
+    carried_losslessly: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    checksums: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON types only, with ``schema_version``."""
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+
+def inspect(path: Path, *, check: bool = False) -> Inspection:
+    """Look into ``path``; with ``check`` the checksum of every stream is verified too.
+
+    Raises:
+        FormatError, TruncatedError, CorruptError, UnsupportedError: not a sound capture or ``.kvp`` file.
+
+    """
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start == MAGIC[:4]:
+        return _inspect_container(path, Container.open(path), check)
+    header = TensorFile.open(path).header
+    sizes = Counter({spec.name: spec.nbytes for spec in header.tensors})
+    layers = _layers(header, sizes)
+    kv = sum(layer.keys + layer.values for layer in layers)
+    return Inspection(
+        path=str(path),
+        kind="capture",
+        size=header.file_size,
+        original_size=header.file_size,
+        ratio=1.0,
+        bits_per_element=_bits(kv, header),
+        identity=identity(header.metadata),
+        shapes=_shapes(header),
+        layers=layers,
+        other_tensors=sum(sizes.values()) - kv,
+        header=header.data_start,
+    )
+
+
+def _inspect_container(path: Path, container: Container, check: bool) -> Inspection:
+    sizes: Counter[str] = Counter()
+    streams: Counter[str] = Counter()
+    for part in container.parts:
+        for record, _ in part.streams:
+            sizes[part.plan.tensor.name] += record.size
+            streams[container.stream_name(record)] += record.size
+        if check:
+            container.read(part)
+    header = container.source
+    layers = _layers(header, sizes)
+    other = sum(sizes.values()) - sum(layer.keys + layer.values for layer in layers)
+    return Inspection(
+        path=str(path),
+        kind="kvp",
+        size=container.size,
+        original_size=header.file_size,
+        ratio=header.file_size / container.size,
+        bits_per_element=_bits(container.size - other, header),
+        identity=identity(header.metadata),
+        shapes=_shapes(header),
+        layers=layers,
+        other_tensors=other,
+        codec=container.header.codecs[0],
+        lossless=container.header.lossless,
+        format=".".join(map(str, container.version)),
+        writer=container.header.writer,
+        profile=container.header.profile,
+        chunk_tokens=container.header.chunk_tokens,
+        streams=dict(streams.most_common()),
+        header=container.header_size,
+        index=container.index_size,
+        carried_losslessly=[p.plan.name for p in container.parts if _was_carried(p)],
+        dropped=container.header.dropped,
+        checksums={"header": "ok", "index": "ok", "streams": "ok" if check else "not checked (use --check)"},
+    )
+
+
+def _was_carried(part: PartEntry) -> bool:
+    return part.plan.layer is not None and part.codec != 0
+
+
+def identity(metadata: dict[str, str]) -> dict[str, Any]:
+    """A capture's metadata, its JSON values parsed; strings that are not JSON stay strings."""
+    parsed: dict[str, Any] = {}
+    for key, value in sorted(metadata.items()):
+        try:
+            parsed[key] = json.loads(value)
+        except (json.JSONDecodeError, RecursionError):
+            parsed[key] = value
+    return parsed
+
+
+def _elements(header: Header) -> int:
+    return sum(spec.elements for spec in header.tensors if layer_of(spec) is not None)
+
+
+def _bits(size: int, header: Header) -> float | None:
+    elements = _elements(header)
+    return 8 * size / elements if elements else None
+
+
+def _shapes(header: Header) -> dict[str, list[str]]:
+    """Tensor names by ``dtype[shape]``, so that equal layers take one line."""
+    shapes: dict[str, list[str]] = {}
+    for spec in header.tensors:
+        shapes.setdefault(f"{spec.dtype}{list(spec.shape)}", []).append(spec.name)
+    return shapes
+
+
+def _layers(header: Header, sizes: Counter[str]) -> list[LayerBytes]:
+    rows: dict[int, dict[str, Any]] = {}
+    for spec in header.tensors:
+        layer = layer_of(spec)
+        if layer is None:
+            continue
+        row = rows.setdefault(layer, {"keys": 0, "values": 0, "tokens": spec.shape[1], "elements": 0})
+        row[spec.name.rsplit(".", 1)[1]] = sizes[spec.name]
+        row["elements"] += spec.elements
+    return [
+        LayerBytes(
+            layer,
+            row["tokens"],
+            row["keys"],
+            row["values"],
+            8 * (row["keys"] + row["values"]) / max(row["elements"], 1),
+        )
+        for layer, row in sorted(rows.items())
+    ]

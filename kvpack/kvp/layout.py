@@ -1,0 +1,231 @@
+"""The byte tables of ``docs/format.md``: prologue, index, footer, and the canonical order of parts."""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+from kvpack.errors import CorruptError, FormatError, TruncatedError, UnsupportedError
+from kvpack.formats.safetensors import Header as SourceHeader
+from kvpack.formats.safetensors import TensorSpec
+
+MAGIC = b"\x89KVP\r\n\x1a\n"
+END_MAGIC = b"\x89KVPEND\n"
+VERSION = (1, 0)
+"""Major and minor version of the format this kvpack writes; it reads every minor version of this major one."""
+
+KNOWN_CRITICAL = 0
+"""Critical feature bits this kvpack understands: none is defined yet."""
+
+PROLOGUE = struct.Struct("<8sHHIIIII")
+FOOTER = struct.Struct("<QIIQII8s")
+MAX_HEADER = 1 << 27
+"""Cap in bytes on the header, before and after inflation."""
+MAX_INDEX = 1 << 30
+MAX_EXPANSION = 1 << 20
+"""Cap on the original's size over the file's: no file of a few bytes makes a reader allocate terabytes."""
+
+LAYER_TENSOR = ("keys", "values")
+_LAYER_NUMBER = re.compile("0|[1-9][0-9]{0,8}")
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+
+
+class Record(NamedTuple):
+    """A stream as the index lists it: kind (position in the header's names), size in bytes, checksum."""
+
+    kind: int
+    size: int
+    checksum: int
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """What a part is, from the header alone: a tensor, and its range of tokens for keys and values."""
+
+    tensor: TensorSpec
+    first: int
+    tokens: int
+    layer: int | None
+
+    @property
+    def name(self) -> str:
+        """For messages: the tensor, and its tokens where it is part of a layer."""
+        if self.layer is None:
+            return self.tensor.name
+        return f"{self.tensor.name}[{self.first}:{self.first + self.tokens}]"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(H, T, D)``: a layer's own; of another tensor T is the longest axis (the first of several)."""
+        shape = self.tensor.shape
+        if self.layer is not None:
+            return shape[0], self.tokens, shape[2]
+        longest = max(range(len(shape)), key=shape.__getitem__, default=0)
+        return prod(shape[:longest]), prod(shape[longest : longest + 1]), prod(shape[longest + 1 :])
+
+
+@dataclass(frozen=True)
+class PartEntry:
+    """A part as the index lists it: its plan, codec, original's checksum, and streams with absolute offsets."""
+
+    plan: PartPlan
+    codec: int
+    digest: int
+    streams: tuple[tuple[Record, int], ...]
+
+
+def layer_of(spec: TensorSpec) -> int | None:
+    """The layer index if the tensor is a layer's keys or values (``layers.{i}.keys``, [H, T, D] floats)."""
+    words = spec.name.split(".")
+    if len(words) != 3 or words[0] != "layers" or words[2] not in LAYER_TENSOR:
+        return None
+    if len(spec.shape) != 3 or spec.dtype not in FLOAT_DTYPES:
+        return None
+    return int(words[1]) if _LAYER_NUMBER.fullmatch(words[1]) else None
+
+
+def plan_parts(source: SourceHeader, chunk_tokens: int) -> list[PartPlan]:
+    """Every part of a file, in the order of its streams.
+
+    Chunk by chunk, the keys and values of every layer that reaches so far, in the source's order; then the
+    other tensors. Tensors without elements have no parts.
+    """
+    layers: list[tuple[TensorSpec, int]] = []
+    extras: list[TensorSpec] = []
+    for spec in source.tensors:
+        layer = layer_of(spec)
+        if not spec.elements:
+            continue
+        if layer is None:
+            extras.append(spec)
+        else:
+            layers.append((spec, layer))
+    longest = max((spec.shape[1] for spec, _ in layers), default=0)
+    parts = [
+        PartPlan(spec, first, min(chunk_tokens, spec.shape[1] - first), layer)
+        for first in range(0, longest, chunk_tokens)
+        for spec, layer in layers
+        if first < spec.shape[1]
+    ]
+    return parts + [PartPlan(spec, 0, 0, None) for spec in extras]
+
+
+def pack_prologue(header: bytes) -> bytes:
+    """The fixed first bytes, for a deflated header."""
+    body = PROLOGUE.pack(MAGIC, *VERSION, KNOWN_CRITICAL, 0, len(header), zlib.crc32(header), 0)[:-4]
+    return body + zlib.crc32(body).to_bytes(4, "little")
+
+
+def unpack_prologue(raw: bytes) -> tuple[tuple[int, int], int, int]:
+    """The file's version, and length and CRC-32 of its deflated header.
+
+    Raises:
+        FormatError: not a ``.kvp`` file.
+        TruncatedError, CorruptError: damaged.
+        UnsupportedError: written by a newer kvpack.
+
+    """
+    if raw[:8] != MAGIC[: len(raw[:8])] or not raw:
+        raise FormatError("not a .kvp file")
+    if len(raw) < PROLOGUE.size:
+        raise TruncatedError("truncated: the file ends within its prologue")
+    _, major, minor, critical, _, length, crc, own = PROLOGUE.unpack(raw)
+    if zlib.crc32(raw[:-4]) != own:
+        raise CorruptError("corrupt: the prologue's checksum does not match")
+    if major != VERSION[0]:
+        older = "written by a kvpack before format 1.0: compress it again" if major == 0 else "upgrade kvpack"
+        raise UnsupportedError(f"format {major}.{minor} is not {VERSION[0]}, which this reads: {older}")
+    if critical & ~KNOWN_CRITICAL:
+        raise UnsupportedError(f"uses features this kvpack does not know (bits {critical:#x}): upgrade kvpack")
+    return (major, minor), length, crc
+
+
+def inflate(raw: bytes, limit: int, what: str) -> bytes:
+    """Inflate a zlib stream of at most ``limit`` bytes."""
+    engine = zlib.decompressobj()
+    try:
+        data = engine.decompress(raw, limit)
+    except zlib.error:
+        raise CorruptError(f"corrupt: the {what} does not inflate") from None
+    if not engine.eof or engine.unused_data:
+        raise FormatError(f"the {what} is longer than it may be, or followed by unknown data")
+    return data
+
+
+def pack_index(parts: Sequence[tuple[int, int, Sequence[Record]]]) -> bytes:
+    """Columns of the index for parts of (codec, digest, streams), deflated."""
+    records = [record for _, _, streams in parts for record in streams]
+    columns = (
+        struct.pack("<II", len(parts), len(records)),
+        bytes(codec for codec, _, _ in parts),
+        bytes(len(streams) for _, _, streams in parts),
+        struct.pack(f"<{len(parts)}Q", *(digest for _, digest, _ in parts)),
+        bytes(record.kind for record in records),
+        struct.pack(f"<{len(records)}Q", *(record.size for record in records)),
+        struct.pack(f"<{len(records)}Q", *(record.checksum for record in records)),
+    )
+    return zlib.compress(b"".join(columns), 9)
+
+
+def unpack_index(raw: bytes, plans: Sequence[PartPlan], start: int, stop: int) -> list[PartEntry]:
+    """The parts of an inflated index, whose streams must fill the bytes ``start`` to ``stop`` exactly.
+
+    Raises:
+        FormatError: the index contradicts the header or itself.
+
+    """
+    if len(raw) < 8:
+        raise FormatError("the index is too short")
+    parts, streams = struct.unpack_from("<II", raw)
+    columns = struct.Struct(f"<{parts}s{parts}s{parts}Q{streams}s{streams}Q{streams}Q")
+    if parts != len(plans) or len(raw) != 8 + columns.size:
+        raise FormatError("the index does not match the header's tensors")
+    codecs, counts, *numbers = columns.unpack_from(raw, 8)
+    digests, kinds = numbers[:parts], numbers[parts]
+    sizes, checksums = numbers[parts + 1 : parts + 1 + streams], numbers[parts + 1 + streams :]
+    if sum(counts) != streams or start + sum(sizes) != stop:
+        raise FormatError("the index's streams do not fill the file")
+    records = iter(map(Record, kinds, sizes, checksums))
+    offsets = _running(start, sizes)
+    return [
+        PartEntry(plan, codec, digest, tuple((next(records), next(offsets)) for _ in range(count)))
+        for plan, codec, count, digest in zip(plans, codecs, counts, digests, strict=True)
+    ]
+
+
+def _running(start: int, sizes: Sequence[int]) -> Iterator[int]:
+    for size in sizes:
+        yield start
+        start += size
+
+
+def pack_footer(index: bytes, offset: int, prologue: bytes) -> bytes:
+    """The fixed last bytes, for a deflated index at ``offset``."""
+    total = offset + len(index) + FOOTER.size
+    crcs = zlib.crc32(index), int.from_bytes(prologue[-4:], "little")
+    body = FOOTER.pack(offset, len(index), crcs[0], total, crcs[1], 0, END_MAGIC)[: FOOTER.size - 12]
+    return body + zlib.crc32(body).to_bytes(4, "little") + END_MAGIC
+
+
+def unpack_footer(raw: bytes, size: int, prologue: bytes) -> tuple[int, int, int]:
+    """Offset, length and CRC-32 of the deflated index, in a file of ``size`` bytes.
+
+    Raises:
+        TruncatedError, CorruptError: damaged.
+
+    """
+    if len(raw) < FOOTER.size or raw[-8:] != END_MAGIC:
+        raise TruncatedError("truncated: the file does not end with its footer")
+    offset, length, crc, total, prologue_crc, own, _ = FOOTER.unpack(raw)
+    if zlib.crc32(raw[:-12]) != own:
+        raise CorruptError("corrupt: the footer's checksum does not match")
+    if total != size or offset + length + FOOTER.size != total:
+        raise TruncatedError(f"truncated or extended: {total} bytes expected, {size} found")
+    if prologue_crc != int.from_bytes(prologue[-4:], "little"):
+        raise CorruptError("corrupt: prologue and footer are of different files")
+    return offset, length, crc

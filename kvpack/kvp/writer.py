@@ -1,0 +1,49 @@
+"""Writes a ``.kvp`` file in one pass, so that the output may be a pipe."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import BinaryIO
+
+from kvpack.errors import FormatError
+from kvpack.kvp.header import Header
+from kvpack.kvp.layout import MAX_HEADER, Record, pack_footer, pack_index, pack_prologue
+
+
+class ContainerWriter:
+    """Header first, then parts in their canonical order, then :meth:`finish`."""
+
+    def __init__(self, output: BinaryIO, header: Header) -> None:
+        """Write prologue and header."""
+        raw = header.to_bytes()
+        if len(raw) > MAX_HEADER:
+            raise FormatError(f"the header would take {len(raw)} bytes, more than {MAX_HEADER}")
+        deflated = zlib.compress(raw, 9)
+        self._output = output
+        self._kinds = {name: i for i, name in enumerate(header.streams)}
+        self._prologue = pack_prologue(deflated)
+        self._parts: list[tuple[int, int, list[Record]]] = []
+        self._offset = 0
+        self._write(self._prologue)
+        self._write(deflated)
+
+    def _write(self, data: bytes) -> None:
+        self._output.write(data)
+        self._offset += len(data)
+
+    def add(self, codec: int, digest: int, streams: Sequence[tuple[str, bytes, int]]) -> None:
+        """Write the next part's streams: (name of its kind, bytes, their checksum)."""
+        records = []
+        for name, data, total in streams:
+            records.append(Record(self._kinds[name], len(data), total))
+            self._write(data)
+        self._parts.append((codec, digest, records))
+
+    def finish(self) -> int:
+        """Write index and footer; returns the file's size in bytes."""
+        index = pack_index(self._parts)
+        footer = pack_footer(index, self._offset, self._prologue)
+        self._write(index)
+        self._write(footer)
+        return self._offset

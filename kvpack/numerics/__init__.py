@@ -1,0 +1,1 @@
+"""What everything computes with: bit patterns of floats, the checksum, the compiler of loops."""

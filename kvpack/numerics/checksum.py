@@ -1,0 +1,49 @@
+"""The 64-bit checksum of streams and of original tensors: a sum, so that any number of threads can share it.
+
+For bytes padded with zeros to 64-bit little-endian words w_0 … w_{n-1}, the checksum is
+``sum(mix(w_i + (i + 1) * G)) + length`` modulo 2**64, where ``mix`` and ``G`` are SplitMix64's finaliser and
+increment (Steele, Lea, Flood 2014). ``mix`` is a bijection, so that a change within one word is always seen,
+and any other change but with probability 2**-64. It guards against accidents, not against forgery.
+
+A CRC or SHA-256 would do as well, but neither is a sum that threads can share, and SHA-256 would be a large part of
+decoding on a CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import uint64
+from numpy.typing import NDArray
+
+from kvpack.numerics.jit import njit
+
+
+def checksum(data: bytes | memoryview | NDArray[Any]) -> int:
+    """The checksum of bytes, or of a contiguous array's little-endian bytes, as an integer below 2**64."""
+    octets = np.frombuffer(data, np.uint8) if not isinstance(data, np.ndarray) else data.reshape(-1).view(np.uint8)
+    whole = len(octets) // 8 * 8
+    words = octets[:whole]
+    if words.ctypes.data % 8:
+        words = words.copy()
+    tail = np.zeros(8, np.uint8)
+    tail[: len(octets) - whole] = octets[whole:]
+    total = int(_sum(words.view(np.uint64), 0))
+    if whole < len(octets):
+        total += int(_sum(tail.view(np.uint64), whole // 8))
+    return (total + len(octets)) % (1 << 64)
+
+
+@njit
+def _sum(words: NDArray[np.uint64], first: int) -> Any:
+    total = uint64(0)
+    step = uint64(0x9E3779B97F4A7C15)
+    key = uint64(first) * step
+    for i in range(words.size):
+        key += step
+        z = words[i] + key
+        z = (z ^ (z >> uint64(30))) * uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> uint64(27))) * uint64(0x94D049BB133111EB)
+        total += z ^ (z >> uint64(31))
+    return total

@@ -1,0 +1,5 @@
+"""The ``.kvprofile`` file: what calibration learnt about a model."""
+
+from kvpack.profiles.file import Profile, write_profile
+
+__all__ = ["Profile", "write_profile"]

@@ -1,0 +1,130 @@
+"""The ``.kvprofile`` file: what calibration learnt about a model; ``docs/profile-format.md`` specifies it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpack.errors import FormatError, MismatchError
+from kvpack.formats.safetensors import TensorFile, build_header
+
+PROFILE_VERSION = 1
+_NUMPY = {"F16": np.float16, "F32": np.float32, "I32": np.int32, "U8": np.uint8}
+_NAMES = {np.dtype(dtype): name for name, dtype in _NUMPY.items()}
+
+
+class Profile(Mapping[str, NDArray[Any]]):
+    """An open profile: arrays by name, halves read as float32; ``sha256`` of the whole file is its identity."""
+
+    def __init__(self, file: TensorFile, name: str, sha256: str) -> None:
+        """Over an open file.
+
+        Raises:
+            FormatError: not a profile, or of a version this kvpack does not read.
+
+        """
+        if file.metadata.get("kvpack_profile_version") != str(PROFILE_VERSION):
+            raise FormatError("not a .kvprofile of version 1")
+        odd = next((spec.name for spec in file.tensors.values() if spec.dtype not in _NUMPY), None)
+        if odd is not None:
+            raise FormatError(f"{odd}: a profile's tensors are F16, F32, I32 or U8")
+        self.name, self.sha256 = name, sha256
+        self.metadata = file.metadata
+        self._file = file
+        self._read: dict[str, NDArray[Any]] = {}
+
+    @classmethod
+    def open(cls, path: Path) -> Profile:
+        """Open ``path``; errors carry the path.
+
+        Raises:
+            FormatError: not a profile, or damaged.
+
+        """
+        file = TensorFile.open(path)
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        try:
+            return cls(file, path.name, digest)
+        except FormatError as error:
+            raise FormatError(f"{path}: {error}") from None
+
+    @property
+    def path(self) -> Path:
+        """Where it was read from."""
+        return self._file.path
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self._file.header.file_size
+
+    @cached_property
+    def model(self) -> dict[str, Any]:
+        """The model it was made for, as in a capture's metadata; empty where unknown."""
+        return _model(self.metadata)
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        """The array of that name; F16 as float32."""
+        if name not in self._read:
+            spec = self._file.tensors[name]
+            array = np.frombuffer(self._file.data(spec), _NUMPY[spec.dtype]).reshape(spec.shape)
+            self._read[name] = array.astype(np.float32) if spec.dtype == "F16" else array
+        return self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of arrays."""
+        return iter(self._file.tensors)
+
+    def __len__(self) -> int:
+        """Number of arrays."""
+        return len(self._file.tensors)
+
+    def identity(self) -> dict[str, str]:
+        """What a ``.kvp`` file says of the profile it needs."""
+        return {"name": self.name, "sha256": self.sha256}
+
+    def require_model(self, metadata: Mapping[str, str]) -> None:
+        """Check that a capture is of the profile's model.
+
+        Raises:
+            MismatchError: both name their weights, and they differ.
+
+        """
+        other = _model(metadata)
+        mine, theirs = self.model.get("weights_sha256"), other.get("weights_sha256")
+        if mine and theirs and mine != theirs:
+            raise MismatchError(
+                f"the profile {self.name} is for {self.model.get('name')} (weights {mine[:12]}), "
+                f"the capture is of {other.get('name')} (weights {theirs[:12]})"
+            )
+
+
+def _model(metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        model = json.loads(metadata.get("model", "{}"))
+    except json.JSONDecodeError:
+        return {}
+    return model if isinstance(model, dict) else {}
+
+
+def write_profile(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any], output: BinaryIO) -> int:
+    """Write arrays (float16, float32, int32, uint8) and JSON metadata; returns the size in bytes.
+
+    The same arguments give the same bytes.
+    """
+    names = sorted(arrays)
+    entries = [(name, _NAMES[arrays[name].dtype], arrays[name].shape) for name in names]
+    text = {name: json.dumps(value, sort_keys=True) for name, value in metadata.items()}
+    header = build_header(entries, {"kvpack_profile_version": str(PROFILE_VERSION), **text})
+    output.write(len(header.raw).to_bytes(8, "little") + header.raw)
+    for name in names:
+        output.write(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
+    return header.file_size
