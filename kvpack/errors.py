@@ -15,6 +15,8 @@ Exit code 0 is success. Library callers catch :class:`KvpackError`; the command 
 line on stderr and exits with ``exit_code``.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -60,3 +62,14 @@ class UnsupportedError(KvpackError):
     """Needs a newer kvpack, or holds a kind of layer that kvpack cannot represent yet."""
 
     exit_code: ClassVar[int] = 6
+
+
+@contextmanager
+def naming(name: str | None) -> Iterator[None]:
+    """Put the name of the file that is worked on before the messages of errors, if there is a name."""
+    try:
+        yield
+    except KvpackError as error:
+        if name is None:
+            raise
+        raise type(error)(f"{name}: {error}") from None

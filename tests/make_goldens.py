@@ -24,9 +24,10 @@ from profiles import FIXTURES, THETA, TINY, model_metadata, tiny_capture
 from kvpack import jobs
 from kvpack.calibration import FisherOptions, PredictorOptions, Sample, calibrate, prediction, scales, token_klt
 from kvpack.codecs.chain.transforms.unrope import rotate
+from kvpack.codecs.protocol import Need
 from kvpack.codecs.recipes import CODECS
-from kvpack.formats.safetensors import TensorFile
-from kvpack.jobs.reader import Archive, Capture
+from kvpack.formats.source import Capture
+from kvpack.jobs.reader import KvpFile
 from kvpack.kvp.layout import VERSION
 from kvpack.numerics.floats import to_float32
 from kvpack.profiles import Profile, write_profile
@@ -48,10 +49,10 @@ def main() -> None:
             if path.exists():
                 continue
             with path.open("wb") as sink:
-                jobs.compress(tiny if codec.profiled else CAPTURE, sink, codec, profile=profile)
+                jobs.compress(tiny if Need.PROFILE in codec.traits.needs else CAPTURE, sink, codec, profile=profile)
             if codec.lossless:
                 back = io.BytesIO()
-                jobs.decompress(Archive.open(path), back)
+                jobs.decompress(KvpFile.open(path), back)
                 path.with_suffix(".sha256").write_text(hashlib.sha256(back.getvalue()).hexdigest() + "\n")
     files = [TINY, *sorted(FOLDER.glob("*.kvp")), *sorted(FOLDER.glob("*.sha256"))]
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
@@ -60,7 +61,7 @@ def main() -> None:
 
 def write_tiny_profile(path: Path) -> None:
     """Calibrate on the tiny capture itself; no model has one head, so ``fisher`` weighs all elements alike."""
-    capture = Capture(TensorFile.open(path))
+    capture = Capture.open(path)
     frequencies = (THETA ** -(np.arange(32) / 32)).astype(np.float32)
     halves = {}
     for kind in ("keys", "values"):

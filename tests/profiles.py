@@ -14,10 +14,11 @@ from kvpack.calibration.scales import CLASSES, UNIT_CLASS, tables
 from kvpack.codecs.chain.packed import pack_matrix
 from kvpack.codecs.chain.symbols import SMALLEST
 from kvpack.codecs.chain.transforms.token_klt.model import DECAYS, LAGS, PLACES
-from kvpack.codecs.recipes import AQUAKV_BITS, CODECS, KVTC_RATES, Codec
+from kvpack.codecs.protocol import Codec, Need, Scope
+from kvpack.codecs.recipes import AQUAKV_BITS, CODECS, KVTC_RATES
+from kvpack.formats.captures import layer_of
 from kvpack.formats.safetensors import TensorFile, build_header
-from kvpack.jobs.reader import Capture
-from kvpack.kvp import layer_of
+from kvpack.formats.source import Capture
 from kvpack.profiles import Profile, write_profile
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -27,8 +28,8 @@ TINY = FIXTURES / "tiny.kvprofile"
 THETA = 100_000.0
 """RoPE's base in SmolLM2-135M."""
 
-PROFILED = [name for name, codec in CODECS.items() if codec.profiled]
-STACKED = [name for name, codec in CODECS.items() if codec.stacked]
+PROFILED = [name for name, codec in CODECS.items() if Need.PROFILE in codec.traits.needs]
+STACKED = [name for name, codec in CODECS.items() if codec.traits.scope is not Scope.TENSOR]
 
 
 def tiny_capture(path: Path) -> Path:
@@ -36,7 +37,7 @@ def tiny_capture(path: Path) -> Path:
 
     Token ids are their ranks among the capture's own, so that a table of tokens is small.
     """
-    source = Capture(TensorFile.open(FIXTURES / "smollm2-160.safetensors"))
+    source = Capture.open(FIXTURES / "smollm2-160.safetensors")
     names = [name for name, spec in source.tensors.items() if layer_of(spec) is not None]
     arrays = {name: np.ascontiguousarray(source.read(name)[:1]) for name in names}
     ranks = np.unique(source.read("tokens").view(np.int32), return_inverse=True)[1]
@@ -125,7 +126,7 @@ def write(path: Path, arrays: dict[str, np.ndarray], **metadata: object) -> Path
 
 def profile_for(path: Path, codec: Codec) -> Profile | None:
     """A profile that fits the capture at ``path``, written beside it; None where the codec takes none."""
-    if not codec.profiled:
+    if Need.PROFILE not in codec.traits.needs:
         return None
     shapes = {spec.shape for spec in TensorFile.open(path).tensors.values() if layer_of(spec) is not None}
     layers = {name.split(".")[1] for name, s in TensorFile.open(path).tensors.items() if layer_of(s) is not None}

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from kvpack.bench.bounds import BOUNDS, SINKS, Bound, ecsq, gaussian, simulate
 from kvpack.fidelity import compare
-from kvpack.formats.safetensors import TensorFile
-from kvpack.jobs.reader import Capture
+from kvpack.formats.source import Capture
 from kvpack.numerics.floats import from_float32
 
 
@@ -57,7 +56,7 @@ def test_bounds_take_anything(heads: int, tokens: int, dims: int, seed: int) -> 
 
 
 def test_simulated_captures_keep_sinks_and_order_by_rate(small: Path) -> None:
-    capture = Capture(TensorFile.open(small))
+    capture = Capture.open(small)
     points = []
     for bound in (Bound("gaussian", 0.3), Bound("gaussian", 0.03), Bound("ecsq", 1.0), Bound("ecsq", 0.25)):
         simulated = simulate(capture, bound)
@@ -74,5 +73,5 @@ def test_simulated_captures_keep_sinks_and_order_by_rate(small: Path) -> None:
 def test_sinks_are_counted_whole(tmp_path: Path) -> None:
     bits = from_float32(np.zeros((1, 8, 4), np.float32), "BF16")
     path = write_tensors(tmp_path / "x", {f"layers.0.{kind}": ("BF16", bits) for kind in ("keys", "values")})
-    simulated = simulate(Capture(TensorFile.open(path)), Bound("ecsq", 1.0))
+    simulated = simulate(Capture.open(path), Bound("ecsq", 1.0))
     assert simulated.bits_per_element == 16 * SINKS / 8

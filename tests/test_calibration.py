@@ -30,10 +30,11 @@ from kvpack.capture import load_model
 from kvpack.codecs.chain.base import Part
 from kvpack.codecs.chain.quantizers.component_groups import ComponentGroups
 from kvpack.codecs.chain.quantizers.higgs import Higgs
+from kvpack.codecs.context import DecodeContext
+from kvpack.codecs.protocol import Need
 from kvpack.codecs.recipes import CODECS, FISHER_LEVELS, fisher_log_step
 from kvpack.errors import UnsupportedError, UsageError
-from kvpack.formats.safetensors import TensorFile
-from kvpack.jobs.reader import Capture
+from kvpack.formats.source import Capture
 from kvpack.numerics.floats import to_float32
 from kvpack.profiles import Profile
 
@@ -89,7 +90,7 @@ def test_plans_keep_to_their_budget_and_beat_even_plans() -> None:
 
 
 def _error(coefficients: np.ndarray, plan: np.ndarray) -> float:
-    part = Part("F32", (1, *coefficients.shape), 0, len(coefficients), profile={"s.plan.x": plan})
+    part = Part("F32", (1, *coefficients.shape), 0, len(coefficients), context=DecodeContext({"s.plan.x": plan}))
     quantizer = ComponentGroups(section="s", plan="x")
     back = quantizer.decode(quantizer.encode(coefficients[None], part), part)
     return float(np.square(back - coefficients).sum())
@@ -197,11 +198,11 @@ def test_calibrate_end_to_end(cli: Cli, folder: Path, tmp_path: Path) -> None:
     text.write_text(demo_text()[:3000])
     assert cli("capture", "-m", folder / "model", "--text", text, "-o", capture, "--max-tokens", 400).code == 0
     errors: dict[str, list[float]] = {}
-    for name in (name for name, codec in CODECS.items() if codec.profiled):
+    for name in (name for name, codec in CODECS.items() if Need.PROFILE in codec.traits.needs):
         packed = tmp_path / f"{name}.kvp"
         assert cli("compress", capture, "-c", name, "-o", packed, "-D", out).code == 0
         assert cli("decompress", packed, "-o", tmp_path / "back", "-D", out, "-f").code == 0
-        original, back = (Capture(TensorFile.open(path)) for path in (capture, tmp_path / "back"))
+        original, back = (Capture.open(path) for path in (capture, tmp_path / "back"))
         x, y = (to_float32(source.read("layers.1.keys"), "F32") for source in (original, back))
         errors.setdefault(name.rsplit("-", 1)[0], []).append(float(np.square(x - y).mean() / np.square(x).mean()))
     assert np.isfinite(errors.pop("fisher")).all()  # it minds predictions, and a random model's hardly depend on keys

@@ -16,7 +16,8 @@ import transformers
 from models import CONFIGS, REFUSED, save_model
 
 from kvpack.capture.run import probe_positions
-from kvpack.jobs.reader import Capture, open_cache
+from kvpack.formats.source import Capture
+from kvpack.jobs.reader import open_cache
 from kvpack.numerics.floats import to_float32
 
 Cli = Callable[..., Any]

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from kvpack import jobs
 from kvpack.codecs.recipes import CODECS
+from kvpack.engine import CpuEngine
 from kvpack.errors import CorruptError, FormatError, KvpackError, TruncatedError, UnsupportedError
-from kvpack.jobs.reader import Archive, open_cache
+from kvpack.jobs.reader import KvpFile, open_cache
 from kvpack.kvp import Container, layout
 from kvpack.kvp.header import Header
 from kvpack.kvp.layout import FOOTER, MAGIC, PROLOGUE, pack_footer, pack_index, pack_prologue
@@ -31,7 +32,7 @@ def blob() -> bytes:
 
 def read_all(data: bytes) -> bytes:
     sink = io.BytesIO()
-    jobs.decompress(Archive(Container(memoryview(data))), sink, threads=1)
+    jobs.decompress(KvpFile(Container(memoryview(data))), sink, engine=CpuEngine(1))
     return sink.getvalue()
 
 

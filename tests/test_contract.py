@@ -11,9 +11,12 @@ from conftest import SMALL, write_tensors
 from profiles import STACKED, VOCABULARY, profile_for
 
 from kvpack import jobs
-from kvpack.codecs.recipes import CODECS, Codec, family_of
+from kvpack.codecs.protocol import Codec
+from kvpack.codecs.recipes import CODECS, family_of
+from kvpack.codecs.registry import codec_from_json
+from kvpack.engine import CpuEngine
 from kvpack.errors import MismatchError, UnsupportedError
-from kvpack.jobs.reader import Archive
+from kvpack.jobs.reader import KvpFile
 from kvpack.kvp import Container
 from kvpack.numerics.floats import UINT, from_float32, to_float32
 
@@ -27,10 +30,10 @@ def pack(path: Path, codec: Codec, **options: object) -> tuple[bytes, jobs.Compr
     return sink.getvalue(), done
 
 
-def opened(data: bytes, path: Path) -> Archive:
+def opened(data: bytes, path: Path) -> KvpFile:
     """The archive, with the profile that :func:`pack` gave for ``path``."""
     container = Container(memoryview(data))
-    return Archive(container, profile_for(path, Codec.from_json(container.header.codecs[0])))
+    return KvpFile(container, profile_for(path, codec_from_json(container.header.codecs[0])))
 
 
 def unpack(data: bytes, path: Path) -> bytes:
@@ -50,7 +53,7 @@ def layer(path: Path, dtype: str, values: np.ndarray) -> Path:
 def test_every_codec_on_every_dtype_and_shape(tmp_path: Path, name: str, dtype: str, shape: tuple[int, ...]) -> None:
     path = layer(tmp_path / "x", dtype, np.random.default_rng(0).standard_normal(shape))
     data, done = pack(path, CODECS[name], chunk_tokens=256)
-    again, _ = pack(path, CODECS[name], chunk_tokens=256, threads=1)
+    again, _ = pack(path, CODECS[name], chunk_tokens=256, engine=CpuEngine(1))
     assert data == again
     assert not done.carried
     back = unpack(data, path)
@@ -139,11 +142,11 @@ def test_a_range_touches_no_other_chunk() -> None:
     container = Container(memoryview(data))
     broken = bytearray(data)
     for part in container.parts:
-        if part.plan.first >= 128 or part.plan.layer != 29:
+        if part.spec.first >= 128 or part.spec.tensor.layer != 29:
             for record, offset in part.streams:
                 broken[offset : offset + record.size] = bytes(record.size)
-    archive = Archive(Container(memoryview(bytes(broken))))
-    intact = Archive(container)
+    archive = KvpFile(Container(memoryview(bytes(broken))))
+    intact = KvpFile(container)
     for kind in ("keys", "values"):
         name = f"layers.29.{kind}"
         assert (archive.read(name, slice(0, 128)) == intact.read(name, slice(0, 128))).all()
@@ -156,7 +159,7 @@ def test_lossless_ratio_on_the_real_capture() -> None:
     assert done.original / done.size > 1.47
 
 
-@pytest.mark.parametrize("name", [name for name in STACKED if not CODECS[name].adaptive])
+@pytest.mark.parametrize("name", [name for name in STACKED if not family_of(name) == "local"])
 def test_layers_that_do_not_stack_are_refused(tmp_path: Path, name: str) -> None:
     bits = np.full((2, 200, 8), 0x3F80, np.uint16)
     even = write_tensors(tmp_path / "x", {f"layers.0.{kind}": ("BF16", bits) for kind in ("keys", "values")})

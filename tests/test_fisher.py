@@ -14,6 +14,7 @@ import pytest
 from conftest import write_tensors
 from hypothesis import given as generated
 from hypothesis import strategies as st
+from kvpack.codecs.chain.units import Unit, units
 from profiles import VOCABULARY, arrays_for, fisher_arrays, matrix, write
 
 from kvpack import jobs
@@ -23,7 +24,7 @@ from kvpack.codecs.chain.quantizers.dead_zone import MIDDLE, MOST_SHIFT, DeadZon
 from kvpack.codecs.chain.rotary import rotate, turns
 from kvpack.codecs.chain.symbols import unzigzag
 from kvpack.codecs.chain.transforms.token_klt import TokenKlt, cpu
-from kvpack.codecs.chain.units import Unit, units
+from kvpack.codecs.context import DecodeContext
 from kvpack.codecs.recipes import CODECS, fisher
 from kvpack.errors import MismatchError, UnsupportedError, UsageError
 from kvpack.formats.safetensors import build_header
@@ -102,7 +103,7 @@ def test_what_no_direction_spans_is_lost(common: int, local: int) -> None:
     """The more local directions there are, the less is left."""
     x, errors = values(50), []
     for width in (1, local):
-        given = Part("F32", (2 * LAYERS, 50, DIMS), 8, 58, HEADS, profile=narrow(common, width))
+        given = Part("F32", (2 * LAYERS, 50, DIMS), 8, 58, HEADS, context=DecodeContext(narrow(common, width)))
         z = KLT.forward(x.copy(), given)
         assert z.shape == (1, 50, common + LAYERS * width)
         back = KLT.inverse(z, given)
@@ -394,10 +395,9 @@ def test_token_ids_come_from_the_file_itself(cli: Cli, capture: Path, tmp_path: 
         out, back = tmp_path / "c.kvp", tmp_path / "back"
         assert cli("compress", capture, "-c", "fisher-8", "-D", profile, "-o", out, "-f", *options).code == 0
         assert cli("decompress", out, "-D", profile, "-o", back, "-f").code == 0
-        from kvpack.formats.safetensors import TensorFile
-        from kvpack.jobs.reader import Capture
+        from kvpack.formats.source import Capture
 
-        x, y = (Capture(TensorFile.open(path)).read("layers.1.keys").view(np.float32) for path in (capture, back))
+        x, y = (Capture.open(path).read("layers.1.keys").view(np.float32) for path in (capture, back))
         assert np.abs(x - y)[:, 1:].max() < 0.05
 
 
@@ -478,7 +478,7 @@ def test_chunks_are_decoded_once_each(cli: Cli, tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(archive, "KEPT_BYTES", kept)
         decoded.clear()
         sink = io.BytesIO()
-        jobs.decompress(archive.Archive.open(packed, Profile.open(profile)), sink)
+        jobs.decompress(archive.KvpFile.open(packed, Profile.open(profile)), sink)
         assert len(decoded) == 3
         backs.append(sink.getvalue())
     assert backs[0] == backs[1]

@@ -18,7 +18,7 @@ from profiles import PROFILED, STACKED, TINY, profile_for, tiny_capture
 from kvpack import jobs
 from kvpack.codecs.chain.registry import STAGES
 from kvpack.codecs.recipes import CODECS, family_of
-from kvpack.jobs.reader import Archive
+from kvpack.jobs.reader import KvpFile
 from kvpack.kvp import Container
 from kvpack.kvp.layout import VERSION
 from kvpack.numerics.floats import UINT, from_float32, to_float32
@@ -31,7 +31,7 @@ FLOAT_PRODUCTS = [name for name in CODECS if name.startswith(("turboquant", "kvt
 
 def decompress(data: bytes, profile: Profile | None = None) -> bytes:
     sink = io.BytesIO()
-    jobs.decompress(Archive(Container(memoryview(data)), profile), sink)
+    jobs.decompress(KvpFile(Container(memoryview(data)), profile), sink)
     return sink.getvalue()
 
 

@@ -14,18 +14,19 @@ import reference_stages
 from conftest import SMALL, write_tensors
 from hypothesis import given
 from hypothesis import strategies as st
+from kvpack.codecs.chain.units import Unit, units
 
 from kvpack.codecs.chain.base import Part, Side, UnrepresentableError
 from kvpack.codecs.chain.rotary import rotate
-from kvpack.codecs.chain.units import Unit, units
 from kvpack.codecs.low_rank import SINKS, LowRank, cpu, factors, reference
 from kvpack.codecs.low_rank.tables import UNIT, tables
 from kvpack.codecs.low_rank.weights import element_weights
 from kvpack.codecs.recipes import CODECS, local
 from kvpack.fidelity import compare
-from kvpack.formats.safetensors import TensorFile, build_header
+from kvpack.formats.safetensors import build_header
+from kvpack.formats.source import Capture
 from kvpack.jobs.hints import probe_weights, rope_frequencies
-from kvpack.jobs.reader import Archive, Capture
+from kvpack.jobs.reader import KvpFile
 from kvpack.kvp.layout import plan_parts
 from kvpack.numerics.floats import from_float32, to_float32
 
@@ -220,7 +221,7 @@ def test_partly_rotated_keys() -> None:
 
 
 def test_probes_give_weights_of_every_element(tmp_path: Path) -> None:
-    capture = Capture(TensorFile.open(SMALL))
+    capture = Capture.open(SMALL)
     weights = probe_weights(capture, rope_frequencies(capture.metadata))
     assert weights is not None
     assert {name: one.shape for name, one in weights.items()} == {
@@ -232,7 +233,7 @@ def test_probes_give_weights_of_every_element(tmp_path: Path) -> None:
     assert (np.ptp(weights["layers.0.values"], axis=1) == 0).all()
     for missing in ("queries.29", "query_positions"):
         tensors = {n: (s.dtype, capture.read(n)) for n, s in capture.tensors.items() if n != missing}
-        other = Capture(TensorFile.open(write_tensors(tmp_path / missing, tensors)))
+        other = Capture.open(write_tensors(tmp_path / missing, tensors))
         assert probe_weights(other, None) is None
 
 
@@ -258,7 +259,7 @@ def test_layers_of_different_shapes_are_stacked_by_shape(tmp_path: Path, cli: Cl
     theirs = reference_decoder.decode(packed.read_bytes())
     ours = (tmp_path / "back").read_bytes()
     assert len(ours) == len(theirs) == path.stat().st_size
-    report = compare(Capture(TensorFile.open(path)), Archive.open(packed))
+    report = compare(Capture.open(path), KvpFile.open(packed))
     assert report.keys.nmse < 0.05
     assert report.values.nmse < 0.05
     start = 8 + int.from_bytes(ours[:8], "little")

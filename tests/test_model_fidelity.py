@@ -21,7 +21,8 @@ from kvpack.errors import FormatError, MismatchError, UsageError
 from kvpack.fidelity import compare
 from kvpack.fidelity.model import GENERATED, Judge, ModelReport, check_model
 from kvpack.formats.safetensors import TensorFile, build_header
-from kvpack.jobs.reader import Archive, Capture
+from kvpack.formats.source import Capture
+from kvpack.jobs.reader import KvpFile
 
 Cli = Callable[..., Any]
 TOKENS, FOLLOWING = 150, 40
@@ -32,18 +33,18 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 def capture(model: Model, path: Path, **options: int) -> Capture:
     with path.open("wb") as sink:
         write_capture(run(model, demo_text(), CaptureOptions(**options)), sink)
-    return Capture(TensorFile.open(path))
+    return Capture.open(path)
 
 
-def compressed(path: Path, codec: str) -> Archive:
+def compressed(path: Path, codec: str) -> KvpFile:
     with path.with_suffix(".kvp").open("wb") as sink:
         jobs.compress(path, sink, CODECS[codec])
-    return Archive.open(path.with_suffix(".kvp"))
+    return KvpFile.open(path.with_suffix(".kvp"))
 
 
 def changed(path: Path, change: Callable[[str, np.ndarray], np.ndarray | None]) -> Path:
     """A copy whose tensors are passed through ``change``; None leaves one out."""
-    source = Capture(TensorFile.open(path))
+    source = Capture.open(path)
     arrays = {name: change(name, np.array(source.read(name))) for name in source.tensors}
     kept = {name: array for name, array in arrays.items() if array is not None}
     header = build_header([(n, source.tensors[n].dtype, a.shape) for n, a in kept.items()], source.metadata)
@@ -76,7 +77,7 @@ def smollm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Judge, Path]:
 
 def test_lossless_is_exactly_zero(tiny: tuple[Model, Path]) -> None:
     model, path = tiny
-    judge = Judge(model, Capture(TensorFile.open(path)))
+    judge = Judge(model, Capture.open(path))
     report = judge.measure(compressed(path, "lossless"))
     for part in (report.plain, report.repeat):
         assert part is not None
@@ -89,7 +90,7 @@ def test_lossless_is_exactly_zero(tiny: tuple[Model, Path]) -> None:
 def test_predictions_are_those_of_a_plain_run(tiny: tuple[Model, Path]) -> None:
     """One pass of the whole text without kvpack gives the same likelihoods; so does greedy generation."""
     model, path = tiny
-    source = Capture(TensorFile.open(path))
+    source = Capture.open(path)
     tokens = source.read("tokens").view(np.int32).tolist()
     following = source.read("continuation").view(np.int32).tolist()
     assert (len(tokens), len(following)) == (TOKENS, FOLLOWING)
@@ -106,7 +107,7 @@ def test_predictions_are_those_of_a_plain_run(tiny: tuple[Model, Path]) -> None:
 
 def test_kl_is_the_definition(tiny: tuple[Model, Path]) -> None:
     model, path = tiny
-    source = Capture(TensorFile.open(path))
+    source = Capture.open(path)
     broken = Capture(TensorFile.open(changed(path, lambda n, a: a * (n != "layers.1.values"))))
     judge = Judge(model, source)
     report = judge.measure(broken)
@@ -124,7 +125,7 @@ def test_kl_is_the_definition(tiny: tuple[Model, Path]) -> None:
 
 def zeroed(path: Path, layer: int) -> Capture:
     broken = changed(path, lambda name, array: array * (not name.startswith(f"layers.{layer}.")))
-    return Capture(TensorFile.open(broken))
+    return Capture.open(broken)
 
 
 def test_a_zeroed_layer_is_caught_by_every_metric(smollm: tuple[Judge, Path]) -> None:
@@ -143,7 +144,7 @@ def test_a_zeroed_layer_is_caught_by_every_metric(smollm: tuple[Judge, Path]) ->
         assert part.ppl_change > 0
     assert report.greedy_identical < report.greedy_length
     assert sum(needle.found for needle in report.needles) < sum(needle.original for needle in report.needles)
-    figures = compare(Capture(TensorFile.open(path)), broken)
+    figures = compare(Capture.open(path), broken)
     assert not figures.bit_exact
     assert figures.keys.nmse > 0.01
     assert figures.values.nmse > 0.01

@@ -15,9 +15,9 @@ from models import CONFIGS, save_model
 from kvpack import jobs
 from kvpack.bench.demo import demo_text
 from kvpack.codecs.recipes import fisher, fisher_log_step
-from kvpack.formats.safetensors import TensorFile
+from kvpack.formats.source import Capture
 from kvpack.jobs.rate import MARGIN
-from kvpack.jobs.reader import Archive, Capture
+from kvpack.jobs.reader import KvpFile
 from kvpack.profiles import Profile
 
 Cli = Callable[..., Any]
@@ -92,13 +92,13 @@ def test_every_kind_of_attention_and_length(cli: Cli, folder: Path, tokens: int)
             done = jobs.compress(source, sink, fisher(log_step), profile=profile)
         assert done.carried == []
         assert cli("verify", source, folder / "x.kvp", "-D", profile.path).code == 0
-        errors.append(_nmse(source, Archive.open(folder / "x.kvp", profile)))
+        errors.append(_nmse(source, KvpFile.open(folder / "x.kvp", profile)))
     assert errors == sorted(errors)
     assert errors[0] < 0.2
 
 
-def _nmse(source: Path, archive: Archive) -> float:
-    capture = Capture(TensorFile.open(source))
+def _nmse(source: Path, archive: KvpFile) -> float:
+    capture = Capture.open(source)
     names = [name for name in capture.tensors if name.endswith(".values")]
     x, y = (np.concatenate([s.read(name).view(np.float32) for name in names]) for s in (capture, archive))
     return float(np.square(x - y).sum() / np.square(x).sum())
@@ -151,7 +151,7 @@ def test_qualities_are_promises_of_kl(cli: Cli, folder: Path) -> None:
 
 def test_a_capture_unlike_the_calibration_is_noticed(cli: Cli, folder: Path) -> None:
     """Keys and values eight times as wide, as a text unlike any would have: compressed all the same, and said."""
-    source = Capture(TensorFile.open(folder / "300.safetensors"))
+    source = Capture.open(folder / "300.safetensors")
     tensors: dict[str, Any] = {}
     for name, spec in source.tensors.items():
         bits = np.array(source.read(name))

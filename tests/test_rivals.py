@@ -23,8 +23,7 @@ from kvpack.codecs.chain.quantizers.affine import Affine
 from kvpack.codecs.chain.quantizers.anchor_delta import quantize
 from kvpack.codecs.chain.quantizers.lloyd_max import LloydMax
 from kvpack.codecs.chain.transforms.rotation import Rotation
-from kvpack.formats.safetensors import TensorFile
-from kvpack.jobs.reader import Capture
+from kvpack.formats.source import Capture
 from kvpack.numerics.floats import to_float32
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -36,7 +35,7 @@ def imported(module: str) -> Any:
 
 def heads(kind: str) -> np.ndarray:
     """``[L * H, T, D]`` of the small capture, without its attention sink."""
-    capture = Capture(TensorFile.open(SMALL))
+    capture = Capture.open(SMALL)
     layers = [to_float32(capture.read(f"layers.{i}.{kind}"), "BF16") for i in (0, 29)]
     return np.ascontiguousarray(np.concatenate(layers)[:, 4:])
 

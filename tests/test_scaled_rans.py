@@ -15,6 +15,7 @@ from kvpack.codecs.chain.base import Part, PlaneSpec, Scales
 from kvpack.codecs.chain.entropy.rans import Rans
 from kvpack.codecs.chain.entropy.scaled_rans import GROUP_BYTES, ScaledRans, cpu, reference
 from kvpack.codecs.chain.packed import pack_matrix, unpack_matrix
+from kvpack.codecs.context import DecodeContext
 from kvpack.errors import CorruptError, MismatchError
 
 CODER = ScaledRans()
@@ -257,7 +258,7 @@ def test_scales_of_another_shape_are_refused() -> None:
 
 def unpacked(arrays: dict[str, np.ndarray]) -> np.ndarray:
     profile = {f"m.{name}": array for name, array in arrays.items()}
-    return unpack_matrix(Part("F32", (1, 0, 0), 0, 0, profile=profile), "m")
+    return unpack_matrix(Part("F32", (1, 0, 0), 0, 0, context=DecodeContext(profile)), "m")
 
 
 @pytest.mark.parametrize(("groups", "rows", "columns"), [(1, 1, 1), (1, 300, 7), (4, 64, 33), (3, 3, 1)])

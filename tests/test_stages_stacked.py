@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from profiles import grids
 
 from kvpack.codecs.chain.base import Codes, Part, PlaneSpec, Quantizer, UnrepresentableError
+from kvpack.codecs.chain.chain import Chain
 from kvpack.codecs.chain.entropy.deflate import Deflate
 from kvpack.codecs.chain.entropy.rans import Rans
 from kvpack.codecs.chain.keep import Keep
@@ -23,7 +24,8 @@ from kvpack.codecs.chain.quantizers.higgs import Higgs
 from kvpack.codecs.chain.transforms.klt import Klt
 from kvpack.codecs.chain.transforms.merge_heads import MergeHeads
 from kvpack.codecs.chain.transforms.unrope import Unrope
-from kvpack.codecs.recipes import Chain, Codec
+from kvpack.codecs.context import DecodeContext
+from kvpack.codecs.protocol import Codec
 from kvpack.errors import CorruptError, FormatError, MismatchError
 
 shapes = st.tuples(st.integers(1, 4), st.integers(0, 70), st.integers(1, 9))
@@ -81,7 +83,7 @@ def test_unrope_is_a_rotation_by_position(shape: tuple[int, int, int], pairs: in
     """Against the complex form of arXiv 2104.09864: the pair (i, i + n) is one complex number."""
     pairs = min(pairs, shape[2] // 2)
     frequency = np.linspace(1, 0.01, pairs).astype(np.float32)
-    part = Part("F32", shape, first, first + shape[1], profile={"rope.inv_freq": frequency})
+    part = Part("F32", shape, first, first + shape[1], context=DecodeContext({"rope.inv_freq": frequency}))
     values = normal(shape, seed)
     flat = Unrope().forward(values, part)
     angle = (first + np.arange(shape[1]))[:, None] * frequency.astype(np.float64)
@@ -259,4 +261,4 @@ def test_chains_in_the_wrong_order_are_refused() -> None:
         Codec("x", False, chain, chain)
     document = Codec("x", True, chain, chain).to_json() | {"stacked": False}
     with pytest.raises(FormatError, match="stack"):
-        Codec.from_json(document)
+        codec_from_json(document)

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvpack import jobs
+from kvpack.codecs.protocol import Need
 from kvpack.codecs.recipes import CODECS
 from kvpack.errors import CorruptError
 from kvpack.fidelity import compare
 from kvpack.formats.output import atomic_output
-from kvpack.formats.safetensors import TensorFile
-from kvpack.jobs.reader import Archive, Capture
+from kvpack.formats.source import Capture
+from kvpack.jobs.reader import KvpFile
 from kvpack.kvp.inspection import inspect
 
 TOKENS = 2048
@@ -22,7 +23,9 @@ TOPICS = ("typesmapping", "objects", "class", "exceptions", "naming", "types")
 """Chapters of Python's language reference, English prose that every CPython carries (``pydoc_data``)."""
 
 FINE_AND_COARSE = {f"local-{level}" for level in (8, 7, 6, 2, 1)}
-SHOWN = [codec for codec in CODECS.values() if not codec.profiled and codec.name not in FINE_AND_COARSE]
+SHOWN = [
+    codec for codec in CODECS.values() if Need.PROFILE not in codec.traits.needs and codec.name not in FINE_AND_COARSE
+]
 """Codecs that need no calibration; of ``local`` some levels."""
 
 Progress = Callable[[int, int], None] | None
@@ -68,7 +71,7 @@ def run_codecs(capture: Path, folder: Path) -> Iterator[Row]:
         CorruptError: a lossless codec did not give the capture back.
 
     """
-    reference = Capture(TensorFile.open(capture))
+    reference = Capture.open(capture)
     for codec in SHOWN:
         name = codec.name
         packed, back = folder / f"{name}.kvp", folder / f"{name}.safetensors"
@@ -79,9 +82,9 @@ def run_codecs(capture: Path, folder: Path) -> Iterator[Row]:
                 jobs.compress(capture, sink, codec)
             middle = time.perf_counter()
             with atomic_output(back, force=True) as sink:
-                jobs.decompress(Archive.open(packed), sink)
+                jobs.decompress(KvpFile.open(packed), sink)
             times.append((middle - start, time.perf_counter() - middle))
-        report = compare(reference, Capture(TensorFile.open(back)))
+        report = compare(reference, Capture.open(back))
         if codec.lossless and not filecmp.cmp(capture, back, shallow=False):
             raise CorruptError(f"{name}: {back} is not {capture} byte for byte")
         look = inspect(packed, check=True)

@@ -26,13 +26,13 @@ from kvpack.bench.bounds import Bound, simulate
 from kvpack.bench.results import TOKEN_ENTROPY, Results, Row
 from kvpack.capture import Model
 from kvpack.capture.entropy import token_bits
-from kvpack.codecs.recipes import Codec
+from kvpack.codecs.protocol import Codec
 from kvpack.errors import CorruptError
 from kvpack.fidelity import CacheSource, compare
 from kvpack.fidelity.model import Judge
 from kvpack.fidelity.source import layer_tensors
-from kvpack.formats.safetensors import TensorFile
-from kvpack.jobs.reader import Archive, Capture
+from kvpack.formats.source import Capture
+from kvpack.jobs.reader import KvpFile
 from kvpack.kvp.inspection import inspect
 from kvpack.profiles import Profile
 
@@ -137,7 +137,7 @@ def measure(
         for i, task in enumerate(tasks):
             if task.key not in done:
                 if bench is None or bench.path != task.path:
-                    capture = Capture(TensorFile.open(task.path))
+                    capture = Capture.open(task.path)
                     judge = Judge(model, capture) if model else None
                     bench = _Bench(task.path, capture, model, judge, profile, Path(folder))
                 results.rows.append(bench.row(task))
@@ -174,9 +174,9 @@ class _Bench:
                 jobs.compress(task.path, sink, codec.with_seed(task.seed), profile=self.profile, drop=jobs.PROBES)
             middle = time.perf_counter()
             with back.open("wb") as sink:
-                jobs.decompress(Archive.open(packed, self.profile), sink)
+                jobs.decompress(KvpFile.open(packed, self.profile), sink)
             seconds.append((middle - start, time.perf_counter() - middle))
-        decompressed = Capture(TensorFile.open(back))
+        decompressed = Capture.open(back)
         if codec.lossless:
             self._require_same(codec, decompressed)
         look = inspect(packed)

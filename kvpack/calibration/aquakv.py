@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from kvpack.codecs.chain.base import Floats, Part
 from kvpack.codecs.chain.predictors.cross_layer import CrossLayer
 from kvpack.codecs.chain.quantizers.higgs import Higgs
+from kvpack.codecs.context import DecodeContext
 from kvpack.numerics.jit import njit
 
 RIDGE = 1e-3
@@ -70,13 +71,13 @@ def _fit(
     bias = np.zeros((layers - 1, channels), np.float32)
     profile = {**grids, f"{section}.weight": weight, f"{section}.bias": bias}
     predictor, rebuilt = CrossLayer(section), np.zeros_like(rows)
-    whole = Part("F32", rows.shape, 0, tokens, profile=profile)
+    whole = Part("F32", rows.shape, 0, tokens, context=DecodeContext(profile))
     for row in range(layers):
         if row:
             x = rebuilt[row - 1] if reference is None else np.concatenate([reference[row], rebuilt[row - 1]], axis=1)
             weight[row - 1], bias[row - 1] = _ridge(x, rows[row])
         expected = predictor.predict(row, rebuilt, reference, whole)
-        one = Part("F32", (1, tokens, channels), 0, tokens, row=row, profile=profile)
+        one = Part("F32", (1, tokens, channels), 0, tokens, row=row, context=DecodeContext(profile))
         rebuilt[row] = (expected + quantizer.decode(quantizer.encode(rows[row : row + 1] - expected, one), one))[0]
     return {f"{section}.weight": weight, f"{section}.bias": bias}, rebuilt
 

@@ -19,6 +19,7 @@ from kvpack.calibration.corpus import SKIPPED, Sample
 from kvpack.codecs.chain.base import Floats, Part
 from kvpack.codecs.chain.packed import pack_matrix, unpack_matrix
 from kvpack.codecs.chain.transforms.token_klt.model import PLACES, places, token_inputs
+from kvpack.codecs.context import DecodeContext
 
 RIDGE = 1e-3
 REACH = 192
@@ -264,4 +265,4 @@ def pack(name: str, matrix: Floats, step: Floats) -> Arrays:
 
 def unpack(arrays: Arrays, name: str) -> Floats:
     """A packed matrix as a decoder will have it."""
-    return unpack_matrix(Part("F32", (1, 0, 0), 0, 0, profile=arrays), name)
+    return unpack_matrix(Part("F32", (1, 0, 0), 0, 0, context=DecodeContext(arrays)), name)

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from kvpack.calibration.corpus import SKIPPED, Sample
 from kvpack.calibration.gradients import PLAIN, Continuation, Network, continuations, rows_of
-from kvpack.codecs.chain.base import Floats, Part, Scales, Side
+from kvpack.codecs.chain.base import Floats, Part, Scales
 from kvpack.codecs.chain.entropy.scaled_rans.reference import PRECISION
 from kvpack.codecs.chain.quantizers.dead_zone import DeadZone, quantise, token_levels
 from kvpack.codecs.chain.symbols import ALPHABET, BUCKETS, SMALLEST, unzigzag
 from kvpack.codecs.chain.transforms.token_klt import TokenKlt, model_of
+from kvpack.codecs.context import DecodeContext, StackHints
 from kvpack.codecs.recipes import FISHER_IMPORTANCE, FISHER_LEVELS, fisher_log_step
 from kvpack.engine.threads import ordered_map
 from kvpack.numerics.jit import njit
@@ -43,8 +44,8 @@ Arrays = dict[str, Array]
 def part_of(sample: Sample, sequence: int, cached: int, profile: Mapping[str, NDArray[Any]]) -> Part:
     """The part that a capture of the sequence's first ``cached`` tokens would be."""
     rows = 2 * sample.layers * (sample.channels // _dims(profile))
-    side = Side(sample.tokens[sequence][:cached], sample.mass[sequence][:cached])
-    return Part("F32", (rows, cached, _dims(profile)), 0, cached, profile=profile, side=side)
+    context = DecodeContext(profile, sample.tokens[sequence][:cached])
+    return Part("F32", (rows, cached, _dims(profile)), 0, cached, context=context)
 
 
 def _dims(profile: Mapping[str, NDArray[Any]]) -> int:
@@ -72,7 +73,9 @@ def scatter(sample: Sample, sequences: list[int], profile: Mapping[str, NDArray[
     learnt, centroids = tables(counts), np.zeros((CLASSES, 4), np.float32)
     for _ in range(ROUNDS):
         trial = partial(_trial, columns=columns, learnt=learnt, centroids=centroids)
-        jobs = [(level, z, part) for level in FISHER_LEVELS for z, part in zip(found, parts, strict=True)]
+        masses = [sample.mass[s] for s in sequences]
+        every = list(zip(found, parts, masses, strict=True))
+        jobs = [(level, *one) for level in FISHER_LEVELS for one in every]
         counts[:], offsets[:] = 0, 0
         for mine, above in ordered_map(trial, jobs):
             counts += mine
@@ -85,11 +88,11 @@ def scatter(sample: Sample, sequences: list[int], profile: Mapping[str, NDArray[
 
 
 def _trial(
-    job: tuple[int, Floats, Part], columns: NDArray[np.int32], learnt: NDArray[np.int32], centroids: Floats
+    job: tuple[int, Floats, Part, Floats], columns: NDArray[np.int32], learnt: NDArray[np.int32], centroids: Floats
 ) -> tuple[Array, Array]:
     """What an encoder's choices for coefficients ``[T, R]`` at a level add to the counts and offsets."""
-    level, z, part = job
-    quantizer, levels = _quantizer(level), token_levels(part, FISHER_IMPORTANCE)
+    level, z, part, mass = job
+    quantizer, levels = _quantizer(level), token_levels(part, FISHER_IMPORTANCE, mass)
     scales, steps = Scales(columns, quantizer.rows(levels), learnt), quantizer.steps(levels)
     shifts, codes = quantise(z, steps, scales, centroids)
     magnitude = np.abs(unzigzag(codes))
@@ -141,10 +144,13 @@ def tables(counts: NDArray[np.float64]) -> NDArray[np.int32]:
 
 @dataclass(frozen=True)
 class _Case:
-    """A continuation behind a cache: coefficients ``[T, R]``, and the model's exact log-probabilities ``[N, V]``."""
+    """A continuation behind a cache: ``mass`` ``[T]`` of its tokens, coefficients ``z`` ``[T, R]``, and the model's exact
+    log-probabilities ``[N, V]``.
+    """
 
     follow: Continuation
     part: Part
+    mass: Floats
     z: Floats
     exact: torch.Tensor
 
@@ -161,12 +167,14 @@ class _Case:
         part = part_of(sample, sequence, follow.cached, profile)
         with torch.inference_mode():
             exact = network.logits(rows_of(sample, sequence, network.device), follow).log_softmax(-1)
-        return cls(follow, part, coefficients(sample, sequence, part), exact)
+        mass = sample.mass[sequence][: follow.cached]
+        return cls(follow, part, mass, coefficients(sample, sequence, part), exact)
 
     def rows(self, quantizer: DeadZone) -> Floats:
         """The quantised cache ``[T, P]``."""
         small = KLT.output(self.part)
-        back = quantizer.decode(quantizer.encode(self.z[None], small), small)[0]
+        codes = quantizer.encode(self.z[None], small, StackHints(self.mass))
+        back = quantizer.decode(codes, small)[0]
         return model_of(self.part, SECTION).rows(back, self.part)
 
     def kl(self, network: Network, rows: Floats) -> float:

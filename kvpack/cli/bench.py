@@ -73,15 +73,16 @@ def bench(
     from kvpack.bench.bounds import BOUNDS
     from kvpack.bench.results import Results
     from kvpack.capture import load_model
+    from kvpack.codecs.protocol import Need
     from kvpack.codecs.recipes import codecs_matching
 
     names = ",".join(run.QUICK) if quick and codecs == "all" else codecs
     chosen = codecs_matching(names.split(","))
     opened = common.open_profile(profile)
-    if opened is None and any(codec.profiled for codec in chosen):
+    if opened is None and any(Need.PROFILE in codec.traits.needs for codec in chosen):
         if "all" not in codecs.split(","):
             raise UsageError("codecs that are calibrated need a profile: -D FILE, made by kvpack calibrate")
-        chosen = [codec for codec in chosen if not codec.profiled]
+        chosen = [codec for codec in chosen if Need.PROFILE not in codec.traits.needs]
         common.say("no profile given (-D): calibrated codecs are left out", quiet=quiet, to_stderr=True)
     judge = None if model == "none" else load_model(None if model == "embedded" else model, dtype, device)
     bounds = () if quick else BOUNDS if judge is None else (*BOUNDS, None)

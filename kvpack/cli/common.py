@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
@@ -9,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
 
 import typer
 
@@ -17,7 +18,7 @@ from kvpack.errors import UsageError
 from kvpack.formats.output import atomic_output
 
 if TYPE_CHECKING:
-    from kvpack.gpu.runtime.launch import Launcher
+    from kvpack.engine import Engine
     from kvpack.profiles import Profile
 
 STDIO = Path("-")
@@ -61,20 +62,30 @@ def open_profile(path: Path | None) -> Profile | None:
     return Profile.open(path)
 
 
-def gpu(device: str, sources: Sequence[Path], quiet: bool, *, exact: bool) -> Launcher | None:
-    """The GPU for work on files, as ``--device`` says; a line on stderr where it was asked for and is not there.
+def engine(device: str, sources: Sequence[Path], threads: int | None, quiet: bool, *, exact: bool) -> Engine:
+    """What works on files, as ``--device`` says; a line on stderr where a GPU was asked for and is not there.
 
-    ``auto`` takes one for what is ``exact`` there: a lossy codec's file, and what is read from it, is to be the same
+    ``auto`` takes a GPU for what is ``exact`` there: a lossy codec's file, and what is read from it, is to be the same
     everywhere unless a GPU is asked for.
     """
+    from kvpack.engine import CpuEngine
     from kvpack.gpu.runtime.host import find_gpu
 
     if device == "auto" and not exact:
-        return None
+        return CpuEngine(threads)
     found, reason = find_gpu(device, sum(source.stat().st_size for source in sources if source.is_file()))
     if reason:
         say(f"kvpack: {reason}: using the CPU", quiet=quiet, to_stderr=True)
-    return found
+    if found is None:
+        return CpuEngine(threads)
+    from kvpack.gpu.engine import GpuEngine
+
+    return GpuEngine(found, threads)
+
+
+def named(path: Path) -> str:
+    """What messages call an input."""
+    return "standard input" if path == STDIO else str(path)
 
 
 def check_inputs(inputs: list[Path], output: Path | None, *, keep: bool, remove: bool, as_json: bool) -> None:
@@ -116,8 +127,21 @@ def writable(path: Path, force: bool) -> Iterator[BinaryIO]:
         return
     if sys.stdout.isatty():
         raise UsageError("refusing to write binary data to a terminal: use -o FILE or a pipe")
-    yield sys.stdout.buffer
+    yield cast(BinaryIO, _Pipe(sys.stdout.buffer))
     sys.stdout.buffer.flush()
+
+
+class _Pipe(io.RawIOBase):
+    """Standard output, which is written in order even where it is a file: it may be one that others append to."""
+
+    def __init__(self, output: BinaryIO) -> None:
+        self._output = output
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        return self._output.write(data)
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from kvpack.errors import FormatError, KvpackError, UsageError
 from kvpack.formats.output import check_output
 
 if TYPE_CHECKING:
-    from kvpack.codecs.recipes import Codec
-    from kvpack.jobs.compress import Planned, Write
+    from kvpack.codecs.protocol import Codec
+    from kvpack.engine import Engine
+    from kvpack.jobs import CompressJob, Write
     from kvpack.jobs.rate import Goal
     from kvpack.profiles import Profile
 
@@ -87,7 +88,7 @@ def compress(
     del list_codecs
     common.check_inputs(inputs, output, keep=keep, remove=remove, as_json=as_json)
     from kvpack.codecs.recipes import codec_named
-    from kvpack.jobs.compress import PROBES, compress_many
+    from kvpack.jobs import PROBES, compress_many
 
     opened = common.open_profile(profile)
     goal, named = _goal(codec, quality, max_kl, max_attn_err, ratio), codec_named(codec)
@@ -95,12 +96,14 @@ def compress(
     rows = []
     with ExitStack() as stack:
         files = [_File(path, stack.enter_context(common.readable(path)), _target(path, output)) for path in inputs]
-        gpu = common.gpu(device, [file.source for file in files], quiet, exact=goal is None and named.lossless)
-        plans = (file.plan(goal or named, opened, chunk_tokens, patterns, force) for file in files)
-        for file, write in zip(files, compress_many(plans, threads=threads, gpu=gpu), strict=True):
+        exact = goal is None and named.lossless
+        engine = common.engine(device, [file.source for file in files], threads, quiet, exact=exact)
+        settings = _Settings(goal or named, opened, chunk_tokens, patterns)
+        jobs = (file.prepare(settings, engine, force) for file in files)
+        for file, write in zip(files, compress_many(jobs, engine), strict=True):
             rows.append(_written(file, write, force, quiet))
             if remove:
-                _remove_verified(file.path, file.target, opened)
+                _remove_verified(file.path, file.target, opened, engine)
             if not as_json:
                 _report(rows[-1], quiet, verbose, to_stderr=file.target == common.STDIO)
     if as_json:
@@ -130,6 +133,16 @@ def _target(path: Path, output: Path | None) -> Path:
 
 
 @dataclass(frozen=True)
+class _Settings:
+    """How files are compressed: by a codec or the one that keeps a promise, in windows, without some tensors."""
+
+    wanted: Codec | Goal
+    profile: Profile | None
+    chunk_tokens: int
+    drop: list[str]
+
+
+@dataclass(frozen=True)
 class _File:
     """An input as it was named, where its bytes are, and where they go."""
 
@@ -137,27 +150,21 @@ class _File:
     source: Path
     target: Path
 
-    def plan(
-        self, wanted: Codec | Goal, profile: Profile | None, chunk_tokens: int, drop: list[str], force: bool
-    ) -> Planned:
-        """Open and check it, by the codec wanted or the one that keeps the promise; nothing is written."""
+    def prepare(self, settings: _Settings, engine: Engine, force: bool) -> CompressJob:
+        """Open and check it; nothing is written."""
         from kvpack import jobs
-        from kvpack.codecs.recipes import Codec
-        from kvpack.formats.safetensors import TensorFile
-        from kvpack.jobs.reader import Capture
+        from kvpack.formats.source import Capture
+        from kvpack.jobs.rate import Goal, choose
 
         common.check_distinct(self.path, self.target)
         if self.target != common.STDIO:
             check_output(self.target, force=force)
-        try:
-            capture = Capture(TensorFile.open(self.source))
-            if not isinstance(wanted, Codec):
-                from kvpack.jobs.rate import choose
-
-                wanted = choose(self.source, profile, wanted, chunk_tokens=chunk_tokens, drop=drop)
-            return jobs.plan(capture, wanted, profile=profile, chunk_tokens=chunk_tokens, drop=drop)
-        except FormatError as error:
-            raise type(error)(str(error).replace(str(self.source), str(self.path))) from None
+        capture = Capture.open(self.source, common.named(self.path))
+        codec, profile = settings.wanted, settings.profile
+        tokens, drop = settings.chunk_tokens, settings.drop
+        if isinstance(codec, Goal):
+            codec = choose(capture, profile, codec, chunk_tokens=tokens, drop=drop, engine=engine)
+        return jobs.prepare(capture, codec, profile=profile, chunk_tokens=tokens, drop=drop)
 
 
 def _written(file: _File, write: Write, force: bool, quiet: bool) -> dict[str, Any]:
@@ -202,13 +209,11 @@ def _surprised(row: dict[str, Any]) -> str:
     )
 
 
-def _remove_verified(path: Path, target: Path, profile: Profile | None) -> None:
+def _remove_verified(path: Path, target: Path, profile: Profile | None, engine: Engine) -> None:
     from kvpack import jobs
-    from kvpack.jobs.reader import Archive
 
     try:
-        archive = Archive.open(target, profile)
-        jobs.check(archive)
+        jobs.check(jobs.KvpFile.open(target, profile), engine=engine)
     except FormatError as error:
         raise KvpackError(f"{path}: kept, because what was written does not verify ({error})") from None
     path.unlink()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpack.cli import common
-from kvpack.errors import KvpackError, UsageError
+from kvpack.errors import UsageError
 
 if TYPE_CHECKING:
     from kvpack.profiles import Profile
@@ -87,28 +87,21 @@ def _decompress_one(
     quiet: bool,
 ) -> dict[str, Any]:
     from kvpack import jobs
-    from kvpack.jobs.reader import Archive
 
     left_out: list[str] = []
     title = f"{'testing' if target is None else 'decompressing'} {path.name}"
     with common.readable(path) as source, common.progress_bar(title, quiet) as progress:
-        try:
-            archive = Archive.open(source, profile)
-            if target is None:
-                jobs.check(archive, threads=threads, progress=progress)
-            else:
-                with common.writable(target, force) as sink:
-                    selection = jobs.Selection(*chosen)
-                    exact = all(codec.lossless for codec in archive.codecs)
-                    gpu = common.gpu(device, [source], quiet, exact=exact)
-                    left_out = jobs.decompress(archive, sink, selection, threads=threads, progress=progress, gpu=gpu)
-        except KvpackError as error:
-            text = str(error).replace(str(source), str(path))
-            raise type(error)(text if text.startswith(str(path)) else f"{path}: {text}") from None
+        file = jobs.KvpFile.open(source, profile, common.named(path))
+        engine = common.engine(device, [source], threads, quiet, exact=all(codec.lossless for codec in file.codecs))
+        if target is None:
+            jobs.check(file, engine=engine, progress=progress)
+        else:
+            with common.writable(target, force) as sink:
+                left_out = jobs.decompress(file, sink, jobs.Selection(*chosen), engine=engine, progress=progress)
     return {
         "input": str(path),
         "output": None if target is None else str(target),
-        "lossless": archive.container.header.lossless,
+        "lossless": file.lossless,
         "left_out": left_out,
     }
 

@@ -54,15 +54,14 @@ def verify(
     Exit code 3 where a threshold is not met, 5 where FILE was not made from ORIGINAL.
     """
     from kvpack.fidelity import check, compare
-    from kvpack.formats.safetensors import TensorFile
-    from kvpack.jobs.compress import differing_parts
-    from kvpack.jobs.reader import Archive, Capture, open_cache
+    from kvpack.formats.source import Capture
+    from kvpack.jobs import KvpFile, differing_parts, open_cache
 
     if model is None and any(limit is not None for limit in (max_kl, min_top1, max_ppl_increase)):
         raise UsageError("--max-kl, --min-top1 and --max-ppl-increase need --model")
-    reference = Capture(TensorFile.open(original))
+    reference = Capture.open(original)
     other = open_cache(file, common.open_profile(profile))
-    if isinstance(other, Archive):
+    if isinstance(other, KvpFile):
         stranger = next(differing_parts(other, reference), None)
         if stranger is not None:
             raise MismatchError(f"{file}: was not made from {original} ({stranger} differs)")

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpack.errors import MismatchError
+from kvpack.formats.captures import layer_of
 from kvpack.formats.safetensors import TensorSpec
-from kvpack.kvp import layer_of
 from kvpack.numerics.floats import FLOAT_BITS, Bits, to_float32
 
 

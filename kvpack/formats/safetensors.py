@@ -139,13 +139,13 @@ class TensorFile:
     ``data(spec)`` is a ``memoryview`` of a tensor's little-endian bytes, row-major; ``view`` of the whole file's.
     """
 
-    def __init__(self, path: Path, header: Header, view: memoryview) -> None:
-        """Use :meth:`open`."""
-        self.path, self.header, self.view = path, header, view
+    def __init__(self, name: str, header: Header, view: memoryview) -> None:
+        """Use :meth:`open`; ``name`` stands for the file in messages."""
+        self.name, self.header, self.view = name, header, view
 
     @classmethod
-    def open(cls, path: Path) -> TensorFile:
-        """Map and validate ``path``.
+    def open(cls, path: Path, name: str | None = None) -> TensorFile:
+        """Map and validate ``path``, which messages call ``name`` if that is given.
 
         Raises:
             OSError: the file cannot be read.
@@ -153,23 +153,24 @@ class TensorFile:
             FormatError: not a safetensors file, or one that breaks the format.
 
         """
+        name = name or str(path)
         with path.open("rb") as file:
             file.seek(0, 2)
             size = file.tell()
             if size < 8:
-                raise FormatError(f"{path}: not a safetensors file (only {size} bytes)")
+                raise FormatError(f"{name}: not a safetensors file (only {size} bytes)")
             view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         length = int.from_bytes(view[:8], "little")
         if length > MAX_HEADER or not bytes(view[8:9]) == b"{":
-            raise FormatError(f"{path}: not a safetensors file")
+            raise FormatError(f"{name}: not a safetensors file")
         if 8 + length > size:
-            raise TruncatedError(f"{path}: truncated: its header says {length} bytes, the file has {size - 8}")
-        header = parse_header(bytes(view[8 : 8 + length]), str(path))
+            raise TruncatedError(f"{name}: truncated: its header says {length} bytes, the file has {size - 8}")
+        header = parse_header(bytes(view[8 : 8 + length]), name)
         if header.file_size > size:
-            raise TruncatedError(f"{path}: truncated: {header.file_size} bytes expected, {size} found")
+            raise TruncatedError(f"{name}: truncated: {header.file_size} bytes expected, {size} found")
         if header.file_size < size:
-            raise FormatError(f"{path}: {size - header.file_size} bytes of unknown data after the last tensor")
-        return cls(path, header, view)
+            raise FormatError(f"{name}: {size - header.file_size} bytes of unknown data after the last tensor")
+        return cls(name, header, view)
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -1,12 +1,14 @@
 """What kvpack does with files, for programs: the command line is a thin layer over this."""
 
-from kvpack.jobs.compress import PROBES, Compressed, Planned, Write, compress, compress_many, differing_parts, plan
-from kvpack.jobs.decompress import Selection, check, decompress
+from kvpack.jobs.compress import PROBES, Compressed, CompressJob, Write, compress, compress_many, prepare
+from kvpack.jobs.decompress import Selection, check, decompress, differing_parts
+from kvpack.jobs.reader import KvpFile, open_cache
 
 __all__ = [
     "PROBES",
+    "CompressJob",
     "Compressed",
-    "Planned",
+    "KvpFile",
     "Selection",
     "Write",
     "check",
@@ -14,5 +16,6 @@ __all__ = [
     "compress_many",
     "decompress",
     "differing_parts",
-    "plan",
+    "open_cache",
+    "prepare",
 ]

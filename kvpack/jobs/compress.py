@@ -1,62 +1,33 @@
-"""What kvpack does, for programs: compress, decompress, test. The command line is a thin layer over this."""
+"""Compresses captures into ``.kvp`` files: prepares jobs, has an engine encode their blocks, writes their frames."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
-from itertools import groupby, islice
-from math import prod
-from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import kvpack
-from kvpack.codecs.chain.base import Side, UnrepresentableError
-from kvpack.codecs.chain.pipeline import chain_of
-from kvpack.codecs.chain.quantizers.dead_zone import DeadZone
-from kvpack.codecs.chain.units import Unit, units
-from kvpack.codecs.recipes import CODECS, Codec
-from kvpack.engine.threads import Progress, ordered_map
+from kvpack.cache import CacheSpec, WindowSpec, windows
+from kvpack.codecs.context import DecodeContext, Hints
+from kvpack.codecs.protocol import Codec, Need
+from kvpack.codecs.recipes import CODECS
+from kvpack.engine import CpuEngine, EncodeTask, Engine, InTurn, Progress, Ticket
 from kvpack.errors import FormatError, UsageError
+from kvpack.formats.captures import FLOAT_DTYPES, cache_spec, layer_of
 from kvpack.formats.safetensors import Header as SourceHeader
-from kvpack.formats.safetensors import TensorFile, build_header
-from kvpack.jobs.decompress import Selection, check, decompress
-from kvpack.jobs.hints import with_hints
-from kvpack.jobs.reader import Archive, Capture, side_of
-from kvpack.kvp import ContainerWriter, layer_of, plan_parts
+from kvpack.formats.safetensors import build_header
+from kvpack.formats.source import Capture
+from kvpack.jobs.hints import encoder_hints, token_ids
+from kvpack.kvp import ContainerWriter
 from kvpack.kvp.header import Header
-from kvpack.kvp.layout import FLOAT_DTYPES, PartPlan
-from kvpack.numerics.checksum import checksum
-from kvpack.numerics.floats import Bits
 from kvpack.profiles import Profile
-
-if TYPE_CHECKING:
-    from kvpack.gpu.runtime.launch import Launcher
-
-__all__ = [
-    "PROBES",
-    "Compressed",
-    "Planned",
-    "Progress",
-    "Selection",
-    "Write",
-    "check",
-    "compress",
-    "compress_many",
-    "decompress",
-    "differing_parts",
-    "plan",
-]
 
 CHUNK_TOKENS = 2048
 CHUNK_MULTIPLE = 128
-"""Chunks begin at multiples of this many tokens, so that groups of tokens never straddle two."""
-
-WINDOW_BYTES, WINDOW_FILES = 256 << 20, 128
-"""Captures that are open at a time at most, beyond one, to be coded together on a GPU."""
+"""Windows begin at multiples of this many tokens, so that groups of tokens never straddle two."""
 
 PROBES = ("queries.*", "query_positions", "attention_mass", "continuation")
 """Tensors of a capture that only measure fidelity."""
@@ -64,10 +35,10 @@ PROBES = ("queries.*", "query_positions", "attention_mass", "continuation")
 
 @dataclass(frozen=True)
 class Compressed:
-    """What :func:`compress` did: the codec's name, sizes in bytes, and the parts it had to carry losslessly.
+    """What was written: the codec's name, sizes in bytes, and the parts that had to be carried losslessly.
 
     ``surprise`` is how many bits coefficients took over how many the profile expected of texts like those of its
-    calibration, where a codec says so; else None.
+    calibration, where the codec can say so; else None.
     """
 
     codec: str
@@ -78,187 +49,215 @@ class Compressed:
 
 
 def compress(
-    source: Path,
+    source: Capture | Path,
     output: BinaryIO,
     codec: Codec,
     *,
     profile: Profile | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
     drop: Sequence[str] = (),
-    threads: int | None = None,
+    engine: Engine | None = None,
     progress: Progress | None = None,
-    gpu: Launcher | None = None,
 ) -> Compressed:
-    """Compress the capture ``source`` into ``output`` (written once, in order: may be a pipe).
+    """Compress the capture ``source``, open or a path, into ``output``, which is written in order: it may be a pipe.
 
-    Keys and values go through ``codec``; every other tensor, and parts a lossy codec cannot represent (NaN,
-    Inf, out of range), are carried losslessly. Tensors whose names match a pattern of ``drop`` are left out,
-    and the file says so. ``gpu`` is :func:`kvpack.gpu.runtime.host.find_gpu`'s.
+    Keys and values go through ``codec``. Every other tensor, and parts that a lossy codec cannot represent (NaN, Inf,
+    out of range), are carried losslessly. Tensors whose names match a pattern of ``drop`` are left out, and the file
+    says so. Without an ``engine`` all processors are used.
 
     Raises:
-        FormatError: ``source`` is not a sound safetensors file, or has no keys and values to be lossy about.
+        FormatError: ``source`` has no keys and values to be lossy about.
         UsageError: ``chunk_tokens`` is not a positive multiple of 128, or the codec needs a profile.
         MismatchError: ``profile`` is for another model.
         UnsupportedError: the codec codes all layers as one, and they differ in shape.
 
     """
-    capture = Capture(TensorFile.open(source))
-    one = plan(capture, codec, profile=profile, chunk_tokens=chunk_tokens, drop=drop)
-    return next(compress_many([one], threads=threads, gpu=gpu))(output, progress)
+    capture = source if isinstance(source, Capture) else Capture.open(source)
+    job = prepare(capture, codec, profile=profile, chunk_tokens=chunk_tokens, drop=drop)
+    return next(compress_many([job], engine))(output, progress)
 
 
-def plan(
-    capture: Capture,
+def prepare(
+    source: Capture,
     codec: Codec,
     *,
     profile: Profile | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
     drop: Sequence[str] = (),
-) -> Planned:
-    """What :func:`compress_many` takes; arguments and errors are those of :func:`compress`."""
+) -> CompressJob:
+    """Check everything that can be checked before work begins; arguments and errors are those of :func:`compress`."""
     if chunk_tokens < 1 or chunk_tokens % CHUNK_MULTIPLE or chunk_tokens > 1 << 20:
         raise UsageError(f"chunk tokens must be a multiple of {CHUNK_MULTIPLE} up to {1 << 20}")
-    kept, dropped = _without(capture.file.header, drop)
-    plans = plan_parts(kept, chunk_tokens)
-    if not codec.lossless and not any(layer_of(spec) is not None for spec in kept.tensors):
-        raise FormatError(f"{capture.file.path}: no layers.N.keys or layers.N.values to compress lossily")
-    if codec.profiled:
+    kept, dropped = _without(source.file.header, drop)
+    cache = cache_spec(kept)
+    if not codec.lossless and not any(layer_of(entry) is not None for entry in kept.tensors):
+        raise FormatError(f"{source.file.name}: no layers.N.keys or layers.N.values to compress lossily")
+    needed = None
+    if Need.PROFILE in codec.traits.needs:
         if profile is None:
             raise UsageError(f"{codec.name} needs a calibration profile: -D FILE, made by kvpack calibrate")
-        profile.require_model(capture.metadata)
-    codecs = list({c.name: c for c in (codec, CODECS["lossless"], CODECS["zstd"])}.values())
-    known = {spec.name for spec in kept.tensors if spec.name == "tokens"} | {"attention_mass"}
-    side = side_of(capture, known) if codec.joint else Side()
-    if codec.adaptive:
-        side = with_hints(side, capture)
-    encoder = _Encoder(capture, codecs, profile if codec.profiled else None, side)
-    groups = list(units(plans, codec.stacked))
-    header = Header(
-        writer=f"kvpack {kvpack.__version__}",
-        codecs=[c.to_json() for c in codecs],
-        chunk_tokens=chunk_tokens,
-        lossless=codec.lossless,
-        streams=sorted(set().union(*map(encoder.stream_names, _distinct(groups)))),
-        profile=profile.identity() if profile and codec.profiled else None,
-        dropped=dropped,
-        source=kept.raw.decode(),
-    )
-    return Planned(capture, codec, profile, kept, header, encoder, groups)
+        profile.require_model(source.metadata)
+        needed = profile
+    tokens = None
+    if Need.TOKENS in codec.traits.needs and any(entry.name == "tokens" for entry in kept.tensors):
+        tokens = token_ids(source)
+    job = CompressJob(source, cache, codec, needed, chunk_tokens, DecodeContext(needed, tokens), kept, dropped)
+    job.header  # noqa: B018 - whether the blocks can be coded is known now
+    return job
 
 
-def _distinct(groups: Sequence[tuple[PartPlan, ...]]) -> Iterable[tuple[PartPlan, ...]]:
-    """One of each kind of group: most parts that are coded by themselves differ in their layer alone."""
+@dataclass(frozen=True, eq=False)
+class CompressJob:
+    """One file to be written, by :func:`prepare`: the source is open and checked, and nothing of it encoded."""
 
-    def kind(group: tuple[PartPlan, ...]) -> object:
-        part, spec = group[0], group[0].tensor
-        alike = (spec.name.endswith(".keys"), part.layer is None, spec.dtype, spec.shape, part.first)
-        return alike if len(group) == 1 else group
-
-    return {kind(group): group for group in groups}.values()
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A capture that is to be compressed, by :func:`plan`: open and checked, nothing of it coded."""
-
-    capture: Capture
+    source: Capture
+    cache: CacheSpec
     codec: Codec
     profile: Profile | None
+    chunk_tokens: int
+    context: DecodeContext
     kept: SourceHeader
-    header: Header
-    encoder: _Encoder
-    groups: list[tuple[PartPlan, ...]]
+    dropped: list[str]
 
     @cached_property
-    def ways(self) -> list[str]:
-        """How a GPU codes each group."""
-        return list(map(self.encoder.way, self.groups))
+    def codecs(self) -> list[Codec]:
+        """The codecs of the file: the one asked for, then those that carry what it does not take."""
+        return list({codec.name: codec for codec in (self.codec, CODECS["lossless"], CODECS["zstd"])}.values())
 
-    def batched(self) -> list[PartPlan]:
-        """Parts that a GPU codes in batches with those of other captures, in order."""
-        return [group[0] for group, way in zip(self.groups, self.ways, strict=True) if way == "part"]
+    @cached_property
+    def blocks(self) -> list[list[tuple[WindowSpec, tuple[int, ...]]]]:
+        """By window its blocks in order, each with the numbers of the codecs to try."""
+        return [list(self._split(window)) for window in windows(self.cache, self.chunk_tokens)]
 
-    def write(
-        self,
-        output: BinaryIO,
-        progress: Progress | None,
-        threads: int | None,
-        gpu: Launcher | None,
-        parts: Iterator[tuple[int, Streams]],
-    ) -> Compressed:
-        """Code and write everything; ``parts`` are digests and streams of what is :meth:`batched`."""
+    def _split(self, window: WindowSpec) -> Iterator[tuple[WindowSpec, tuple[int, ...]]]:
+        if window.layered:
+            choices = self._choices(0)
+            yield from ((window.take(block), choices) for block in self.codec.blocks(window))
+            return
+        for i, part in enumerate(window.parts):
+            yield window.take(slice(i, i + 1)), self._choices(self._carrier(part.tensor.dtype))
+
+    def _choices(self, number: int) -> tuple[int, ...]:
+        names = [codec.name for codec in self.codecs]
+        return (number,) if self.codecs[number].lossless else (number, names.index("lossless"))
+
+    def _carrier(self, dtype: str) -> int:
+        """The codec for a tensor that is neither keys nor values."""
+        names = [codec.name for codec in self.codecs]
+        if dtype not in FLOAT_DTYPES:
+            return names.index("zstd")
+        return 0 if self.codec.lossless else names.index("lossless")
+
+    @cached_property
+    def header(self) -> Header:
+        """What the file says before its streams."""
+        names: set[str] = set()
+        for block, choices in self._distinct():
+            for number in choices:
+                names |= self.codecs[number].stream_names(block, self.context)
+        return Header(
+            writer=f"kvpack {kvpack.__version__}",
+            codecs=[codec.to_json() for codec in self.codecs],
+            chunk_tokens=self.chunk_tokens,
+            lossless=self.codec.lossless,
+            streams=sorted(names),
+            profile=self.profile.identity() if self.profile else None,
+            dropped=self.dropped,
+            source=self.kept.raw.decode(),
+        )
+
+    def _distinct(self) -> Iterable[tuple[WindowSpec, tuple[int, ...]]]:
+        """One block of each kind: most parts that are coded by themselves differ in their layer alone."""
+
+        def kind(block: WindowSpec) -> object:
+            part = block.parts[0]
+            tensor, ranges = part.tensor, (part.shape, part.first, part.length)
+            alike = (tensor.role, tensor.layer is None, tensor.dtype, tensor.name.endswith(".keys"), *ranges)
+            return alike if len(block.parts) == 1 else block
+
+        return {kind(block): (block, choices) for window in self.blocks for block, choices in window}.values()
+
+    def tasks(self, number: int) -> Iterator[EncodeTask]:
+        """The file's work in order, as job ``number``; the first of it waits for the encoder's hints."""
+        hints = encoder_hints(self.source, self.codec)
+        for w, blocks in enumerate(self.blocks):
+            for b, (block, choices) in enumerate(blocks):
+                codecs = tuple((choice, self.codecs[choice]) for choice in choices)
+                layered = block.layered
+                context, own = (self.context, hints) if layered else (DecodeContext(), Hints())
+                yield EncodeTask(Ticket(number, w, b), self.source.window(block), codecs, context, own)
+
+    def write(self, results: InTurn, number: int, output: BinaryIO, progress: Progress | None = None) -> Compressed:
+        """Write the file from the results of :meth:`tasks`."""
         writer = ContainerWriter(output, self.header)
+        expected = self.codec.expected_bits(self.context, self.cache.rows)
         carried: list[str] = []
-        coded = 0
-        done, total = 0, sum(spec.nbytes for spec in self.kept.tensors)
-        if gpu is None:
-            every = ordered_map(self.encoder, self.groups, threads)
-        else:
-            every = self.encoder.run(self.groups, self.ways, threads, gpu, parts)
-        for group, encoded in zip(self.groups, every, strict=True):
-            for plan, part in zip(group, encoded, strict=True):
-                writer.add(part.codec, part.digest, part.streams)
-                if part.fallback:
-                    carried.append(plan.name)
-                coded += sum(8 * len(data) for name, data, _ in part.streams if name == "coefficients")
-                done += part.nbytes
-            if progress:
-                progress(done, total)
-        surprise, quantizer = None, self.codec.keys.quantizer
-        if self.profile is not None and isinstance(quantizer, DeadZone) and not carried:
-            tokens = max(spec.shape[1] for spec in self.kept.tensors if layer_of(spec) is not None)
-            surprise = coded / max(quantizer.expected_bits(self.profile) * tokens, 1)
-        size = self.capture.file.header.file_size
-        return Compressed(self.codec.name, size, writer.finish(), carried, surprise)
+        coded = done = 0
+        total = sum(entry.nbytes for entry in self.kept.tensors)
+        for w, blocks in enumerate(self.blocks):
+            for b, (block, choices) in enumerate(blocks):
+                parts = results.take(Ticket(number, w, b)).parts
+                for spec, part in zip(block.parts, parts, strict=True):
+                    writer.add(part)
+                    if part.codec != choices[0]:
+                        carried.append(spec.label)
+                    coded += sum(len(s.data) for s in part.streams if expected and s.name == expected[0])
+                done += block.nbytes
+                if progress:
+                    progress(done, total)
+        surprise = 8 * coded / max(expected[1], 1) if expected and not carried else None
+        return Compressed(self.codec.name, self.source.file.header.file_size, writer.finish(), carried, surprise)
 
 
 Write = Callable[[BinaryIO, Progress | None], Compressed]
 """Writes one file, before the next is asked for."""
 
 
-def compress_many(
-    plans: Iterable[Planned], *, threads: int | None = None, gpu: Launcher | None = None
-) -> Iterator[Write]:
-    """What writes each planned capture's file, in order: the bytes that :func:`compress` gives.
+def compress_many(jobs: Iterable[CompressJob], engine: Engine | None = None) -> Iterator[Write]:
+    """What writes each job's file, in order: the bytes that :func:`compress` gives.
 
-    With a GPU, parts of one shape of several captures are coded together, so plans are asked for ahead: by no more than
-    :data:`WINDOW_BYTES` of captures, and :data:`WINDOW_FILES`. An error in making a plan is raised in its turn.
+    Blocks of several jobs are in work together, so jobs are asked for ahead, as far as the engine asks for tasks. An
+    error in making a job is raised after the files before it were given.
     """
-    if gpu is None:
-        for one in plans:
-            yield partial(one.write, threads=threads, gpu=None, parts=iter(()))
-        return
-    from kvpack.gpu import engine as device
-
-    encoder = device.Encoder(gpu)
-    for window in _windows(plans):
-        batched = [(one.capture, one.batched()) for one in window]
-        coded = encoder.encode(part for capture, some in batched for part in device.parts_of(capture, some))
-        for one, (_, some) in zip(window, batched, strict=True):
-            mine = islice(coded, len(some))
-            yield partial(one.write, threads=threads, gpu=gpu, parts=mine)
-            deque(mine, maxlen=0)  # of a file that was not written: the next one's parts come after these
+    feed = _Feed(jobs)
+    results = InTurn((engine or CpuEngine()).run(feed.tasks()))
+    number = 0
+    while (job := feed.job(number, results)) is not None:
+        yield partial(job.write, results, number)
+        results.drop(number)  # of a file that was not written
+        number += 1
 
 
-def _windows(plans: Iterable[Planned]) -> Iterator[list[Planned]]:
-    """Plans that are made before the first of them is coded; what went wrong in making one comes after those before."""
-    from kvpack.gpu.engine.staging import in_batches
+class _Feed:
+    """Makes jobs as an engine asks for their tasks."""
 
-    wrong: list[Exception] = []
+    def __init__(self, jobs: Iterable[CompressJob]) -> None:
+        self._jobs = iter(jobs)
+        self._made: dict[int, CompressJob] = {}
+        self._error: Exception | None = None
 
-    def sound() -> Iterator[Planned]:
-        try:
-            yield from plans
-        except Exception as error:
-            wrong.append(error)
+    def tasks(self) -> Iterator[EncodeTask]:
+        number = 0
+        while True:
+            try:
+                job = next(self._jobs, None)
+            except Exception as error:
+                self._error = error
+                return
+            if job is None:
+                return
+            self._made[number] = job
+            yield from job.tasks(number)
+            number += 1
 
-    def joins(window: list[Planned], one: Planned) -> bool:
-        size = sum(other.capture.file.header.file_size for other in (*window, one))
-        return len(window) < WINDOW_FILES and size <= WINDOW_BYTES
-
-    yield from in_batches(sound(), joins)
-    if wrong:
-        raise wrong[0]
+    def job(self, number: int, results: InTurn) -> CompressJob | None:
+        """The job of that number, or None where there are no more; what went wrong in making it is raised."""
+        self._made.pop(number - 1, None)
+        while number not in self._made and results.pump():
+            pass
+        if number not in self._made and self._error is not None:
+            raise self._error
+        return self._made.get(number)
 
 
 def _without(header: SourceHeader, patterns: Sequence[str]) -> tuple[SourceHeader, list[str]]:
@@ -267,132 +266,3 @@ def _without(header: SourceHeader, patterns: Sequence[str]) -> tuple[SourceHeade
         return header, []
     kept = [(s.name, s.dtype, s.shape) for s in header.tensors if s.name not in set(gone)]
     return build_header(kept, header.metadata), gone
-
-
-def _codec_for(plan: PartPlan, codecs: Sequence[Codec]) -> int:
-    """The codec asked for where it applies, else the lossless one that carries such a tensor."""
-    names = [codec.name for codec in codecs]
-    if plan.tensor.dtype not in FLOAT_DTYPES:
-        return names.index("zstd")
-    return 0 if plan.layer is not None or codecs[0].lossless else names.index("lossless")
-
-
-Streams = list[tuple[str, bytes, int]]
-"""Names, bytes and checksums."""
-
-
-@dataclass(frozen=True)
-class _EncodedPart:
-    codec: int
-    digest: int
-    streams: Streams
-    nbytes: int
-    fallback: bool
-
-
-@dataclass(frozen=True)
-class _Encoder:
-    """Encodes parts that are coded at once, for the thread pool."""
-
-    capture: Capture
-    codecs: list[Codec]
-    profile: Profile | None
-    side: Side
-
-    def _chosen(self, plans: tuple[PartPlan, ...]) -> int:
-        return _codec_for(plans[0], self.codecs)
-
-    def _fallback(self, plans: tuple[PartPlan, ...]) -> int:
-        """The codec for what the chosen one cannot represent."""
-        chosen = self._chosen(plans)
-        return chosen if self.codecs[chosen].lossless else [codec.name for codec in self.codecs].index("lossless")
-
-    def _units(self, plans: tuple[PartPlan, ...], codec: int) -> list[Unit]:
-        groups = units(plans, self.codecs[codec].stacked)
-        return [Unit(group, self.codecs[codec], self.profile, self.side) for group in groups]
-
-    def stream_names(self, plans: tuple[PartPlan, ...]) -> set[str]:
-        every = (*self._units(plans, self._chosen(plans)), *self._units(plans, self._fallback(plans)))
-        return set().union(*(unit.stream_names() for unit in every))
-
-    def __call__(self, plans: tuple[PartPlan, ...]) -> list[_EncodedPart]:
-        bits = [self.capture.read_part(plan) for plan in plans]
-        chosen = used = self._chosen(plans)
-        try:
-            streams = self._encode(used, bits, plans)
-        except UnrepresentableError:
-            used = self._fallback(plans)
-            streams = self._encode(used, bits, plans)
-        return [
-            _EncodedPart(
-                used,
-                checksum(one),
-                [(name, data, checksum(data)) for name, data in mine],
-                one.nbytes,
-                used != chosen,
-            )
-            for one, mine in zip(bits, streams, strict=True)
-        ]
-
-    def way(self, group: tuple[PartPlan, ...]) -> str:
-        """How a GPU codes a group: a ``part`` beside others of its shape, ``planes``, a ``chunk``; or not at all."""
-        from kvpack.gpu import engine as device
-
-        codec = self.codecs[self._chosen(group)]
-        if len(group) == 1 and device.takes(group[0], chain_of(codec, group[0].tensor.name)):
-            return "part"
-        if len(group) == 1 and device.takes_planes(group[0], codec):
-            return "planes"
-        return "chunk" if device.takes_chunk(group, codec, self.profile, self.side) else ""
-
-    def run(
-        self,
-        groups: Sequence[tuple[PartPlan, ...]],
-        ways: Sequence[str],
-        threads: int | None,
-        gpu: Launcher,
-        parts: Iterator[tuple[int, Streams]],
-    ) -> Iterator[list[_EncodedPart]]:
-        """All groups in order, each in its way; ``parts`` gives those that are coded in batches."""
-        from kvpack.gpu import engine as device
-
-        planes, chunks = None, None
-        for way, run in groupby(zip(ways, groups, strict=True), key=itemgetter(0)):
-            some = [group for _, group in run]
-            if way == "part":
-                encoded: Iterator[list[tuple[int, Streams]] | None] = ([one] for one in islice(parts, len(some)))
-            elif way == "planes":
-                planes = planes or device.PlaneEncoder(gpu, self.capture, self.codecs[self._chosen(some[0])])
-                encoded = (one and [one] for one in planes.encode(p for (p,) in some))
-            elif way == "chunk":
-                codec = self.codecs[self._chosen(some[0])]
-                chunks = chunks or device.ChunkEncoder(gpu, self.capture, codec, self.profile, self.side)
-                encoded = chunks.encode(some)
-            else:
-                yield from ordered_map(self, some, threads) if len(some) > 1 else map(self, some)  # no pool for one
-                continue
-            for group, coded in zip(some, encoded, strict=True):
-                yield self._coded(group, coded) if coded else self(group)
-
-    def _coded(self, group: tuple[PartPlan, ...], coded: list[tuple[int, Streams]]) -> list[_EncodedPart]:
-        return [
-            _EncodedPart(self._chosen(group), digest, streams, plan.tensor.itemsize * prod(plan.shape), False)
-            for plan, (digest, streams) in zip(group, coded, strict=True)
-        ]
-
-    def _encode(self, codec: int, bits: list[Bits], plans: tuple[PartPlan, ...]) -> list[list[tuple[str, bytes]]]:
-        given = dict(zip(plans, bits, strict=True))
-        return [
-            streams
-            for unit in self._units(plans, codec)
-            for streams in unit.encode([given[plan] for plan in unit.plans])
-        ]
-
-
-def differing_parts(archive: Archive, capture: Capture) -> Iterator[str]:
-    """Names of parts whose digests say that ``capture`` is not what ``archive`` was made from."""
-    for part in archive.parts:
-        spec = capture.tensors.get(part.plan.tensor.name)
-        same = spec is not None and (spec.dtype, spec.shape) == (part.plan.tensor.dtype, part.plan.tensor.shape)
-        if not same or checksum(capture.read_part(part.plan)) != part.digest:
-            yield part.plan.name

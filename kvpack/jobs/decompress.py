@@ -1,19 +1,25 @@
-"""Decompressing: all of a cache, or layers and a range of tokens; and checking that all would decompress."""
+"""Decompresses ``.kvp`` files, whole or a range of layers and tokens, and checks that they would decompress."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO, cast
 
-from kvpack.engine.threads import Progress, ordered_map
-from kvpack.errors import UsageError
+import numpy as np
+
+from kvpack.cache import PartSpec
+from kvpack.engine import CpuEngine, DecodeTask, Engine, InTurn, Progress
+from kvpack.errors import UsageError, naming
+from kvpack.formats.captures import layer_of
 from kvpack.formats.safetensors import Header, TensorSpec, build_header
-from kvpack.jobs.reader import Archive, as_bytes
-from kvpack.kvp import layer_of
-
-if TYPE_CHECKING:
-    from kvpack.gpu.runtime.launch import Launcher
+from kvpack.formats.sink import SafetensorsSink, as_bytes
+from kvpack.formats.source import Capture
+from kvpack.jobs.reader import KvpFile
+from kvpack.numerics.checksum import checksum
+from kvpack.numerics.floats import Bits
 
 
 @dataclass(frozen=True)
@@ -29,12 +35,14 @@ class Selection:
         return self.layers is not None or self.tokens is not None
 
     def of(self, tensors: Mapping[str, TensorSpec]) -> dict[str, slice | None]:
-        """Names of the tensors that are chosen, and the tokens of each (None: it is whole).
+        """Names of the tensors that are chosen, and the rows of each (None: it is whole).
 
         Raises:
-            UsageError: outside the cache.
+            UsageError: the selection reaches outside the cache.
 
         """
+        if not self.partial:
+            return dict.fromkeys(tensors)
         layers = {name: layer for name, spec in tensors.items() if (layer := layer_of(spec)) is not None}
         if not layers:
             raise UsageError("this file has no layers to select from")
@@ -53,72 +61,154 @@ class Selection:
 
 
 def decompress(
-    archive: Archive,
+    file: KvpFile,
     output: BinaryIO,
     selection: Selection | None = None,
     *,
-    threads: int | None = None,
+    engine: Engine | None = None,
     progress: Progress | None = None,
-    gpu: Launcher | None = None,
 ) -> list[str]:
-    """Write the capture that ``archive`` holds to ``output`` (in order: may be a pipe).
+    """Write the capture that ``file`` holds to ``output``.
 
-    Without a selection, a losslessly compressed file comes back byte for byte. With one, the chosen layers'
-    keys and values and the ``tokens`` tensor are written, cut to the range; returns the names left out.
+    Without a selection, a losslessly compressed file comes back byte for byte. With one, the chosen layers' keys and
+    values and the tensor ``tokens`` are written, cut to the range. Returns the names left out.
+
+    An output that can seek is written window by window. A pipe gets tensor after tensor; where the codec codes all
+    layers together, what is decoded waits in a temporary file of the capture's size (``kvpack-spool-*``).
 
     Raises:
-        UsageError: a selection outside the cache.
+        UsageError: the selection reaches outside the cache.
         CorruptError: the file is damaged.
 
     """
-    if selection is None or not selection.partial:
-        chosen: dict[str, slice | None] = dict.fromkeys(archive.tensors)
-        header, left_out = archive.container.source, []
-    else:
-        chosen = selection.of(archive.tensors)
-        header = _cut_header(archive, chosen)
-        left_out = [name for name in archive.tensors if name not in chosen]
-    output.write(len(header.raw).to_bytes(8, "little") + header.raw)
-    total = sum(spec.nbytes for spec in header.tensors)
-    done = 0
-    names = [spec.name for spec in header.tensors]
-    if gpu is None or left_out or any(cut is not None for cut in chosen.values()):
-        read = ordered_map(lambda name: archive.read(name, chosen[name]), names, threads)
-    else:
-        from kvpack.gpu import engine as device
-
-        read = (bits for _, bits in device.read(gpu, archive, names))
-    for bits in read:
-        output.write(as_bytes(bits))
-        done += bits.nbytes
-        if progress:
-            progress(done, total)
-    return left_out
+    with naming(file.name):
+        chosen = (selection or Selection()).of(file.tensors)
+        work = _Work(file, chosen, engine or CpuEngine(), progress)
+        if output.seekable():
+            work.by_position(output)
+        elif file.by_tensor:
+            work.by_tensor(output)
+        else:
+            with tempfile.TemporaryFile(prefix="kvpack-spool-") as spool:
+                work.by_position(cast(BinaryIO, spool))
+                spool.seek(0)
+                shutil.copyfileobj(spool, output, 1 << 20)
+    return [name for name in file.tensors if name not in chosen]
 
 
-def _cut_header(archive: Archive, chosen: Mapping[str, slice | None]) -> Header:
-    """The safetensors header of what :meth:`Selection.of` chose of ``archive``."""
+class _Work:
+    """One file's decompression."""
+
+    def __init__(
+        self, file: KvpFile, chosen: Mapping[str, slice | None], engine: Engine, progress: Progress | None
+    ) -> None:
+        self.file, self.chosen, self.engine, self.progress = file, chosen, engine, progress
+        whole = len(chosen) == len(file.tensors) and not any(chosen.values())
+        self.header = file.container.source if whole else _cut_header(file, chosen)
+        self.total = sum(entry.nbytes for entry in self.header.tensors)
+        self.done = 0
+
+    def rows(self, part: PartSpec) -> tuple[int, int]:
+        """The range of rows of the part's tensor that is chosen."""
+        start, stop, _ = (self.chosen[part.tensor.name] or slice(None)).indices(part.tensor.rows)
+        return start, stop
+
+    def wanted(self, part: PartSpec) -> bool:
+        if part.tensor.name not in self.chosen:
+            return False
+        start, stop = self.rows(part)
+        return part.tensor.layer is None or (part.first < stop and start < part.first + part.tokens)
+
+    def step(self, size: int) -> None:
+        self.done += size
+        if self.progress:
+            self.progress(self.done, self.total)
+
+    def by_position(self, output: BinaryIO) -> None:
+        """Write each block where it belongs as soon as it is decoded."""
+        cut = next((cut for cut in self.chosen.values() if cut is not None), None)
+        sink = SafetensorsSink(output, self.header, cut.start if cut else 0)
+        for task, arrays in self._decoded(self.file.tasks(self.wanted)):
+            for part, bits in zip(task.block.parts, arrays, strict=True):
+                if self.wanted(part):
+                    self.step(sink.write(part, self._cut_other(part, bits)))
+        sink.finish()
+
+    def _cut_other(self, part: PartSpec, bits: Bits) -> Bits:
+        """The tensor ``tokens`` is cut as keys and values are, which the sink does itself."""
+        cut = self.chosen[part.tensor.name]
+        return bits if cut is None or part.tensor.layer is not None else bits.reshape(-1)[cut]
+
+    def _decoded(self, tasks: Iterator[DecodeTask]) -> Iterator[tuple[DecodeTask, tuple[Bits, ...]]]:
+        """Tasks with what they decode to, in any order: each block has a place of its own."""
+        asked: dict[object, DecodeTask] = {}
+
+        def noted() -> Iterator[DecodeTask]:
+            for task in tasks:
+                asked[task.ticket] = task
+                yield task
+
+        for result in self.engine.run(noted()):
+            if result.error is not None:
+                raise result.error
+            yield asked.pop(result.ticket), result.arrays
+
+    def by_tensor(self, output: BinaryIO) -> None:
+        """Write tensor after tensor, of which one is held at a time."""
+        output.write(len(self.header.raw).to_bytes(8, "little") + self.header.raw)
+        tasks: dict[str, list[DecodeTask]] = {entry.name: [] for entry in self.header.tensors}
+        for task in self.file.tasks_by_tensor(self.wanted):
+            tasks[task.block.parts[0].tensor.name].append(task)
+        results = InTurn(self.engine.run(task for some in tasks.values() for task in some))
+        for name, some in tasks.items():
+            pieces = [self._piece(task.block.parts[0], results.take(task.ticket).arrays[0]) for task in some]
+            if pieces:
+                bits = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
+                output.write(as_bytes(bits))
+                self.step(self.file.tensors[name].nbytes)
+
+    def _piece(self, part: PartSpec, bits: Bits) -> Bits:
+        if part.tensor.layer is None:
+            return self._cut_other(part, bits)
+        start, stop = self.rows(part)
+        return bits[:, max(start - part.first, 0) : stop - part.first]
+
+
+def _cut_header(file: KvpFile, chosen: Mapping[str, slice | None]) -> Header:
+    """The safetensors header of what :meth:`Selection.of` chose."""
     entries = []
     for name, cut in chosen.items():
-        spec = archive.tensors[name]
+        spec = file.tensors[name]
         shape = list(spec.shape)
         if cut is not None:
             axis = 0 if name == "tokens" else 1
             start, stop, _ = cut.indices(shape[axis])
             shape[axis] = stop - start
         entries.append((name, spec.dtype, shape))
-    return build_header(entries, archive.metadata)
+    return build_header(entries, file.metadata)
 
 
-def check(archive: Archive, *, threads: int | None = None, progress: Progress | None = None) -> None:
+def check(file: KvpFile, *, engine: Engine | None = None, progress: Progress | None = None) -> None:
     """Decode everything and keep nothing: checksums, coding, and the digests of what is lossless.
 
     Raises:
         CorruptError: the file is damaged.
 
     """
-    done, total = 0, sum(spec.nbytes for spec in archive.tensors.values())
-    for size in ordered_map(lambda part: archive.read_part(part).nbytes, archive.parts, threads):
-        done += size
-        if progress:
-            progress(done, total)
+    done, total = 0, sum(spec.nbytes for spec in file.tensors.values())
+    with naming(file.name):
+        for result in (engine or CpuEngine()).run(file.tasks()):
+            if result.error is not None:
+                raise result.error
+            done += sum(bits.nbytes for bits in result.arrays)
+            if progress:
+                progress(done, total)
+
+
+def differing_parts(file: KvpFile, capture: Capture) -> Iterator[str]:
+    """Names of parts whose digests say that ``capture`` is not what ``file`` was made from."""
+    for entry in file.container.parts:
+        ours, theirs = file.tensors[entry.spec.tensor.name], capture.tensors.get(entry.spec.tensor.name)
+        same = theirs is not None and (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        if not same or checksum(np.ascontiguousarray(capture.part(entry.spec))) != entry.digest:
+            yield entry.spec.label

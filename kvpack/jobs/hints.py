@@ -4,30 +4,65 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpack.codecs.chain.base import Side
 from kvpack.codecs.chain.rotary import rotate
+from kvpack.codecs.context import Hints
+from kvpack.codecs.protocol import Codec, Hint
 from kvpack.errors import FormatError
 from kvpack.fidelity.probes import Probes
 from kvpack.fidelity.source import layer_tensors
-from kvpack.jobs.reader import Capture
-from kvpack.numerics.floats import to_float32
+from kvpack.formats.captures import FLOAT_DTYPES
+from kvpack.formats.safetensors import TensorSpec
+from kvpack.formats.source import Capture
+from kvpack.numerics.floats import Bits, to_float32
 
 Floats = NDArray[np.float32]
+
+
+class Reader(Protocol):
+    """A capture or a ``.kvp`` file."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """Every tensor's entry by name."""
+
+    def read(self, name: str, /) -> Bits:
+        """The tensor's bit patterns in its shape."""
+
 
 KEY_WEIGHT = 32**0.5
 """A logit's error beside a relative error of a value, by trial on SmolLM2-135M (docs/fisher.md)."""
 
 
-def with_hints(side: Side, capture: Capture) -> Side:
-    """``side`` with RoPE's frequencies and the weights of elements, as far as ``capture`` tells them."""
-    frequencies = rope_frequencies(capture.metadata)
-    return replace(side, frequencies=frequencies, weights=probe_weights(capture, frequencies))
+def token_ids(source: Reader) -> NDArray[np.int32] | None:
+    """The token ids of a capture, from its first token on, or None where they are not as captures have them."""
+    entry = source.tensors.get("tokens")
+    if entry is None or entry.dtype != "I32" or len(entry.shape) != 1:
+        return None
+    return source.read("tokens").view(np.int32)
+
+
+def encoder_hints(source: Capture, codec: Codec) -> Hints:
+    """What the encoder of ``codec`` gains from, as far as the capture tells it."""
+    wanted = codec.traits.hints
+    mass = attention_mass(source) if Hint.MASS in wanted else None
+    if Hint.WEIGHTS not in wanted:
+        return Hints(mass)
+    frequencies = rope_frequencies(source.metadata)
+    return Hints(mass, frequencies, probe_weights(source, frequencies))
+
+
+def attention_mass(source: Capture) -> Floats | None:
+    """Each token's attention mass ``[T]``, the mean over layers and heads, or None where the capture has none."""
+    entry = source.tensors.get("attention_mass")
+    if entry is None or entry.dtype not in FLOAT_DTYPES or len(entry.shape) != 3:
+        return None
+    mass: Floats = to_float32(source.read("attention_mass"), entry.dtype).mean((0, 1))
+    return mass
 
 
 def rope_frequencies(metadata: Mapping[str, str]) -> Floats | None:

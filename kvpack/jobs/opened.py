@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from kvpack.engine.threads import ordered_map
-from kvpack.errors import FormatError, KvpackError, UsageError
+from kvpack.cache import WindowSpec
+from kvpack.engine import CpuEngine, Engine, Room
+from kvpack.errors import FormatError, KvpackError, UsageError, naming
+from kvpack.formats.captures import layer_of
 from kvpack.formats.safetensors import TensorSpec
+from kvpack.formats.source import Capture
 from kvpack.gpu.runtime.host import AUTO_BYTES, find_gpu
-from kvpack.jobs.reader import Archive, Capture, open_cache
-from kvpack.kvp import layer_of
+from kvpack.jobs.reader import KvpFile, keys_and_values, open_cache
 from kvpack.numerics.floats import Bits, to_torch
 from kvpack.profiles import Profile
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Opened:
     """A capture or a ``.kvp`` file."""
 
-    def __init__(self, source: Capture | Archive) -> None:
+    def __init__(self, source: Capture | KvpFile) -> None:
         """Over an open one."""
         self.source = source
         self.tensors: Mapping[str, TensorSpec] = source.tensors
@@ -55,9 +55,7 @@ class Opened:
 
         """
         if device == "cpu":
-            names = self._layered()
-            every = zip(names, ordered_map(self.read, names, None), strict=True)
-            return {name: to_torch(bits, self.tensors[name].dtype) for name, bits in every}
+            return self._tensors("cpu", CpuEngine())
         gpu, reason = find_gpu(device, AUTO_BYTES)
         if gpu is None:
             raise UsageError(f"no GPU for {device!r}: {reason or 'asked for the CPU'}")
@@ -65,16 +63,34 @@ class Opened:
 
     def tensors_on(self, gpu: Launcher) -> dict[str, torch.Tensor]:
         """:meth:`to_tensors` for a GPU that was found."""
-        if isinstance(self.source, Capture):
-            given: Iterator[tuple[str, Any]] = ((name, self.read(name)) for name in self._layered())
-        else:
-            from kvpack.gpu import engine as device
+        from kvpack.gpu.engine import GpuEngine
 
-            given = device.read(gpu, self.source, self._layered(), fetch=False)
-        return {
-            name: to_torch(data, self.tensors[name].dtype).to(gpu.device) if isinstance(data, np.ndarray) else data
-            for name, data in given
+        return self._tensors(gpu.device, GpuEngine(gpu))
+
+    def _tensors(self, device: str, engine: Engine) -> dict[str, torch.Tensor]:
+        if isinstance(self.source, Capture):
+            read = self.source.read
+            return {name: to_torch(read(name), entry.dtype).to(device) for name, entry in self._layers().items()}
+        import torch
+
+        dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+        tensors = {
+            name: torch.empty(entry.shape, dtype=dtypes[entry.dtype], device=device)
+            for name, entry in self._layers().items()
         }
+        integers = {name: tensor.view(_integer(tensor)) for name, tensor in tensors.items()}
+
+        def room(block: WindowSpec) -> Room:
+            views = (integers[p.tensor.name][:, p.first : p.first + p.tokens] for p in block.parts)
+            if device == "cpu":
+                return Room(tuple(view.numpy().view(f"u{view.element_size()}") for view in views))
+            return Room(tuple(views))
+
+        with naming(self.source.name):
+            for result in engine.run(self.source.tasks(keys_and_values, room)):
+                if result.error is not None:
+                    raise result.error
+        return tensors
 
     def to_cache(self, device: str = "cpu", config: Any = None) -> Any:
         """A ``transformers`` ``DynamicCache`` for a batch of one, of the file's layers, on ``device``.
@@ -90,7 +106,7 @@ class Opened:
             from transformers import DynamicCache
         except ImportError:
             raise KvpackError("a cache needs transformers: pip install 'kvpack[capture]'") from None
-        names = set(self._layered())
+        names = set(self._layers())
         layers = len(names) // 2
         wanted = [(f"layers.{i}.keys", f"layers.{i}.values") for i in range(layers)]
         if not layers or names != {name for pair in wanted for name in pair}:
@@ -101,8 +117,14 @@ class Opened:
             cache.update(found[keys][None], found[values][None], i)
         return cache
 
-    def _layered(self) -> list[str]:
-        return [name for name, spec in self.tensors.items() if layer_of(spec) is not None]
+    def _layers(self) -> dict[str, TensorSpec]:
+        return {name: entry for name, entry in self.tensors.items() if layer_of(entry) is not None}
+
+
+def _integer(tensor: torch.Tensor) -> torch.dtype:
+    import torch
+
+    return {2: torch.int16, 4: torch.int32}[tensor.element_size()]
 
 
 def open_file(path: str | Path, profile: str | Path | Profile | None = None) -> Opened:
@@ -112,7 +134,7 @@ def open_file(path: str | Path, profile: str | Path | Profile | None = None) -> 
     (:meth:`kvpack.profiles.Profile.open`) and give it to each.
 
     Raises:
-        FormatError: neither, or damaged.
+        FormatError: the file is neither, or damaged.
         MismatchError: the file needs another profile.
 
     """

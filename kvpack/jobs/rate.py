@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from kvpack.codecs.recipes import Codec, fisher, local
+from kvpack.codecs.protocol import Codec
+from kvpack.codecs.recipes import fisher, local
+from kvpack.engine import Engine
 from kvpack.errors import MismatchError, UsageError
 from kvpack.fidelity import compare
-from kvpack.formats.safetensors import TensorFile
-from kvpack.jobs.compress import compress
-from kvpack.jobs.reader import Archive, Capture
+from kvpack.formats.source import Capture
+from kvpack.jobs.compress import Compressed, compress
+from kvpack.jobs.reader import KvpFile
 from kvpack.profiles import Profile
 
 QUALITIES = {"high": 0.03, "balanced": 0.06, "small": 0.12}
@@ -24,10 +28,10 @@ MARGIN = 1.5
 """Sequences held back are of the texts that calibration knows; others lose more."""
 
 FINEST, COARSEST = -480, -96
-"""Steps of ``fisher`` that are searched, in 32nds of an octave."""
+"""Range of steps of ``fisher`` that are searched, in 32nds of an octave."""
 
 LOCAL_FINEST, LOCAL_COARSEST = -128, 128
-"""Steps of ``local`` that are."""
+"""Range of steps of ``local`` that are searched, likewise."""
 
 RESOLUTION = 4
 """A search stops within an eighth of an octave of the step: 6 or 7 trials."""
@@ -59,12 +63,20 @@ class Goal:
                 raise UsageError("--max-kl, --max-attn-err and --ratio are positive numbers")
 
 
-def choose(source: Path, profile: Profile | None, goal: Goal, *, chunk_tokens: int, drop: Sequence[str]) -> Codec:
-    """The codec for ``source`` that keeps ``goal``: ``fisher`` with a profile, ``local`` without one.
+def choose(
+    capture: Capture,
+    profile: Profile | None,
+    goal: Goal,
+    *,
+    chunk_tokens: int,
+    drop: Sequence[str],
+    engine: Engine | None = None,
+) -> Codec:
+    """The codec for ``capture`` that keeps ``goal``: ``fisher`` with a profile, ``local`` without one.
 
     Raises:
-        UsageError: a goal that no step reaches or that takes a profile, or no probes to measure attention with.
-        MismatchError: a profile without the section ``fisher``, or for another model.
+        UsageError: no step reaches the goal, it takes a profile, or there are no probes to measure attention with.
+        MismatchError: the profile has no section ``fisher``, or is for another model.
 
     """
     if profile is None and (goal.quality is not None or goal.max_kl is not None):
@@ -78,30 +90,51 @@ def choose(source: Path, profile: Profile | None, goal: Goal, *, chunk_tokens: i
         limit = QUALITIES[goal.quality] if goal.quality is not None else float(goal.max_kl or 0)
         curve = np.asarray(profile["fisher.curve"])
         return fisher(step_for_kl(np.concatenate([curve[:, :1], MARGIN * curve[:, 1:]], axis=1), limit))
-    capture = Capture(TensorFile.open(source))
     make, finest, last = (local, LOCAL_FINEST, LOCAL_COARSEST) if profile is None else (fisher, FINEST, COARSEST)
 
-    def trial(log_step: int) -> bool:
-        with tempfile.TemporaryDirectory(prefix="kvpack-rate-") as folder:
-            packed = Path(folder) / "x.kvp"
-            with packed.open("wb") as sink:
-                codec = make(log_step)
-                done = compress(source, sink, codec, profile=profile, chunk_tokens=chunk_tokens, drop=drop)
-            if goal.ratio is not None:
-                return done.original / done.size < goal.ratio
-            attention = compare(capture, Archive.open(packed, profile)).attention
+    def pack(log_step: int, sink: BinaryIO) -> Compressed:
+        options = {"chunk_tokens": chunk_tokens, "drop": drop, "engine": engine}
+        return compress(capture, sink, make(log_step), profile=profile, **options)  # type: ignore[arg-type]
+
+    if goal.ratio is not None:
+        return make(_step_for_ratio(lambda step: pack(step, cast(BinaryIO, _Discarded())), goal.ratio, finest, last))
+
+    def holds(log_step: int) -> bool:
+        with tempfile.NamedTemporaryFile(prefix="kvpack-trial-", suffix=".kvp") as file:
+            pack(log_step, cast(BinaryIO, file))
+            file.flush()
+            attention = compare(capture, KvpFile.open(Path(file.name), profile)).attention
         if attention is None:
             raise UsageError("--max-attn-err needs the probe queries of `kvpack capture`, and this capture has none")
         return attention.output_error <= float(goal.max_attn_err or 0)
 
-    found = coarsest(trial, finest, last)
-    if goal.ratio is not None:
-        if found is None or found + RESOLUTION <= last:
-            return make(finest if found is None else found + RESOLUTION)
-        raise UsageError(f"no step reaches a ratio of {goal.ratio:g} on this capture")
+    found = coarsest(holds, finest, last)
     if found is None:
         raise UsageError(f"no step keeps attention's error below {goal.max_attn_err:g} on this capture")
     return make(found)
+
+
+def _step_for_ratio(pack: Callable[[int], Compressed], ratio: float, finest: int, last: int) -> int:
+    """The finest step at which a capture becomes ``ratio`` times smaller."""
+
+    def below(log_step: int) -> bool:
+        done = pack(log_step)
+        return done.original / done.size < ratio
+
+    found = coarsest(below, finest, last)
+    if found is not None and found + RESOLUTION > last:
+        raise UsageError(f"no step reaches a ratio of {ratio:g} on this capture")
+    return finest if found is None else found + RESOLUTION
+
+
+class _Discarded(io.RawIOBase):
+    """Takes what is written and keeps nothing: only the size of a trial's file matters."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        return len(data)
 
 
 def coarsest(holds: Callable[[int], bool], finest: int = FINEST, last: int = COARSEST) -> int | None:

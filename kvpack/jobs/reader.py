@@ -1,214 +1,212 @@
-"""Captures and ``.kvp`` files behind one face: tensors by name, read as bit patterns."""
+"""Reads ``.kvp`` files: a file's blocks as tasks for an engine, tensors and windows for programs."""
 
 from __future__ import annotations
 
-import tempfile
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from kvpack.codecs.chain.base import Side
-from kvpack.codecs.chain.pipeline import Bits, chain_of
-from kvpack.codecs.chain.units import Unit
-from kvpack.codecs.recipes import Codec
-from kvpack.errors import CorruptError, FormatError, MismatchError, UnsupportedError
-from kvpack.formats.safetensors import TensorFile, TensorSpec
-from kvpack.kvp import Container, PartEntry, layer_of
-from kvpack.kvp.layout import FLOAT_DTYPES, MAGIC, PartPlan
-from kvpack.numerics.checksum import checksum
-from kvpack.numerics.floats import to_float32
+from kvpack.cache import CacheSpec, PartSpec, WindowSpec
+from kvpack.codecs.context import DecodeContext
+from kvpack.codecs.protocol import Codec, Need, Scope
+from kvpack.codecs.registry import codec_from_json
+from kvpack.engine import CpuEngine, DecodeTask, Engine, InTurn, Room, Ticket
+from kvpack.errors import CorruptError, FormatError, MismatchError, naming
+from kvpack.formats.safetensors import TensorSpec
+from kvpack.formats.source import Capture
+from kvpack.jobs.hints import token_ids
+from kvpack.kvp import Container, Frame
+from kvpack.kvp.layout import MAGIC
+from kvpack.numerics.floats import Bits
 from kvpack.profiles import Profile
 
-KEPT_BYTES = 2 << 30
-"""Decoded chunks of stacked codecs that are kept in main memory."""
+Wanted = Callable[[PartSpec], bool]
+"""Whether a part is wanted."""
 
 
-class Capture:
-    """A safetensors capture."""
-
-    def __init__(self, file: TensorFile) -> None:
-        """Over an open file."""
-        self.file = file
-        self.tensors: Mapping[str, TensorSpec] = file.tensors
-        self.metadata: Mapping[str, str] = file.metadata
-
-    def read(self, name: str) -> Bits:
-        """The tensor's bit patterns in its shape, as unsigned integers; not copied."""
-        spec = self.tensors[name]
-        bits: Bits = np.frombuffer(self.file.data(spec), f"<u{spec.itemsize}").reshape(spec.shape)
-        return bits
-
-    def read_part(self, plan: PartPlan) -> Bits:
-        """A planned part's bit patterns, contiguous ``[H, T, D]``."""
-        bits = self.read(plan.tensor.name)
-        if plan.layer is not None:
-            bits = bits[:, plan.first : plan.first + plan.tokens]
-        return np.ascontiguousarray(bits).reshape(plan.shape)
+def everything(_: PartSpec) -> bool:
+    """All parts are wanted."""
+    return True
 
 
-def side_of(source: Capture | Archive, names: Collection[str]) -> Side:
-    """Token ids and attention mass, of those tensors of ``source`` that are in ``names`` and as captures have them."""
-    tokens = mass = None
-    spec = source.tensors.get("tokens")
-    if "tokens" in names and spec is not None and spec.dtype == "I32" and len(spec.shape) == 1:
-        tokens = source.read("tokens").view(np.int32)
-    spec = source.tensors.get("attention_mass")
-    if "attention_mass" in names and spec is not None and spec.dtype in FLOAT_DTYPES and len(spec.shape) == 3:
-        mass = to_float32(source.read("attention_mass"), spec.dtype).mean((0, 1))
-    return Side(tokens, mass)
+def keys_and_values(part: PartSpec) -> bool:
+    """The parts of layers are wanted."""
+    return part.tensor.layer is not None
 
 
-class Archive:
-    """A ``.kvp`` file."""
+class KvpFile:
+    """A ``.kvp`` file, which any number of threads may read from."""
 
-    def __init__(self, container: Container, profile: Profile | None = None) -> None:
-        """Over an open container; its codecs are rebuilt from the header.
+    def __init__(self, container: Container, profile: Profile | None = None, name: str | None = None) -> None:
+        """Over an open container; its codecs are rebuilt from the header. ``name`` stands for the file in messages.
 
         Raises:
             FormatError, UnsupportedError: codecs that this kvpack cannot rebuild.
             MismatchError: ``profile`` is not the one the file was made with.
 
         """
-        self.container, self.profile = container, profile
-        self.codecs = [Codec.from_json(document) for document in container.header.codecs]
-        if container.header.lossless and not all(map(self.is_exact, container.parts)):
+        self.container, self.profile, self.name = container, profile, name
+        self.codecs: list[Codec] = [codec_from_json(document) for document in container.header.codecs]
+        if self.lossless and not all(self.codecs[entry.codec].exact(entry.spec) for entry in container.parts):
             raise FormatError("labelled lossless, but its codecs are not")
         needed = container.header.profile
         if needed and profile and profile.sha256 != needed["sha256"]:
-            raise MismatchError(
-                f"was made with the profile {_describe(needed)}, not with {_describe(profile.identity())}"
-            )
-        self.tensors: Mapping[str, TensorSpec] = {spec.name: spec for spec in container.source.tensors}
+            mine = _describe(profile.identity())
+            raise MismatchError(f"was made with the profile {_describe(needed)}, not with {mine}")
+        self.spec: CacheSpec = container.cache
+        self.tensors: Mapping[str, TensorSpec] = {entry.name: entry for entry in container.source.tensors}
         self.metadata: Mapping[str, str] = container.source.metadata
-        self._parts: dict[str, list[PartEntry]] = {}
-        for part in container.parts:
-            self._parts.setdefault(part.plan.tensor.name, []).append(part)
-        self._chunks: dict[int, dict[str, Bits]] = {}
-        self._kept = 0
         self._lock = threading.Lock()
+        self._context: DecodeContext | None = None
 
     @classmethod
-    def open(cls, path: Path, profile: Profile | None = None) -> Archive:
-        """Open ``path``; errors carry the path."""
-        container = Container.open(path)
-        try:
-            return cls(container, profile)
-        except (FormatError, UnsupportedError, MismatchError) as error:
-            raise type(error)(f"{path}: {error}") from None
+    def open(cls, path: Path, profile: Profile | None = None, name: str | None = None) -> KvpFile:
+        """Open ``path``, which messages call ``name`` if that is given."""
+        name = name or str(path)
+        container = Container.open(path, name)
+        with naming(name):
+            return cls(container, profile, name)
 
     @property
-    def parts(self) -> list[PartEntry]:
-        """Every part, in file order."""
-        return self.container.parts
+    def lossless(self) -> bool:
+        """Whether everything comes back bit for bit."""
+        return self.container.header.lossless
 
-    def is_exact(self, part: PartEntry) -> bool:
-        """Whether the part was coded losslessly."""
-        return chain_of(self.codecs[part.codec], part.plan.tensor.name).quantizer.exact
+    @property
+    def by_tensor(self) -> bool:
+        """Whether every tensor can be decoded without others."""
+        return all(codec.traits.scope is Scope.TENSOR for codec in self.codecs)
 
-    def read_part(self, part: PartEntry) -> Bits:
-        """Decode a part; ``[H, T, D]``. Exact parts are checked against the original's digest.
+    def context(self) -> DecodeContext:
+        """What codecs are given; token ids, which lie behind what they explain, are decoded first."""
+        with self._lock:
+            if self._context is None:
+                tokens: NDArray[np.int32] | None = None
+                if any(Need.TOKENS in codec.traits.needs for codec in self.codecs):
+                    tokens = token_ids(self)
+                self._context = DecodeContext(self.profile, tokens)
+            return self._context
+
+    def tasks(
+        self, wanted: Wanted = everything, room: Callable[[WindowSpec], Room] | None = None, job: int = 0
+    ) -> Iterator[DecodeTask]:
+        """A task for every block that holds a part that is ``wanted``, in the order of the file.
+
+        ``room`` says where a block is decoded to; without it results come with arrays of their own.
 
         Raises:
-            CorruptError: a checksum, the coding or the digest does not hold.
-            MismatchError: the part needs a profile, and there is none.
+            CorruptError: parts that are coded together have several codecs.
+            MismatchError: a block needs a profile, and there is none.
 
         """
-        codec = self.codecs[part.codec]
-        if codec.profiled and self.profile is None:
-            needed = self.container.header.profile
-            raise MismatchError(f"needs the profile {_describe(needed)}: give it with -D" if needed else "no profile")
-        stacked = codec.stacked and part.plan.layer is not None
-        bits = self._read_stacked(part) if stacked else self._decode((part,))[0]
-        if self.is_exact(part) and checksum(np.ascontiguousarray(bits)) != part.digest:
-            raise CorruptError(f"corrupt: {part.plan.name} does not match the digest of the original")
-        return bits
+        for number, window in enumerate(self.container.windows):
+            if any(map(wanted, window.parts)):
+                for b, block in enumerate(self._blocks(self.container.frame(number))):
+                    if any(map(wanted, block.spec.parts)):
+                        yield self._task(Ticket(job, number, b), block, room)
 
-    def _decode(self, parts: tuple[PartEntry, ...]) -> list[Bits]:
-        codec = self.codecs[parts[0].codec]
-        side = side_of(self, ("tokens",)) if codec.joint and parts[0].plan.layer is not None else Side()
-        unit = Unit(tuple(part.plan for part in parts), codec, self.profile, side)
-        try:
-            return unit.decode([self.container.read(part) for part in parts])
-        except CorruptError as error:
-            raise CorruptError(f"{parts[0].plan.name}: {error}") from None
+    def tasks_by_tensor(self, wanted: Wanted) -> Iterator[DecodeTask]:
+        """As :meth:`tasks`, but all of a tensor before the next; only where :attr:`by_tensor` holds."""
+        found: dict[str, list[DecodeTask]] = {name: [] for name in self.tensors}
+        for task in self.tasks(wanted):
+            found[task.block.parts[0].tensor.name].append(task)
+        yield from (task for tasks in found.values() for task in tasks)
 
-    def _read_stacked(self, part: PartEntry) -> Bits:
-        """A part of a chunk whose layers are coded as one: the whole chunk is decoded once, and kept."""
-        with self._lock:
-            start = part.plan.first
-            if start not in self._chunks:
-                chunk = tuple(p for p in self.parts if p.plan.layer is not None and p.plan.first == start)
-                if any(other.codec != part.codec for other in chunk):
-                    raise CorruptError(f"corrupt: {part.plan.name} is coded with other layers that have other codecs")
-                names = [other.plan.tensor.name for other in chunk]
-                self._chunks[start] = self._keep(dict(zip(names, self._decode(chunk), strict=True)))
-            return self._chunks[start][part.plan.tensor.name]
+    def _blocks(self, frame: Frame) -> Iterator[Frame]:
+        """The runs of a frame's parts that are decoded together."""
+        codecs = {part.codec for part in frame.parts}
+        together = any(self.codecs[codec].traits.scope is not Scope.TENSOR for codec in codecs)
+        if not frame.spec.layered or not together:
+            yield from (frame.take(slice(i, i + 1)) for i in range(len(frame.parts)))
+        elif len(codecs) > 1:
+            label = frame.spec.parts[0].label
+            raise CorruptError(f"corrupt: {label} is coded with other layers that have other codecs")
+        else:
+            yield from map(frame.take, self.codecs[codecs.pop()].blocks(frame.spec))
 
-    def _keep(self, decoded: dict[str, Bits]) -> dict[str, Bits]:
-        """The arrays; those beyond :data:`KEPT_BYTES` in all lie in a temporary file, mapped."""
-        size = sum(bits.nbytes for bits in decoded.values())
-        self._kept += size
-        if self._kept <= KEPT_BYTES:
-            return decoded
-        mapped, at = dict(decoded), 0
-        with tempfile.TemporaryFile() as file:
-            file.truncate(size)
-            for name, bits in decoded.items():
-                if bits.size:
-                    mapped[name] = np.memmap(file, bits.dtype, "r+", at, bits.shape)
-                    mapped[name][...] = bits
-                at += bits.nbytes
-        return mapped
+    def _task(self, ticket: Ticket, block: Frame, room: Callable[[WindowSpec], Room] | None) -> DecodeTask:
+        codec = self.codecs[block.parts[0].codec]
+        context = DecodeContext()
+        if block.spec.layered and codec.traits.needs:
+            if Need.PROFILE in codec.traits.needs and self.profile is None:
+                needed = self.container.header.profile
+                named = f"needs the profile {_describe(needed)}: give it with -D" if needed else "no profile"
+                raise MismatchError(named)
+            context = self.context()
+        return DecodeTask(ticket, block.spec, block.parts, codec, context, room(block.spec) if room else None)
 
-    def read(self, name: str, tokens: slice | None = None) -> Bits:
-        """Decode a tensor, or of keys and values the range ``tokens`` alone, touching no other chunk."""
-        spec = self.tensors[name]
-        if layer_of(spec) is None:
-            bits = np.zeros(spec.shape, f"<u{spec.itemsize}")
-            for part in self._parts.get(name, []):
-                bits = self.read_part(part).reshape(spec.shape)
-            return bits if tokens is None else bits[..., tokens]
-        heads, total, dims = spec.shape
-        start, stop, _ = (tokens or slice(None)).indices(total)
-        pieces = list(self._overlapping(name, start, stop))
-        if len(pieces) == 1:
-            part, first, last = pieces[0]
-            return self.read_part(part)[:, first - part.plan.first : last - part.plan.first]
-        out = np.empty((heads, max(stop - start, 0), dims), f"<u{spec.itemsize}")
-        for part, first, last in pieces:
-            piece = self.read_part(part)[:, first - part.plan.first : last - part.plan.first]
-            out[:, first - start : last - start] = piece
-        return out
+    def read(self, name: str, rows: slice | None = None) -> Bits:
+        """Decode a tensor, or of keys and values a range of rows alone, touching no other window.
 
-    def _overlapping(self, name: str, start: int, stop: int) -> Iterator[tuple[PartEntry, int, int]]:
-        for part in self._parts.get(name, []):
-            first, last = max(part.plan.first, start), min(part.plan.first + part.plan.tokens, stop)
-            if first < last:
-                yield part, first, last
+        Of a codec that codes all layers together, whole windows are decoded: :meth:`windows` gives all tensors at once.
+
+        Raises:
+            KeyError: the file has no such tensor.
+            CorruptError: the file is damaged.
+            MismatchError: a calibration profile is needed, and there is none.
+
+        """
+        entry = self.tensors[name]
+        layered = any(tensor.name == name for tensor in self.spec.layers)
+        total = entry.shape[1] if layered else 0
+        start, stop, _ = (rows or slice(None)).indices(total) if layered else (0, 0, 1)
+        shape = (entry.shape[0], max(stop - start, 0), entry.shape[2]) if layered else entry.shape
+        out: Bits = np.zeros(shape, f"<u{entry.itemsize}")
+
+        def wanted(part: PartSpec) -> bool:
+            inside = part.first < stop and start < part.first + part.tokens
+            return part.tensor.name == name and (inside or not layered)
+
+        for part, bits in self._decoded(wanted):
+            if not layered:
+                out = bits.reshape(entry.shape)
+                continue
+            first, last = max(part.first, start), min(part.first + part.tokens, stop)
+            out[:, first - start : last - start] = bits[:, first - part.first : last - part.first]
+        return out if rows is None or layered else out[..., rows]
+
+    def _decoded(self, wanted: Wanted) -> Iterator[tuple[PartSpec, Bits]]:
+        """The parts that are wanted, decoded, in the order of the file."""
+        with naming(self.name):
+            tasks = list(self.tasks(wanted))
+            results = InTurn(CpuEngine().run(tasks))
+            for task in tasks:
+                every = zip(task.block.parts, results.take(task.ticket).arrays, strict=True)
+                yield from ((part, bits) for part, bits in every if wanted(part))
+
+    def windows(self, engine: Engine | None = None) -> Iterator[tuple[int, Mapping[str, Bits]]]:
+        """Keys and values window by window: the first row, and by tensor name the rows ``[H, t, D]`` from there on.
+
+        A tensor that ends earlier is left out. Raises as :meth:`read`.
+        """
+        results = InTurn((engine or CpuEngine()).run(self.tasks(keys_and_values)))
+        for number, window in enumerate(self.container.windows):
+            if window.layered:
+                arrays: list[Bits] = []
+                with naming(self.name):
+                    for b, _ in enumerate(self._blocks(self.container.frame(number))):
+                        arrays += results.take(Ticket(0, number, b)).arrays
+                names = (part.tensor.name for part in window.parts)
+                yield window.parts[0].first, dict(zip(names, arrays, strict=True))
 
 
 def _describe(identity: Mapping[str, str]) -> str:
     return f"{identity['name']} (SHA-256 {identity['sha256'][:12]}...)"
 
 
-def open_cache(path: Path, profile: Profile | None = None) -> Capture | Archive:
+def open_cache(path: Path, profile: Profile | None = None) -> Capture | KvpFile:
     """Open a capture or a ``.kvp`` file, told apart by their first bytes.
 
     Raises:
-        FormatError: neither, or damaged.
+        FormatError: the file is neither, or damaged.
         MismatchError: the ``.kvp`` file needs another profile.
 
     """
     with path.open("rb") as file:
         start = file.read(len(MAGIC))
     if start[:4] == MAGIC[:4]:
-        return Archive.open(path, profile)
-    return Capture(TensorFile.open(path))
-
-
-def as_bytes(bits: Bits) -> memoryview[Any]:
-    """A contiguous array's bytes."""
-    return np.ascontiguousarray(bits).reshape(-1).view(np.uint8).data
+        return KvpFile.open(path, profile)
+    return Capture.open(path)

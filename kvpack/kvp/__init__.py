@@ -3,8 +3,9 @@
 ``docs/format.md`` is the specification; :mod:`layout` has its byte tables.
 """
 
-from kvpack.kvp.layout import PartEntry, Record, layer_of, plan_parts
+from kvpack.kvp.frame import Frame, FramePart, Stream
+from kvpack.kvp.layout import PartEntry, Record
 from kvpack.kvp.reader import Container
 from kvpack.kvp.writer import ContainerWriter
 
-__all__ = ["Container", "ContainerWriter", "PartEntry", "Record", "layer_of", "plan_parts"]
+__all__ = ["Container", "ContainerWriter", "Frame", "FramePart", "PartEntry", "Record", "Stream"]

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvpack.formats.captures import layer_of
 from kvpack.formats.safetensors import Header, TensorFile
-from kvpack.kvp import Container, PartEntry, layer_of
+from kvpack.kvp import Container, PartEntry
 from kvpack.kvp.layout import MAGIC
 
 SCHEMA_VERSION = 1
@@ -97,10 +98,10 @@ def _inspect_container(path: Path, container: Container, check: bool) -> Inspect
     streams: Counter[str] = Counter()
     for part in container.parts:
         for record, _ in part.streams:
-            sizes[part.plan.tensor.name] += record.size
+            sizes[part.spec.tensor.name] += record.size
             streams[container.stream_name(record)] += record.size
         if check:
-            container.read(part)
+            container.verify(part)
     header = container.source
     layers = _layers(header, sizes)
     other = sum(sizes.values()) - sum(layer.keys + layer.values for layer in layers)
@@ -124,14 +125,14 @@ def _inspect_container(path: Path, container: Container, check: bool) -> Inspect
         streams=dict(streams.most_common()),
         header=container.header_size,
         index=container.index_size,
-        carried_losslessly=[p.plan.name for p in container.parts if _was_carried(p)],
+        carried_losslessly=[p.spec.label for p in container.parts if _was_carried(p)],
         dropped=container.header.dropped,
         checksums={"header": "ok", "index": "ok", "streams": "ok" if check else "not checked (use --check)"},
     )
 
 
 def _was_carried(part: PartEntry) -> bool:
-    return part.plan.layer is not None and part.codec != 0
+    return part.spec.tensor.layer is not None and part.codec != 0
 
 
 def identity(metadata: dict[str, str]) -> dict[str, Any]:

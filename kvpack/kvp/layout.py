@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import NamedTuple
 
+from kvpack.cache import PartSpec
 from kvpack.errors import CorruptError, FormatError, TruncatedError, UnsupportedError
-from kvpack.formats.safetensors import Header as SourceHeader
-from kvpack.formats.safetensors import TensorSpec
 
 MAGIC = b"\x89KVP\r\n\x1a\n"
 END_MAGIC = b"\x89KVPEND\n"
@@ -30,10 +27,6 @@ MAX_INDEX = 1 << 30
 MAX_EXPANSION = 1 << 20
 """Cap on the original's size over the file's: no file of a few bytes makes a reader allocate terabytes."""
 
-LAYER_TENSOR = ("keys", "values")
-_LAYER_NUMBER = re.compile("0|[1-9][0-9]{0,8}")
-FLOAT_DTYPES = ("BF16", "F16", "F32")
-
 
 class Record(NamedTuple):
     """A stream as the index lists it: kind (position in the header's names), size in bytes, checksum."""
@@ -44,75 +37,13 @@ class Record(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PartPlan:
-    """What a part is, from the header alone: a tensor, and its range of tokens for keys and values."""
-
-    tensor: TensorSpec
-    first: int
-    tokens: int
-    layer: int | None
-
-    @property
-    def name(self) -> str:
-        """For messages: the tensor, and its tokens where it is part of a layer."""
-        if self.layer is None:
-            return self.tensor.name
-        return f"{self.tensor.name}[{self.first}:{self.first + self.tokens}]"
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """``(H, T, D)``: a layer's own; of another tensor T is the longest axis (the first of several)."""
-        shape = self.tensor.shape
-        if self.layer is not None:
-            return shape[0], self.tokens, shape[2]
-        longest = max(range(len(shape)), key=shape.__getitem__, default=0)
-        return prod(shape[:longest]), prod(shape[longest : longest + 1]), prod(shape[longest + 1 :])
-
-
-@dataclass(frozen=True)
 class PartEntry:
-    """A part as the index lists it: its plan, codec, original's checksum, and streams with absolute offsets."""
+    """A part as the index lists it: its codec, its original's checksum, and streams with absolute offsets."""
 
-    plan: PartPlan
+    spec: PartSpec
     codec: int
     digest: int
     streams: tuple[tuple[Record, int], ...]
-
-
-def layer_of(spec: TensorSpec) -> int | None:
-    """The layer index if the tensor is a layer's keys or values (``layers.{i}.keys``, [H, T, D] floats)."""
-    words = spec.name.split(".")
-    if len(words) != 3 or words[0] != "layers" or words[2] not in LAYER_TENSOR:
-        return None
-    if len(spec.shape) != 3 or spec.dtype not in FLOAT_DTYPES:
-        return None
-    return int(words[1]) if _LAYER_NUMBER.fullmatch(words[1]) else None
-
-
-def plan_parts(source: SourceHeader, chunk_tokens: int) -> list[PartPlan]:
-    """Every part of a file, in the order of its streams.
-
-    Chunk by chunk, the keys and values of every layer that reaches so far, in the source's order; then the
-    other tensors. Tensors without elements have no parts.
-    """
-    layers: list[tuple[TensorSpec, int]] = []
-    extras: list[TensorSpec] = []
-    for spec in source.tensors:
-        layer = layer_of(spec)
-        if not spec.elements:
-            continue
-        if layer is None:
-            extras.append(spec)
-        else:
-            layers.append((spec, layer))
-    longest = max((spec.shape[1] for spec, _ in layers), default=0)
-    parts = [
-        PartPlan(spec, first, min(chunk_tokens, spec.shape[1] - first), layer)
-        for first in range(0, longest, chunk_tokens)
-        for spec, layer in layers
-        if first < spec.shape[1]
-    ]
-    return parts + [PartPlan(spec, 0, 0, None) for spec in extras]
 
 
 def pack_prologue(header: bytes) -> bytes:
@@ -172,7 +103,7 @@ def pack_index(parts: Sequence[tuple[int, int, Sequence[Record]]]) -> bytes:
     return zlib.compress(b"".join(columns), 9)
 
 
-def unpack_index(raw: bytes, plans: Sequence[PartPlan], start: int, stop: int) -> list[PartEntry]:
+def unpack_index(raw: bytes, specs: Sequence[PartSpec], start: int, stop: int) -> list[PartEntry]:
     """The parts of an inflated index, whose streams must fill the bytes ``start`` to ``stop`` exactly.
 
     Raises:
@@ -183,7 +114,7 @@ def unpack_index(raw: bytes, plans: Sequence[PartPlan], start: int, stop: int) -
         raise FormatError("the index is too short")
     parts, streams = struct.unpack_from("<II", raw)
     columns = struct.Struct(f"<{parts}s{parts}s{parts}Q{streams}s{streams}Q{streams}Q")
-    if parts != len(plans) or len(raw) != 8 + columns.size:
+    if parts != len(specs) or len(raw) != 8 + columns.size:
         raise FormatError("the index does not match the header's tensors")
     codecs, counts, *numbers = columns.unpack_from(raw, 8)
     digests, kinds = numbers[:parts], numbers[parts]
@@ -193,8 +124,8 @@ def unpack_index(raw: bytes, plans: Sequence[PartPlan], start: int, stop: int) -
     records = iter(map(Record, kinds, sizes, checksums))
     offsets = _running(start, sizes)
     return [
-        PartEntry(plan, codec, digest, tuple((next(records), next(offsets)) for _ in range(count)))
-        for plan, codec, count, digest in zip(plans, codecs, counts, digests, strict=True)
+        PartEntry(spec, codec, digest, tuple((next(records), next(offsets)) for _ in range(count)))
+        for spec, codec, count, digest in zip(specs, codecs, counts, digests, strict=True)
     ]
 
 

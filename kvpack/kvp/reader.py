@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import mmap
 import zlib
+from itertools import accumulate
 from pathlib import Path
 
-from kvpack.errors import CorruptError, FormatError, TruncatedError, UnsupportedError
+from kvpack.cache import windows
+from kvpack.errors import CorruptError, FormatError, TruncatedError, naming
+from kvpack.formats.captures import cache_spec
 from kvpack.formats.safetensors import Header as SourceHeader
+from kvpack.kvp.frame import Frame, FramePart, Stream
 from kvpack.kvp.header import Header
 from kvpack.kvp.layout import (
     FOOTER,
@@ -18,7 +22,6 @@ from kvpack.kvp.layout import (
     PartEntry,
     Record,
     inflate,
-    plan_parts,
     unpack_footer,
     unpack_index,
     unpack_prologue,
@@ -28,8 +31,8 @@ from kvpack.kvp.layout import (
 class Container:
     """A ``.kvp`` file, memory-mapped read-only.
 
-    ``header``, ``source`` (the safetensors header of what was compressed) and ``parts`` are checked on opening;
-    a stream's checksum when it is read. ``view`` is the whole file.
+    ``header``, ``source`` (the safetensors header of what was compressed), ``cache`` (what it describes), ``windows``
+    and ``parts`` are checked on opening; a stream's checksum by whoever decodes it. ``view`` is the whole file.
     """
 
     def __init__(self, view: memoryview) -> None:
@@ -57,22 +60,23 @@ class Container:
         self.size, self.header_size, self.index_size = size, start, size - offset
         if self.source.file_size > size * MAX_EXPANSION:
             raise FormatError(f"claims to hold {self.source.file_size} bytes, more than {MAX_EXPANSION} times its size")
-        plans = plan_parts(self.source, self.header.chunk_tokens)
+        self.cache = cache_spec(self.source)
+        self.windows = list(windows(self.cache, self.header.chunk_tokens))
         index = inflate(raw_index, MAX_INDEX, "index")
-        self.parts: list[PartEntry] = unpack_index(index, plans, start, offset)
+        specs = [part for window in self.windows for part in window.parts]
+        self.parts: list[PartEntry] = unpack_index(index, specs, start, offset)
+        self._starts = [0, *accumulate(len(window.parts) for window in self.windows)]
         for part in self.parts:
             self._check_part(part)
 
     @classmethod
-    def open(cls, path: Path) -> Container:
-        """Map ``path``; raises as the constructor, with the path in the message."""
+    def open(cls, path: Path, name: str | None = None) -> Container:
+        """Map ``path``; raises as the constructor, with ``name`` or the path in the message."""
         with path.open("rb") as file:
             empty = not file.seek(0, 2)
             view = memoryview(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        try:
+        with naming(name or str(path)):
             return cls(view)
-        except (FormatError, UnsupportedError) as error:
-            raise type(error)(f"{path}: {error}") from None
 
     def _checked(self, offset: int, length: int, crc: int, what: str) -> bytes:
         raw = bytes(self.view[offset : offset + length])
@@ -82,35 +86,34 @@ class Container:
 
     def _check_part(self, part: PartEntry) -> None:
         if part.codec >= len(self.header.codecs):
-            raise FormatError(f"{part.plan.name}: codec {part.codec} is not in the header")
+            raise FormatError(f"{part.spec.label}: codec {part.codec} is not in the header")
         if any(record.kind >= len(self.header.streams) for record, _ in part.streams):
-            raise FormatError(f"{part.plan.name}: a stream's kind is not in the header")
+            raise FormatError(f"{part.spec.label}: a stream's kind is not in the header")
 
     def stream_name(self, record: Record) -> str:
         """The name of a stream's kind."""
         return self.header.streams[record.kind]
 
-    def places(self, part: PartEntry) -> list[tuple[int, int]]:
-        """Offsets and sizes of a part's streams in the file."""
-        return [(offset, record.size) for record, offset in part.streams]
+    def frame(self, window: int) -> Frame:
+        """A window as the file has it; nothing is verified."""
+        entries = self.parts[self._starts[window] : self._starts[window + 1]]
+        return Frame(self.windows[window], tuple(map(self.part, entries)))
 
-    def streams(self, part: PartEntry) -> list[tuple[str, memoryview, int]]:
-        """Names, bytes and checksums of a part's streams; nothing is verified."""
-        every = [(record, self.view[offset : offset + record.size]) for record, offset in part.streams]
-        return [(self.stream_name(record), data, record.checksum) for record, data in every]
+    def part(self, entry: PartEntry) -> FramePart:
+        """A part as the file has it; nothing is verified."""
+        names, view = self.header.streams, self.view
+        streams = [Stream(names[r.kind], view[at : at + r.size], r.checksum) for r, at in entry.streams]
+        return FramePart(entry.codec, entry.digest, tuple(streams))
 
-    def read(self, part: PartEntry) -> list[tuple[str, memoryview]]:
-        """Names and bytes of a part's streams, their checksums verified.
+    def verify(self, entry: PartEntry) -> None:
+        """Check the checksums of a part's streams.
 
         Raises:
-            CorruptError: a checksum does not match.
+            CorruptError: one does not match.
 
         """
         from kvpack.numerics.checksum import checksum  # here, because it takes numba and inspect reads no streams
 
-        streams = []
-        for name, data, expected in self.streams(part):
+        for name, data, expected in self.part(entry).streams:
             if checksum(data) != expected:
-                raise CorruptError(f"corrupt: the checksum of {part.plan.name}, stream {name!r}, does not match")
-            streams.append((name, data))
-        return streams
+                raise CorruptError(f"corrupt: the checksum of {entry.spec.label}, stream {name!r}, does not match")

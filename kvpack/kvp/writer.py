@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
 from typing import BinaryIO
 
 from kvpack.errors import FormatError
+from kvpack.kvp.frame import FramePart
 from kvpack.kvp.header import Header
 from kvpack.kvp.layout import MAX_HEADER, Record, pack_footer, pack_index, pack_prologue
 
@@ -32,13 +32,13 @@ class ContainerWriter:
         self._output.write(data)
         self._offset += len(data)
 
-    def add(self, codec: int, digest: int, streams: Sequence[tuple[str, bytes, int]]) -> None:
-        """Write the next part's streams: (name of its kind, bytes, their checksum)."""
+    def add(self, part: FramePart) -> None:
+        """Write the streams of the next part."""
         records = []
-        for name, data, total in streams:
+        for name, data, total in part.streams:
             records.append(Record(self._kinds[name], len(data), total))
             self._write(data)
-        self._parts.append((codec, digest, records))
+        self._parts.append((part.codec, part.digest, records))
 
     def finish(self) -> int:
         """Write index and footer; returns the file's size in bytes."""

@@ -57,11 +57,6 @@ class Profile(Mapping[str, NDArray[Any]]):
             raise FormatError(f"{path}: {error}") from None
 
     @property
-    def path(self) -> Path:
-        """Where it was read from."""
-        return self._file.path
-
-    @property
     def size(self) -> int:
         """Bytes of the file."""
         return self._file.header.file_size

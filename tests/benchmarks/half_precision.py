@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from kvpack.codecs.chain.units import Unit, units
 
 from kvpack.codecs.chain.packed import unpack_matrix
 from kvpack.codecs.chain.transforms.token_klt.model import DECAYS, LAGS, PLACES, TokenModel, token_inputs
 from kvpack.codecs.chain.transforms.unrope import rotate
-from kvpack.codecs.chain.units import Unit, units
 from kvpack.codecs.recipes import CODECS
-from kvpack.formats.safetensors import TensorFile
-from kvpack.jobs.reader import Capture, side_of
+from kvpack.formats.source import Capture
 from kvpack.kvp import plan_parts
 from kvpack.numerics.floats import to_float32
 from kvpack.profiles import Profile
@@ -91,7 +90,7 @@ class Products:
 
 def main(capture_path: str, profile_path: str, level: str) -> None:
     """Print both tables."""
-    capture, profile = Capture(TensorFile.open(Path(capture_path))), Profile.open(Path(profile_path))
+    capture, profile = Capture.open(Path(capture_path)), Profile.open(Path(profile_path))
     codec, side = CODECS[f"fisher-{level}"], side_of(capture, {"tokens", "attention_mass"})
     group = next(g for g in units(plan_parts(capture.file.header, 2048), True) if len(g) > 1)
     stack, part = Unit(group, codec, profile, side).joint_stack()

@@ -17,17 +17,18 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+from kvpack.codecs.chain.units import Unit
 
 from kvpack import jobs
 from kvpack.capture import load_model
 from kvpack.codecs.chain.quantizers import low_rank
-from kvpack.codecs.chain.units import Unit
 from kvpack.codecs.low_rank import factors
 from kvpack.codecs.recipes import local, local_log_step
 from kvpack.fidelity.model import Judge
 from kvpack.formats.safetensors import TensorFile, build_header
+from kvpack.formats.source import Capture
 from kvpack.jobs import hints
-from kvpack.jobs.reader import Archive, Capture
+from kvpack.jobs.reader import KvpFile
 from kvpack.kvp.inspection import inspect
 from kvpack.kvp.layout import PartPlan
 
@@ -91,13 +92,13 @@ def main(paths: list[Path]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         packed, copy = Path(folder) / "x.kvp", Path(folder) / "x.safetensors"
         for path in paths:
-            judge = Judge(model, Capture(TensorFile.open(path)))
+            judge = Judge(model, Capture.open(path))
             for i, (_, changed, importance, names, metadata) in enumerate(ROWS):
                 source = without(path, copy, names, metadata)
                 with changed():
                     with packed.open("wb") as sink:
                         jobs.compress(source, sink, local(STEP, importance), drop=jobs.PROBES)
-                    report = judge.measure(Archive.open(packed))
+                    report = judge.measure(KvpFile.open(packed))
                 assert report.plain
                 assert report.repeat
                 bits = inspect(packed).bits_per_element or 0

@@ -17,8 +17,8 @@ import numpy as np
 
 from kvpack import jobs
 from kvpack.codecs.recipes import CODECS
-from kvpack.formats.safetensors import TensorFile
-from kvpack.jobs.reader import Archive, Capture
+from kvpack.formats.source import Capture
+from kvpack.jobs.reader import KvpFile
 from kvpack.kvp import Container, layer_of
 from kvpack.numerics.floats import FLOAT_BITS
 
@@ -35,10 +35,10 @@ def channel_entropy(symbols: np.ndarray) -> float:
 
 
 def main() -> None:
-    capture = Capture(TensorFile.open(Path(sys.argv[1])))
+    capture = Capture.open(Path(sys.argv[1]))
     sink = io.BytesIO()
     jobs.compress(capture.file.path, sink, CODECS["lossless"])
-    archive = Archive(Container(memoryview(sink.getvalue())))
+    archive = KvpFile(Container(memoryview(sink.getvalue())))
     for kind in ("keys", "values"):
         specs = [s for s in capture.tensors.values() if layer_of(s) is not None and s.name.endswith(kind)]
         elements = sum(spec.elements for spec in specs)

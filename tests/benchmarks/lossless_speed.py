@@ -20,7 +20,8 @@ import zstandard
 from kvpack import jobs
 from kvpack.codecs.recipes import CODECS
 from kvpack.formats.safetensors import TensorFile, parse_header
-from kvpack.jobs.reader import Archive, Capture
+from kvpack.formats.source import Capture
+from kvpack.jobs.reader import KvpFile
 from kvpack.kvp import Container
 
 
@@ -45,7 +46,7 @@ def main() -> None:
 
     def kvpack_in() -> Sink:
         sink = Sink()
-        next(jobs.compress_many([jobs.plan(capture, CODECS["lossless"])]))(sink, None)
+        next(jobs.compress_many([jobs.prepare(capture, CODECS["lossless"])]))(sink, None)
         return sink
 
     blob = memoryview(b"".join(kvpack_in()))
@@ -53,7 +54,7 @@ def main() -> None:
     runs: dict[str, Callable[[], object]] = {
         "kvpack in": kvpack_in,
         "zstd in": lambda: zstandard.ZstdCompressor(level=3, threads=-1).compress(raw),
-        "kvpack out": lambda: jobs.decompress(Archive(Container(blob)), Sink()),
+        "kvpack out": lambda: jobs.decompress(KvpFile(Container(blob)), Sink()),
         "zstd out": lambda: zstandard.ZstdDecompressor().decompress(frame),
     }
     for run in runs.values():

@@ -24,11 +24,12 @@ import numpy as np
 
 from kvpack import jobs
 from kvpack.codecs.recipes import CODECS
+from kvpack.formats.captures import layer_of
 from kvpack.formats.output import atomic_output
-from kvpack.formats.safetensors import TensorFile, build_header
+from kvpack.formats.safetensors import build_header
+from kvpack.formats.source import Capture
+from kvpack.gpu.engine import GpuEngine
 from kvpack.gpu.runtime.host import find_gpu
-from kvpack.jobs.reader import Capture
-from kvpack.kvp import layer_of
 
 LOSSLESS = CODECS["lossless"]
 
@@ -60,12 +61,12 @@ def targets(paths: list[Path]) -> Iterator[tuple[Path, Path]]:
 def one_by_one(paths: list[Path], gpu: Any) -> None:
     for path, target in targets(paths):
         with atomic_output(target, force=True) as sink:
-            jobs.compress(path, sink, LOSSLESS, gpu=gpu)
+            jobs.compress(path, sink, LOSSLESS, engine=GpuEngine(gpu))
 
 
 def together(paths: list[Path], gpu: Any) -> None:
-    plans = (jobs.plan(Capture(TensorFile.open(path)), LOSSLESS) for path in paths)
-    for (_, target), writes in zip(targets(paths), jobs.compress_many(plans, gpu=gpu), strict=True):
+    plans = (jobs.prepare(Capture.open(path), LOSSLESS) for path in paths)
+    for (_, target), writes in zip(targets(paths), jobs.compress_many(plans, engine=GpuEngine(gpu)), strict=True):
         with atomic_output(target, force=True) as sink:
             writes(sink, None)
 
@@ -114,7 +115,7 @@ def main() -> None:
     gpu, reason = find_gpu("cuda", 0)
     if gpu is None:
         sys.exit(f"needs a GPU: {reason}")
-    capture, generator = Capture(TensorFile.open(given.capture)), np.random.default_rng(0)
+    capture, generator = Capture.open(given.capture), np.random.default_rng(0)
     least, most = given.tokens
     drawn = generator.integers(least, most + 1, given.files)
     print(f"{given.files} files a row, medians of {given.rounds} rounds")

@@ -15,8 +15,10 @@ from kvpack import jobs
 from kvpack.codecs.recipes import CODECS
 from kvpack.errors import CorruptError, MismatchError
 from kvpack.formats.safetensors import TensorFile, build_header
+from kvpack.formats.source import Capture
 from kvpack.gpu import engine as device
-from kvpack.jobs.reader import Archive, Capture
+from kvpack.gpu.engine import GpuEngine
+from kvpack.jobs.reader import KvpFile
 from kvpack.kvp import Container, layer_of
 from kvpack.numerics.floats import to_float32
 from kvpack.profiles import Profile
@@ -28,7 +30,7 @@ CODEC = CODECS["fisher-8"]
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """The small capture, and as much again."""
-    given = Capture(TensorFile.open(SMALL))
+    given = Capture.open(SMALL)
     tensors = {name: given.read(name) for name in given.tensors if name == "tokens" or layer_of(given.tensors[name])}
     tensors |= {name: given.read(name) for name, spec in given.tensors.items() if layer_of(spec) is not None}
     twice = {
@@ -51,18 +53,18 @@ def profile(source: Path) -> Profile:
 
 def compress(source: Path, profile: Profile, gpu: Any, chunk: int = 128) -> tuple[bytes, jobs.Compressed]:
     sink = io.BytesIO()
-    done = jobs.compress(source, sink, CODEC, profile=profile, chunk_tokens=chunk, gpu=gpu)
+    done = jobs.compress(source, sink, CODEC, profile=profile, chunk_tokens=chunk, engine=GpuEngine(gpu))
     return sink.getvalue(), done
 
 
-def opened(data: bytes, profile: Profile | None) -> Archive:
-    return Archive(Container(memoryview(data)), profile)
+def opened(data: bytes, profile: Profile | None) -> KvpFile:
+    return KvpFile(Container(memoryview(data)), profile)
 
 
 def decompress(data: bytes, profile: Profile, gpu: Any) -> dict[str, np.ndarray]:
     archive = opened(data, profile)
     sink = io.BytesIO()
-    jobs.decompress(archive, sink, gpu=gpu)
+    jobs.decompress(archive, sink, engine=GpuEngine(gpu))
     whole = archive.container.source
     raw = memoryview(sink.getvalue())[whole.data_start :]
     return {
@@ -85,7 +87,7 @@ def test_each_reads_the_others(gpu: Any, source: Path, profile: Profile, chunk: 
     (cpu, _), (mine, done) = compress(source, profile, None, chunk), compress(source, profile, gpu, chunk)
     assert not done.carried
     assert abs(len(mine) - len(cpu)) < len(cpu) // 1000 + 16
-    original = {n: Capture(TensorFile.open(source)).read(n) for n in opened(cpu, None).tensors}
+    original = {n: Capture.open(source).read(n) for n in opened(cpu, None).tensors}
     archives = opened(cpu, profile), opened(mine, profile)
     assert [p.digest for p in archives[0].parts] == [p.digest for p in archives[1].parts]
     for file in (cpu, mine):
@@ -131,4 +133,4 @@ def test_damage_is_found(gpu: Any, source: Path, profile: Profile, where: int) -
 def test_without_its_profile_it_is_refused(gpu: Any, source: Path, profile: Profile) -> None:
     archive = opened(compress(source, profile, None)[0], None)
     with pytest.raises(MismatchError, match="needs the profile"):
-        jobs.decompress(archive, io.BytesIO(), gpu=gpu)
+        jobs.decompress(archive, io.BytesIO(), engine=GpuEngine(gpu))

@@ -15,9 +15,8 @@ from conftest import SMALL, write_tensors
 from kvpack import jobs
 from kvpack.codecs.recipes import CODECS
 from kvpack.errors import FormatError
-from kvpack.formats.safetensors import TensorFile
-from kvpack.gpu.engine import lossless
-from kvpack.jobs.reader import Capture
+from kvpack.formats.source import Capture
+from kvpack.gpu.engine import GpuEngine, lossless
 
 Tensors = dict[str, tuple[str, np.ndarray]]
 Cli = Callable[..., Any]
@@ -43,7 +42,7 @@ class Counting:
 
 def cut(first: int, last: int) -> Tensors:
     """Tokens of the small real capture, with the tensors beside them."""
-    whole = Capture(TensorFile.open(SMALL))
+    whole = Capture.open(SMALL)
     found = {}
     for name, spec in whole.tensors.items():
         bits = whole.read(name)
@@ -71,18 +70,18 @@ def alone(paths: list[Path], codec: str, chunk: int = 2048, gpu: Any = None) -> 
     made = []
     for path in paths:
         sink = io.BytesIO()
-        jobs.compress(path, sink, CODECS[codec], chunk_tokens=chunk, gpu=gpu)
+        jobs.compress(path, sink, CODECS[codec], chunk_tokens=chunk, engine=GpuEngine(gpu))
         made.append(sink.getvalue())
     return made
 
 
-def plans(paths: list[Path], codec: str = "lossless", chunk: int = 2048) -> Iterator[jobs.Planned]:
+def plans(paths: list[Path], codec: str = "lossless", chunk: int = 2048) -> Iterator[jobs.CompressJob]:
     for path in paths:
-        yield jobs.plan(Capture(TensorFile.open(path)), CODECS[codec], chunk_tokens=chunk)
+        yield jobs.prepare(Capture.open(path), CODECS[codec], chunk_tokens=chunk)
 
 
-def written(every: Iterable[jobs.Planned], gpu: Any) -> Iterator[bytes]:
-    for write in jobs.compress_many(every, gpu=gpu):
+def written(every: Iterable[jobs.CompressJob], gpu: Any) -> Iterator[bytes]:
+    for write in jobs.compress_many(every, engine=GpuEngine(gpu)):
         sink = io.BytesIO()
         write(sink, None)
         yield sink.getvalue()
@@ -132,13 +131,13 @@ def test_captures_are_open_a_window_at_a_time(gpu: Any, tmp_path: Path, monkeypa
     monkeypatch.setattr(jobs.compress, "WINDOW_FILES", 3)
     opened = 0
 
-    def counted() -> Iterator[jobs.Planned]:
+    def counted() -> Iterator[jobs.CompressJob]:
         nonlocal opened
         for plan in plans(paths):
             opened += 1
             yield plan
 
-    for done, write in enumerate(jobs.compress_many(counted(), gpu=gpu)):
+    for done, write in enumerate(jobs.compress_many(counted(), engine=GpuEngine(gpu))):
         assert opened - done <= 4  # those of the window, and the one that did not join it
         write(io.BytesIO(), None)
     assert opened == len(paths)
@@ -148,7 +147,7 @@ def test_captures_are_open_a_window_at_a_time(gpu: Any, tmp_path: Path, monkeypa
 def test_a_file_that_is_not_written_does_not_shift_the_next(gpu: Any, tmp_path: Path) -> None:
     paths = [write_tensors(tmp_path / f"{i}", cut(i, i + 64)) for i in range(3)]
     sink = io.BytesIO()
-    for number, write in enumerate(jobs.compress_many(plans(paths), gpu=gpu)):
+    for number, write in enumerate(jobs.compress_many(plans(paths), engine=GpuEngine(gpu))):
         if number == 2:
             write(sink, None)
     assert sink.getvalue() == alone(paths, "lossless")[2]

@@ -13,17 +13,17 @@ from profiles import profile_for
 
 import kvpack
 from kvpack import jobs
+from kvpack.codecs.protocol import Need
 from kvpack.codecs.recipes import CODECS
 from kvpack.errors import FormatError, MismatchError, UsageError
-from kvpack.formats.safetensors import TensorFile
+from kvpack.formats.source import Capture
 from kvpack.jobs.opened import Opened
-from kvpack.jobs.reader import Capture
 
 
 @pytest.fixture
 def whole(tmp_path: Path) -> Path:
     """The small capture's two layers as layers 0 and 1, and its tokens."""
-    given = Capture(TensorFile.open(SMALL))
+    given = Capture.open(SMALL)
     names = [f"layers.{to}.{kind}" for to in (0, 1) for kind in ("keys", "values")]
     sources = [f"layers.{of}.{kind}" for of in (0, 29) for kind in ("keys", "values")]
     tensors = {name: ("BF16", np.array(given.read(source))) for name, source in zip(names, sources, strict=True)}
@@ -34,14 +34,14 @@ def whole(tmp_path: Path) -> Path:
 def packed(source: Path, name: str) -> tuple[Path, Path | None]:
     """A file, and its profile's."""
     codec, path = CODECS[name], source.with_suffix(".kvp")
-    profile = profile_for(source, codec) if codec.profiled else None
+    profile = profile_for(source, codec) if Need.PROFILE in codec.traits.needs else None
     with path.open("wb") as sink:
         jobs.compress(source, sink, codec, profile=profile)
     return path, profile and profile.path
 
 
 def assert_exact(found: dict[str, torch.Tensor], source: Path) -> None:
-    capture = Capture(TensorFile.open(source))
+    capture = Capture.open(source)
     assert list(found) == [name for name in capture.tensors if name != "tokens"]
     for name, tensor in found.items():
         assert tensor.dtype == torch.bfloat16

@@ -15,8 +15,9 @@ from kvpack.codecs.recipes import CODECS
 from kvpack.errors import CorruptError, UsageError
 from kvpack.formats.safetensors import build_header
 from kvpack.gpu import engine as device
+from kvpack.gpu.engine import GpuEngine
 from kvpack.gpu.runtime.host import find_gpu
-from kvpack.jobs.reader import Archive
+from kvpack.jobs.reader import KvpFile
 from kvpack.kvp import Container
 
 SMALL = Path(__file__).parents[2] / "fixtures" / "smollm2-160.safetensors"
@@ -48,7 +49,7 @@ def mixed(path: Path) -> Path:
 
 def compress(source: Path, gpu: Any, codec: str = "lossless", chunk: int = 2048) -> bytes:
     sink = io.BytesIO()
-    jobs.compress(source, sink, CODECS[codec], chunk_tokens=chunk, gpu=gpu)
+    jobs.compress(source, sink, CODECS[codec], chunk_tokens=chunk, engine=GpuEngine(gpu))
     return sink.getvalue()
 
 
@@ -60,7 +61,7 @@ def test_the_file_is_the_same_and_comes_back(gpu: Any, tmp_path: Path, which: st
     assert mine == cpu
     for reader in (None, gpu):
         sink = io.BytesIO()
-        jobs.decompress(Archive(Container(memoryview(cpu))), sink, gpu=reader)
+        jobs.decompress(KvpFile(Container(memoryview(cpu))), sink, gpu=reader)
         assert sink.getvalue() == source.read_bytes()
 
 
@@ -76,12 +77,12 @@ def test_damage_is_found(gpu: Any, tmp_path: Path) -> None:
         changed = bytearray(good)
         changed[start + offset] ^= 1
         with pytest.raises(CorruptError):
-            jobs.decompress(Archive(Container(memoryview(bytes(changed)))), io.BytesIO(), gpu=gpu)
+            jobs.decompress(KvpFile(Container(memoryview(bytes(changed)))), io.BytesIO(), engine=GpuEngine(gpu))
 
 
 def test_tensors_on_the_device(gpu: Any, tmp_path: Path) -> None:
     source = mixed(tmp_path / "mixed.safetensors")
-    archive = Archive(Container(memoryview(compress(source, gpu))))
+    archive = KvpFile(Container(memoryview(compress(source, gpu))))
     names = [name for name in archive.tensors if name.startswith("layers.")]
     for name, data in device.read(gpu, archive, names, fetch=False):
         expected = archive.read(name)

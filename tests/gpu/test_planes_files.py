@@ -18,11 +18,12 @@ from kvpack.codecs.chain.pipeline import chain_of, plan_of
 from kvpack.codecs.chain.quantizers.lloyd_max.reference import centroids
 from kvpack.codecs.recipes import CODECS, Chain
 from kvpack.errors import CorruptError
-from kvpack.formats.safetensors import TensorFile, build_header
+from kvpack.formats.safetensors import build_header
+from kvpack.formats.source import Capture
 from kvpack.gpu import engine as device
-from kvpack.gpu.engine import planes
+from kvpack.gpu.engine import GpuEngine, planes
 from kvpack.jobs.compress import Compressed
-from kvpack.jobs.reader import Archive, Capture
+from kvpack.jobs.reader import KvpFile
 from kvpack.kvp import Container, layer_of
 from kvpack.kvp.layout import PartPlan
 from kvpack.numerics.floats import to_float32
@@ -34,7 +35,7 @@ TURBOQUANT = ["turboquant-4", "turboquant-3", "turboquant-2", "turboquant-1"]
 
 def layers() -> dict[str, np.ndarray]:
     """Keys and values of the small capture."""
-    given = Capture(TensorFile.open(SMALL))
+    given = Capture.open(SMALL)
     return {name: given.read(name) for name, spec in given.tensors.items() if layer_of(spec) is not None}
 
 
@@ -53,17 +54,17 @@ def longer(path: Path, tokens: int) -> Path:
 
 def compress(source: Path, gpu: Any, codec: str, chunk: int = 2048) -> tuple[bytes, Compressed]:
     sink = io.BytesIO()
-    done = jobs.compress(source, sink, CODECS[codec], chunk_tokens=chunk, gpu=gpu)
+    done = jobs.compress(source, sink, CODECS[codec], chunk_tokens=chunk, engine=GpuEngine(gpu))
     return sink.getvalue(), done
 
 
-def opened(data: bytes) -> Archive:
-    return Archive(Container(memoryview(data)))
+def opened(data: bytes) -> KvpFile:
+    return KvpFile(Container(memoryview(data)))
 
 
 def decompress(data: bytes, gpu: Any) -> bytes:
     sink = io.BytesIO()
-    jobs.decompress(opened(data), sink, gpu=gpu)
+    jobs.decompress(opened(data), sink, engine=GpuEngine(gpu))
     return sink.getvalue()
 
 
@@ -83,7 +84,7 @@ def gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the CPU was asked")
 
     monkeypatch.setattr(jobs.compress._Encoder, "__call__", refused)
-    monkeypatch.setattr(Archive, "read", refused)
+    monkeypatch.setattr(KvpFile, "read", refused)
 
 
 @pytest.mark.parametrize(("tokens", "chunk"), [(96, 2048), (160, 128), (160, 2048), (300, 128), (480, 256)])
@@ -114,7 +115,7 @@ def planes_of(data: bytes) -> list[tuple[PartPlan, Chain, list[np.ndarray]]]:
     """Each part, its chain and its planes, as the CPU reads them."""
     archive, found = opened(data), []
     for part in archive.parts:
-        chain = chain_of(archive.codecs[part.codec], part.plan.tensor.name)
+        chain = chain_of(archive.codecs[part.codec], part.spec.tensor.name)
         specs = plan_of(chain, described(part.plan)).stored
         streams = archive.container.read(part)
         codes = [chain.entropy.decode(stream, spec) for (_, stream), spec in zip(streams, specs, strict=True)]
@@ -136,7 +137,7 @@ def test_turboquants_file_differs_in_ties_alone(gpu: Any, tmp_path: Path, codec:
     assert abs(len(mine) - len(cpu)) < len(cpu) // 1000 + 16
     assert [part.digest for part in opened(mine).parts] == [part.digest for part in opened(cpu).parts]
     for (plan, chain, got), (_, _, expected) in zip(planes_of(mine), planes_of(cpu), strict=True):
-        values = to_float32(Capture(TensorFile.open(source)).read_part(plan), "BF16")
+        values = to_float32(Capture.open(source).read_part(plan), "BF16")
         rotated = chain.transforms[0].forward(values, described(plan))
         norms, others = (((c[1].astype(np.uint16) << 10) | c[2]).view(np.float16) for c in (expected, got))
         assert np.abs(norms.view(np.int16) - others.view(np.int16)).max() <= 1

@@ -25,8 +25,9 @@ from kvpack.codecs.recipes import CODECS
 from kvpack.errors import UsageError
 from kvpack.formats.safetensors import TensorFile, build_header
 from kvpack.gpu.kernels import lloyd_max as turboquant
-from kvpack.jobs.reader import Archive, Capture, open_cache
-from kvpack.kvp import layer_of
+from kvpack.formats.source import Capture
+from kvpack.jobs.reader import KvpFile, open_cache
+from kvpack.formats.captures import layer_of
 from kvpack.profiles import Profile
 
 
@@ -67,7 +68,7 @@ def tiled(captures: list[Path], size: int, folder: Path) -> tuple[Path, np.ndarr
     """A file of at least ``size`` bytes that repeats the captures' bf16 keys and values; those ``[N, H, T, D]``."""
     arrays = []
     for path in captures:
-        cache = Archive.open(path) if path.suffix == ".kvp" else Capture(TensorFile.open(path))
+        cache = KvpFile.open(path) if path.suffix == ".kvp" else Capture.open(path)
         names = [n for n, s in cache.tensors.items() if layer_of(s) is not None and s.dtype == "BF16"]
         arrays += [np.ascontiguousarray(cache.read(name)[:, :TOKENS]) for name in names]
     if not arrays or len({a.shape for a in arrays}) > 1:

@@ -19,8 +19,11 @@ from kvpack.codecs.chain.base import Part, Side
 from kvpack.errors import UsageError
 from kvpack.formats.safetensors import build_header
 from kvpack.gpu.kernels.token_klt import SPAN
-from kvpack.jobs.reader import Archive, Capture, as_bytes, side_of
-from kvpack.kvp import layer_of
+from kvpack.formats.source import Capture
+from kvpack.jobs.reader import KvpFile
+from kvpack.formats.sink import as_bytes
+from kvpack.jobs.hints import attention_mass, token_ids
+from kvpack.formats.captures import layer_of
 from kvpack.numerics.floats import to_float32
 from kvpack.profiles import Profile
 
@@ -65,7 +68,7 @@ def made(gpu: Timed, shape: Shape, nbytes: int) -> Given:
     return Given(shape.name, part, making.cache(shape, part, gpu.device), CHUNK, 0.02)
 
 
-def real(gpu: Timed, source: Capture | Archive, profile: Profile, nbytes: int) -> Given:
+def real(gpu: Timed, source: Capture | KvpFile, profile: Profile, nbytes: int) -> Given:
     """A capture's keys and values over and over, keys turned on to the places where they come to stand.
 
     ``worst`` is the CPU's error for the first of them, and a hundredth.

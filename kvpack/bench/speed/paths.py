@@ -11,15 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvpack.gpu.engine import GpuEngine
 from kvpack import jobs
 from kvpack.bench.speed.timing import Speed, speed
-from kvpack.codecs.recipes import Codec
+from kvpack.codecs.protocol import Codec
+from kvpack.codecs.recipes import 
 from kvpack.formats.safetensors import TensorFile
 from kvpack.gpu import engine as device
 from kvpack.gpu.engine.staging import Source
 from kvpack.gpu.runtime.launch import Gpu
-from kvpack.jobs.reader import Archive, Capture
-from kvpack.kvp import Container, layer_of, plan_parts
+from kvpack.formats.source import Capture
+from kvpack.jobs.reader import KvpFile
+from kvpack.formats.captures import layer_of
+from kvpack.kvp import Container
 from kvpack.profiles import Profile
 
 TOKENS = 2048
@@ -62,14 +66,14 @@ def rows(
 
         def compress() -> None:
             with packed.open("wb") as sink:
-                jobs.compress(source, sink, codec, profile=profile, chunk_tokens=chunk, gpu=gpu)
+                jobs.compress(source, sink, codec, profile=profile, chunk_tokens=chunk, engine=GpuEngine(gpu))
 
         def decompress() -> None:
             with back.open("wb") as sink:
-                jobs.decompress(Archive.open(packed, profile), sink, gpu=gpu)
+                jobs.decompress(KvpFile.open(packed, profile), sink, engine=GpuEngine(gpu))
 
         def load() -> None:
-            archive = Archive.open(packed, profile)
+            archive = KvpFile.open(packed, profile)
             names = [name for name, spec in archive.tensors.items() if layer_of(spec) is not None]
             _drained(device.read(gpu, archive, names, fetch=False))
 
@@ -89,7 +93,7 @@ def _host_to_host(gpu: Gpu, source: Path, packed: Path, data: str, size: int, re
     encoder, parts = device.Encoder(gpu), list(device.parts_of(capture, plans, Source(image)))
     yield speed("host to host compress", data, size, _walls(lambda: _drained(encoder.encode(parts))), remark)
     file = pinned(packed)
-    archive = Archive(Container(memoryview(file.numpy().data)))
+    archive = KvpFile(Container(memoryview(file.numpy().data)))
     names = [name for name, spec in archive.tensors.items() if layer_of(spec) is not None]
     decoder = device.Decoder(gpu, archive, Source(file))
     for name, bits in decoder.read(names):

@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpack.codecs.context import NO_HINTS, DecodeContext, StackHints
+from kvpack.codecs.protocol import Hint, Need, Scope
 from kvpack.errors import FormatError, MismatchError
 
 Codes = NDArray[np.unsignedinteger[Any]]
@@ -28,46 +30,31 @@ class UnrepresentableError(ValueError):
     """A lossy quantizer met values it cannot represent; the pipeline carries that part losslessly instead."""
 
 
-Profile = Mapping[str, NDArray[Any]]
-"""A calibration profile as stages see it: arrays by name."""
-
-
-@dataclass(frozen=True)
-class Side:
-    """What is known of a capture beside its keys and values.
-
-    ``tokens`` ``[T]`` int32 are its token ids, to the encoder and the decoder alike, or None; ``mass`` ``[T]`` float32
-    is each token's attention mass, mean over layers and heads, to the encoder alone, or None. To the encoder alone
-    also ``frequencies`` ``[N]`` float32, radians a position by which RoPE turned dimensions i and i + N of keys, and
-    ``weights``, how much an error of each element matters: by tensor ``[H, D]``, in a part's side ``[R, D]``.
-    """
-
-    tokens: NDArray[np.int32] | None = None
-    mass: NDArray[np.float32] | None = None
-    frequencies: Floats | None = None
-    weights: Any = None
-
-
 @dataclass(frozen=True)
 class Part:
-    """One tensor, or one stack of all layers' tensors, over one token range.
+    """One array that is coded: a tensor over a range of tokens, or a stack of the tensors of all layers.
 
-    ``dtype`` is the safetensors spelling; ``shape`` is ``(H, T, D)``; ``first`` is the part's first token and
-    ``total`` the tensor's number of tokens. In a stack ``heads`` is the number of heads a layer, so that layer i
-    is rows ``i * heads ..``; of one tensor it is H. ``keys`` are how many of its first rows are keys. ``row`` is the
-    part's first row where a predictor codes row by row. ``profile`` is the calibration profile, for stages that need
-    one; ``side`` what else is known.
+    ``dtype`` is the safetensors spelling. ``shape`` is ``(H, T, D)``. ``first`` is the first row in its tensor, and
+    ``length`` the tensor's number of rows, or None while more may follow; ``origin`` is the position of the tensor's
+    first row in the text. In a stack ``heads`` is the number of heads a layer, so that layer i is rows
+    ``i * heads ..``; of one tensor it is H. The first ``keys`` rows are keys. ``row`` is the part's first row where a
+    predictor codes row by row. ``context`` is what the decoder knows too.
     """
 
     dtype: str
     shape: tuple[int, int, int]
     first: int
-    total: int
+    length: int | None
     heads: int = 0
     row: int = 0
     keys: int = 0
-    profile: Profile | None = field(default=None, compare=False, repr=False)
-    side: Side = field(default=Side(), compare=False, repr=False)
+    origin: int = 0
+    context: DecodeContext = field(default=DecodeContext(), compare=False, repr=False)
+
+    @property
+    def position(self) -> int:
+        """The position of the first row in the text."""
+        return self.origin + self.first
 
     def array(self, name: str) -> NDArray[Any]:
         """An array of the profile.
@@ -76,11 +63,12 @@ class Part:
             MismatchError: no profile, or it has no such array.
 
         """
-        if self.profile is None:
+        profile = self.context.profile
+        if profile is None:
             raise MismatchError("needs a calibration profile: give it with -D")
-        if name not in self.profile:
+        if name not in profile:
             raise MismatchError(f"the profile has no {name!r}: calibrate again with the codec's section")
-        return self.profile[name]
+        return profile[name]
 
 
 @dataclass(frozen=True)
@@ -130,17 +118,20 @@ class PlaneSpec:
 class Stage:
     """Base of all stages; subclasses set ``name`` and ``version`` and add their configuration as fields.
 
-    ``profiled`` stages need a calibration profile, ``stacked`` ones a stack of all layers, ``joint`` ones a stack of
-    all layers' keys and, behind them, all layers' values. An ``adaptive`` one learns from the stack what it needs: it
-    takes a stack for each shape that layers have, and its encoder is told what the capture's probes say.
+    ``scope`` is what a stage must see as one array; ``needs`` are what it cannot work without;
+    ``hints`` are what its encoder gains from.
     """
 
     name: ClassVar[str]
     version: ClassVar[int]
-    profiled: ClassVar[bool] = False
-    stacked: ClassVar[bool] = False
-    joint: ClassVar[bool] = False
-    adaptive: ClassVar[bool] = False
+    scope: ClassVar[Scope] = Scope.TENSOR
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    hints: ClassVar[frozenset[Hint]] = frozenset()
+
+    @property
+    def prefix_stable(self) -> bool:
+        """Whether what it does to a row does not depend on how many rows follow."""
+        return True
 
     def to_json(self) -> dict[str, Any]:
         """``{"name", "version", "configuration"}``, JSON types only."""
@@ -214,7 +205,7 @@ class Quantizer(Stage):
         """The plane with its scales, where its entropy model follows from planes ``before`` it."""
         return plane
 
-    def encode(self, data: NDArray[Any], part: Part) -> list[Codes]:
+    def encode(self, data: NDArray[Any], part: Part, hints: StackHints = NO_HINTS) -> list[Codes]:
         """One array a plane, in the order of :meth:`planes`.
 
         Raises:

@@ -24,8 +24,15 @@ class Keep(Stage):
         if min(self.first, self.last) < 0 or max(self.first, self.last) > 1 << 31 or not 1 <= self.group <= 65536:
             raise ValueError("first and last are 0 to 2**31, group is 1 to 65536")
 
+    @property
+    def prefix_stable(self) -> bool:
+        """Whether no last tokens are kept, so that more tokens after a row change nothing."""
+        return self.last == 0 and self.group == 1
+
     def coded(self, part: Part) -> tuple[int, int]:
         """The part's tokens ``[start, stop)`` that are coded; the others stay whole."""
-        end = self.first + max(0, part.total - self.first - self.last) // self.group * self.group
+        last = 0 if part.length is None else self.last
+        length = part.first + part.shape[1] if part.length is None else part.length
+        end = self.first + max(0, length - self.first - last) // self.group * self.group
         start = min(max(self.first - part.first, 0), part.shape[1])
         return start, max(start, min(end - part.first, part.shape[1]))

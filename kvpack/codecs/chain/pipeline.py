@@ -8,24 +8,22 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kvpack.codecs.chain.base import Codes, Floats, Part, PlaneSpec, UnrepresentableError
+from kvpack.codecs.chain.chain import Chain
 from kvpack.codecs.chain.quantizers.float_split import join, split, split_planes
-from kvpack.codecs.recipes import Chain, Codec
+from kvpack.codecs.context import NO_HINTS, StackHints
 from kvpack.errors import CorruptError
 from kvpack.numerics.floats import Bits, from_float32, to_float32
-
-__all__ = ["Bits", "Plan", "chain_of", "decode", "encode", "plan_of", "stream_names"]
 
 Streams = list[tuple[str, bytes]]
 
 
-def chain_of(codec: Codec, tensor: str) -> Chain:
-    """The chain for a tensor by its name: keys or values; values also for everything else."""
-    return codec.keys if tensor.endswith(".keys") else codec.values
-
-
 @dataclass(frozen=True)
-class Plan:
-    """A chain's way through a part: which tokens are coded, the part before each transform, the planes."""
+class StageRoute:
+    """An array's way through a chain.
+
+    Tokens ``[start, stop)`` are coded and the others kept whole. ``parts`` describe the array before each transform and
+    behind the last; ``whole`` and ``planes`` are what is stored of the tokens kept and of those coded.
+    """
 
     start: int
     stop: int
@@ -39,7 +37,7 @@ class Plan:
         return (plane for plane in (*self.whole, *self.planes) if plane.size and plane.width)
 
 
-def plan_of(chain: Chain, part: Part) -> Plan:
+def route_of(chain: Chain, part: Part) -> StageRoute:
     """The way of ``part`` through ``chain``."""
     heads, tokens, dims = part.shape
     start, stop = chain.keep.coded(part) if chain.keep else (0, tokens)
@@ -47,15 +45,17 @@ def plan_of(chain: Chain, part: Part) -> Plan:
     for transform in chain.transforms:
         parts.append(transform.output(parts[-1]))
     whole = split_planes(part.dtype, (heads, tokens - (stop - start), dims), "whole/") if chain.keep else []
-    return Plan(start, stop, tuple(parts), whole, chain.quantizer.planes(parts[-1]))
+    return StageRoute(start, stop, tuple(parts), whole, chain.quantizer.planes(parts[-1]))
 
 
 def stream_names(chain: Chain, part: Part) -> list[str]:
     """Names of the streams that :func:`encode` gives: the planes that have codes."""
-    return [plane.name for plane in plan_of(chain, part).stored]
+    return [plane.name for plane in route_of(chain, part).stored]
 
 
-def encode(chain: Chain, bits: Bits, part: Part, reference: Floats | None = None) -> tuple[Streams, Floats | None]:
+def encode(
+    chain: Chain, bits: Bits, part: Part, hints: StackHints = NO_HINTS, reference: Floats | None = None
+) -> tuple[Streams, Floats | None]:
     """Streams by name (planes without codes have none), and the decoder's array where the chain predicts.
 
     ``bits`` are ``[H, T, D]``, unsigned integers of the tensor's item size; ``reference`` is the array that the
@@ -65,37 +65,39 @@ def encode(chain: Chain, bits: Bits, part: Part, reference: Floats | None = None
         UnrepresentableError: a lossy chain met values it cannot represent.
 
     """
-    plan = plan_of(chain, part)
+    route = route_of(chain, part)
     if chain.quantizer.exact:
-        return _write(chain, plan, chain.quantizer.encode(bits, part)), None
-    values = to_float32(bits[:, plan.start : plan.stop], part.dtype)
+        return _write(chain, route, chain.quantizer.encode(bits, part, hints)), None
+    values = to_float32(bits[:, route.start : route.stop], part.dtype)
     if not np.isfinite(values).all():
         raise UnrepresentableError("NaN or Inf")
-    for transform, before in zip(chain.transforms, plan.parts, strict=False):
+    for transform, before in zip(chain.transforms, route.parts, strict=False):
         values = transform.forward(values, before)
     decoded = None
     if chain.predictor is None:
-        codes = chain.quantizer.encode(values, plan.parts[-1])
+        codes = chain.quantizer.encode(values, route.parts[-1], hints)
     else:
-        codes, decoded = _encode_rows(chain, values, plan.parts[-1], reference)
+        codes, decoded = _encode_rows(chain, values, route.parts[-1], hints, reference)
     if chain.keep:
-        whole = np.concatenate([bits[:, : plan.start], bits[:, plan.stop :]], axis=1)
+        whole = np.concatenate([bits[:, : route.start], bits[:, route.stop :]], axis=1)
         codes = [*split(whole, part.dtype), *codes]
-    return _write(chain, plan, codes), decoded
+    return _write(chain, route, codes), decoded
 
 
-def _write(chain: Chain, plan: Plan, codes: Sequence[Codes]) -> Streams:
+def _write(chain: Chain, route: StageRoute, codes: Sequence[Codes]) -> Streams:
     streams: Streams = []
     before: dict[str, Codes] = {}
-    for plane, code in zip((*plan.whole, *plan.planes), codes, strict=True):
+    for plane, code in zip((*route.whole, *route.planes), codes, strict=True):
         if plane.size and plane.width:
-            scaled = chain.quantizer.scaled(plane, before, plan.parts[-1])
+            scaled = chain.quantizer.scaled(plane, before, route.parts[-1])
             streams.append((plane.name, chain.entropy.encode(code, scaled)))
         before[plane.name] = code
     return streams
 
 
-def _encode_rows(chain: Chain, values: Floats, part: Part, reference: Floats | None) -> tuple[list[Codes], Floats]:
+def _encode_rows(
+    chain: Chain, values: Floats, part: Part, hints: StackHints, reference: Floats | None
+) -> tuple[list[Codes], Floats]:
     assert chain.predictor is not None
     decoded = np.zeros(part.shape, np.float32)
     rows: list[list[Codes]] = []
@@ -103,7 +105,7 @@ def _encode_rows(chain: Chain, values: Floats, part: Part, reference: Floats | N
         expected = chain.predictor.predict(row, decoded, reference, part)
         one = replace(part, shape=(1, *part.shape[1:]), row=row)
         with np.errstate(over="ignore", invalid="ignore"):
-            rows.append(chain.quantizer.encode(values[row : row + 1] - expected, one))
+            rows.append(chain.quantizer.encode(values[row : row + 1] - expected, one, hints))
             copies = [code.copy() for code in rows[-1]]  # decoding reuses them
             decoded[row] = (expected + chain.quantizer.decode(copies, one))[0]
         if not np.isfinite(decoded[row]).all():
@@ -122,47 +124,47 @@ def decode(
         CorruptError: streams that do not decode to this part.
 
     """
-    plan = plan_of(chain, part)
-    if [name for name, _ in streams] != [plane.name for plane in plan.stored]:
+    route = route_of(chain, part)
+    if [name for name, _ in streams] != [plane.name for plane in route.stored]:
         raise CorruptError("corrupt: the part does not have the streams of its codec")
     try:
-        return _decode(chain, streams, part, plan, reference)
+        return _decode(chain, streams, part, route, reference)
     except UnrepresentableError as error:
         raise CorruptError(f"corrupt: {error}") from None
 
 
 def _decode(
-    chain: Chain, streams: Sequence[tuple[str, memoryview]], part: Part, plan: Plan, reference: Floats | None
+    chain: Chain, streams: Sequence[tuple[str, memoryview]], part: Part, route: StageRoute, reference: Floats | None
 ) -> tuple[Bits, Floats | None]:
     remaining = iter(streams)
     found: dict[str, Codes] = {}
-    for plane in (*plan.whole, *plan.planes):
+    for plane in (*route.whole, *route.planes):
         if plane.size and plane.width:
-            scaled = chain.quantizer.scaled(plane, found, plan.parts[-1])
+            scaled = chain.quantizer.scaled(plane, found, route.parts[-1])
             found[plane.name] = chain.entropy.decode(next(remaining)[1], scaled)
         else:
             found[plane.name] = np.zeros(plane.shape, plane.code_dtype)
     every = list(found.values())
-    whole, codes = every[: len(plan.whole)], every[len(plan.whole) :]
+    whole, codes = every[: len(route.whole)], every[len(route.whole) :]
     if chain.quantizer.exact:
         return chain.quantizer.decode(codes, part), None
     decoded = None
     if chain.predictor is None:
-        values = chain.quantizer.decode(codes, plan.parts[-1])
+        values = chain.quantizer.decode(codes, route.parts[-1])
     else:
-        values = decoded = _decode_rows(chain, codes, plan, reference)
-    for transform, before in reversed(list(zip(chain.transforms, plan.parts, strict=False))):
+        values = decoded = _decode_rows(chain, codes, route, reference)
+    for transform, before in reversed(list(zip(chain.transforms, route.parts, strict=False))):
         values = transform.inverse(values, before)
     bits = from_float32(values, part.dtype)
     if chain.keep:
         kept = join(whole, part.dtype)
-        bits = np.concatenate([kept[:, : plan.start], bits, kept[:, plan.start :]], axis=1)
+        bits = np.concatenate([kept[:, : route.start], bits, kept[:, route.start :]], axis=1)
     return bits, decoded
 
 
-def _decode_rows(chain: Chain, codes: list[Codes], plan: Plan, reference: Floats | None) -> Floats:
+def _decode_rows(chain: Chain, codes: list[Codes], route: StageRoute, reference: Floats | None) -> Floats:
     assert chain.predictor is not None
-    part = plan.parts[-1]
+    part = route.parts[-1]
     decoded = np.zeros(part.shape, np.float32)
     taken = [0] * len(codes)
     for row in range(part.shape[0]):

@@ -19,9 +19,11 @@ from kvpack.codecs.chain.base import Codes, Floats, Part, PlaneSpec, Quantizer, 
 from kvpack.codecs.chain.quantizers.dead_zone import require_settings, token_levels
 from kvpack.codecs.chain.rotary import rotate
 from kvpack.codecs.chain.symbols import LARGEST, unzigzag, zigzag
+from kvpack.codecs.context import NO_HINTS, StackHints
 from kvpack.codecs.low_rank import factors
 from kvpack.codecs.low_rank.tables import tables
 from kvpack.codecs.low_rank.weights import element_weights
+from kvpack.codecs.protocol import Hint, Scope
 
 Array = NDArray[Any]
 
@@ -39,9 +41,8 @@ class LowRank(Quantizer):
     name: ClassVar[str] = "low_rank"
     version: ClassVar[int] = 1
     exact: ClassVar[bool] = False
-    stacked: ClassVar[bool] = True
-    joint: ClassVar[bool] = True
-    adaptive: ClassVar[bool] = True
+    scope: ClassVar[Scope] = Scope.CACHE
+    hints: ClassVar[frozenset[Hint]] = frozenset({Hint.MASS, Hint.WEIGHTS})
 
     log_step: int
     importance: int
@@ -49,6 +50,11 @@ class LowRank(Quantizer):
     def __post_init__(self) -> None:
         """Check the configuration."""
         require_settings(self.log_step, self.importance)
+
+    @property
+    def prefix_stable(self) -> bool:
+        """Whether no token's level depends on its distance from the end."""
+        return self.importance == 0
 
     def planes(self, part: Part) -> list[PlaneSpec]:
         """RoPE's frequencies; what each token, element and direction is like; the two factors."""
@@ -77,7 +83,7 @@ class LowRank(Quantizer):
         scales = Scales((8 * columns).astype(np.int32), (-8 * rows).astype(np.int32), tables())
         return replace(plane, shape=(1, len(rows), len(columns)), scales=scales)
 
-    def encode(self, data: Floats, part: Part) -> list[Codes]:
+    def encode(self, data: Floats, part: Part, hints: StackHints = NO_HINTS) -> list[Codes]:
         """``[R, T, D]`` float32, keys after RoPE first, to the planes.
 
         Raises:
@@ -85,12 +91,12 @@ class LowRank(Quantizer):
 
         """
         rows, tokens, dims = part.shape
-        frequencies = _frequencies(part)
+        frequencies = _frequencies(part, hints)
         turned = _turned(data, frequencies, part, -1)
-        weights = element_weights(turned, part)
+        weights = element_weights(turned, part, hints.weights)
         steps = np.clip(np.rint(-4 * np.log2(weights)), -STEP_MIDDLE, STEP_MIDDLE - 1).astype(np.int64)
         flat = turned.transpose(1, 0, 2).reshape(tokens, rows * dims) / _octaves(steps).reshape(-1)
-        levels = self._levels(flat, part)
+        levels = self._levels(flat, part, hints)
         scaled = flat / self._token_steps(levels)
         basis, coefficients = factors.factorize(scaled, -levels, SPREAD_MIDDLE)
         classes = np.zeros((2, min(tokens, rows * dims)), np.uint8)
@@ -121,13 +127,13 @@ class LowRank(Quantizer):
         turning = int(np.argmin(np.append(frequencies != 0, False)))
         return _turned(data, frequencies[:turning], part, 1)
 
-    def _levels(self, rows: Floats, part: Part) -> Array:
+    def _levels(self, rows: Floats, part: Part, hints: StackHints) -> Array:
         """Each token's level ``[T]``: finer for what attention reads, finer still for the first tokens.
 
         ``rows`` ``[T, P]`` are in elements' steps; no level is so fine that coefficients would not fit their codes.
         """
-        levels = token_levels(part, self.importance).astype(np.int64)
-        sinks = part.first + np.arange(len(levels)) < SINKS
+        levels = token_levels(part, self.importance, hints.mass).astype(np.int64)
+        sinks = part.position + np.arange(len(levels)) < SINKS
         levels = np.where(sinks, np.minimum(levels, SINK_LEVEL), levels)
         norms = np.sqrt(np.square(rows).sum(1, dtype=np.float64))
         least = np.ceil(4 * np.log2(np.maximum(norms, 1e-30) * 2 / LARGEST) - self.log_step / 8)
@@ -154,9 +160,9 @@ def _live(before: Mapping[str, Codes]) -> NDArray[np.int32]:
     return classes[: int(np.argmin(np.append(classes != 0, False)))]
 
 
-def _frequencies(part: Part) -> Floats:
+def _frequencies(part: Part, hints: StackHints) -> Floats:
     """RoPE's frequencies where the capture tells them and they fit keys of this width; else none."""
-    found = part.side.frequencies
+    found = hints.frequencies
     fits = found is not None and 2 * len(found) <= part.shape[2] and (found > 0).all()
     return found if fits and found is not None else np.zeros(0, np.float32)
 
@@ -166,5 +172,5 @@ def _turned(data: Floats, frequencies: Floats, part: Part, sign: int) -> Floats:
     if not len(frequencies) or not part.keys:
         return data
     out = data.copy()
-    out[: part.keys] = rotate(data[: part.keys], frequencies, part.first, sign)
+    out[: part.keys] = rotate(data[: part.keys], frequencies, part.position, sign)
     return out

@@ -13,7 +13,7 @@ KEYS_BESIDE_VALUES = 2**0.5
 LEAST = 1e-90
 
 
-def element_weights(data: Floats, part: Part) -> NDArray[np.float64]:
+def element_weights(data: Floats, part: Part, weights: Floats | None) -> NDArray[np.float64]:
     """Weights ``[R, D]`` of the elements of ``data`` ``[R, T, D]``; weighted, they have variance 1 on average.
 
     A part whose side has no weights gets one weight for all keys, because logits add up their errors as they are, and
@@ -22,7 +22,7 @@ def element_weights(data: Floats, part: Part) -> NDArray[np.float64]:
     tokens = max(part.shape[1], 1)
     mean = data.mean(1, dtype=np.float64)
     energy = data.var(1, dtype=np.float64) + np.square(mean) / tokens
-    found = None if part.side.weights is None else part.side.weights.astype(np.float64)
+    found = None if weights is None else weights.astype(np.float64)
     if found is None:
         layers = energy.reshape(-1, max(part.heads, 1) * part.shape[2])
         each = np.maximum(layers.mean(1), LEAST).repeat(max(part.heads, 1))

@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from kvpack.codecs.chain.base import Floats, Part, Predictor
+from kvpack.codecs.protocol import Need, Scope
 from kvpack.errors import MismatchError
 
 
@@ -24,8 +25,8 @@ class CrossLayer(Predictor):
 
     name: ClassVar[str] = "cross_layer"
     version: ClassVar[int] = 1
-    profiled: ClassVar[bool] = True
-    stacked: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.PROFILE})
+    scope: ClassVar[Scope] = Scope.KIND
 
     section: str
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kvpack.codecs.chain.base import Codes, Floats, Part, PlaneSpec, Quantizer, UnrepresentableError
 from kvpack.codecs.chain.quantizers.affine.reference import dequantize, quantize
 from kvpack.codecs.chain.quantizers.float_split import join, split, split_planes
+from kvpack.codecs.context import NO_HINTS, StackHints
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Affine(Quantizer):
             *split_planes("F16", groups, "zero/"),
         ]
 
-    def encode(self, data: NDArray[Any], part: Part) -> list[Codes]:
+    def encode(self, data: NDArray[Any], part: Part, hints: StackHints = NO_HINTS) -> list[Codes]:
         """Float32 values ``[H, T, D]`` to planes.
 
         Raises:

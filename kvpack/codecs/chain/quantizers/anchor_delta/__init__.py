@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from kvpack.codecs.chain.base import Codes, Floats, Part, PlaneSpec, Quantizer, UnrepresentableError
 from kvpack.codecs.chain.quantizers.float_split import join, split, split_planes
+from kvpack.codecs.context import NO_HINTS, StackHints
+from kvpack.codecs.protocol import Scope
 
 ANCHOR_LEVELS = 127
 """Anchors are codes -127 .. 127."""
@@ -48,7 +50,7 @@ class AnchorDelta(Quantizer):
     name: ClassVar[str] = "anchor_delta"
     version: ClassVar[int] = 1
     exact: ClassVar[bool] = False
-    stacked: ClassVar[bool] = True
+    scope: ClassVar[Scope] = Scope.KIND
 
     leading_bins: int
     bins: int
@@ -81,7 +83,7 @@ class AnchorDelta(Quantizer):
             *split_planes("F16", (layers, tokens - anchors, 1), "delta_scale/"),
         ]
 
-    def encode(self, data: NDArray[Any], part: Part) -> list[Codes]:
+    def encode(self, data: NDArray[Any], part: Part, hints: StackHints = NO_HINTS) -> list[Codes]:
         """Float32 values ``[L, T, C]`` to planes.
 
         Raises:

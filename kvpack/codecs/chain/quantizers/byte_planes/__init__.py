@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpack.codecs.chain.base import Codes, Part, PlaneSpec, Quantizer
+from kvpack.codecs.context import NO_HINTS, StackHints
 from kvpack.formats.safetensors import ITEM_BITS
 
 
@@ -24,7 +25,7 @@ class BytePlanes(Quantizer):
         """One plane of 8 bits a code for each byte of an element."""
         return [PlaneSpec(f"byte.{i}", part.shape, 8) for i in range(ITEM_BITS[part.dtype] // 8)]
 
-    def encode(self, data: NDArray[Any], part: Part) -> list[Codes]:
+    def encode(self, data: NDArray[Any], part: Part, hints: StackHints = NO_HINTS) -> list[Codes]:
         """Bit patterns ``[H, T, D]`` to bytes."""
         octets = np.ascontiguousarray(data).view(np.uint8).reshape(*part.shape, ITEM_BITS[part.dtype] // 8)
         return [np.ascontiguousarray(octets[..., i]) for i in range(octets.shape[-1])]

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpack.codecs.chain.base import Codes, Floats, Part, PlaneSpec, Quantizer, UnrepresentableError
+from kvpack.codecs.context import NO_HINTS, StackHints
+from kvpack.codecs.protocol import Need
 from kvpack.errors import MismatchError
 
 Halves = NDArray[np.float16]
@@ -73,7 +75,7 @@ class ComponentGroups(Quantizer):
     name: ClassVar[str] = "component_groups"
     version: ClassVar[int] = 1
     exact: ClassVar[bool] = False
-    profiled: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.PROFILE})
 
     section: str
     plan: str
@@ -101,7 +103,7 @@ class ComponentGroups(Quantizer):
             *(PlaneSpec(name, (rows, tokens, stored), 16, modelled=False) for name in ("shift", "scale")),
         ]
 
-    def encode(self, data: NDArray[Any], part: Part) -> list[Codes]:
+    def encode(self, data: NDArray[Any], part: Part, hints: StackHints = NO_HINTS) -> list[Codes]:
         """Coefficients ``[1, T, R]``, float32, to planes.
 
         Raises:

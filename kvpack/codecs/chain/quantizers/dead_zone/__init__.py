@@ -17,10 +17,12 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpack.codecs.chain.base import Codes, Floats, Part, PlaneSpec, Profile, Quantizer, Scales, UnrepresentableError
+from kvpack.codecs.chain.base import Codes, Floats, Part, PlaneSpec, Quantizer, Scales, UnrepresentableError
 from kvpack.codecs.chain.quantizers.dead_zone import cpu
 from kvpack.codecs.chain.quantizers.dead_zone.reference import MOST_SHIFT, magnitude_costs, thresholds
 from kvpack.codecs.chain.symbols import BUCKETS, LARGEST
+from kvpack.codecs.context import NO_HINTS, StackHints
+from kvpack.codecs.protocol import Hint, Need, Profile
 from kvpack.errors import MismatchError
 
 MIDDLE = 16
@@ -41,7 +43,8 @@ class DeadZone(Quantizer):
     name: ClassVar[str] = "dead_zone"
     version: ClassVar[int] = 2
     exact: ClassVar[bool] = False
-    profiled: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.PROFILE})
+    hints: ClassVar[frozenset[Hint]] = frozenset({Hint.MASS})
 
     section: str
     log_step: int
@@ -50,6 +53,11 @@ class DeadZone(Quantizer):
     def __post_init__(self) -> None:
         """Check the configuration."""
         require_settings(self.log_step, self.importance)
+
+    @property
+    def prefix_stable(self) -> bool:
+        """Whether no token's level depends on its distance from the end."""
+        return self.importance == 0
 
     def planes(self, part: Part) -> list[PlaneSpec]:
         """``levels`` and ``shifts`` ``[1, T, 1]``, then ``coefficients`` ``[1, T, R]``."""
@@ -95,14 +103,14 @@ class DeadZone(Quantizer):
         """The same as a number, ``[T, 1]``."""
         return np.exp2(self.log_step / 32 + levels[:, None] / 4).astype(np.float32)
 
-    def encode(self, data: NDArray[Any], part: Part) -> list[Codes]:
+    def encode(self, data: NDArray[Any], part: Part, hints: StackHints = NO_HINTS) -> list[Codes]:
         """Coefficients ``[1, T, R]``, float32, to levels, shifts and zigzag codes.
 
         Raises:
             UnrepresentableError: coefficients too large for the step.
 
         """
-        levels = token_levels(part, self.importance)
+        levels = token_levels(part, self.importance, hints.mass)
         scales, steps = self._scales(levels, part), self.steps(levels)
         with np.errstate(over="ignore"):
             if not (np.abs(data[0]).max(1, keepdims=True) < LARGEST * steps).all():
@@ -143,13 +151,15 @@ def require_settings(log_step: int, importance: int) -> None:
         raise ValueError("log_step is -1024 to 1024 and importance 0 to 100")
 
 
-def token_levels(part: Part, importance: int) -> NDArray[np.int32]:
+def token_levels(part: Part, importance: int, mass: Floats | None) -> NDArray[np.int32]:
     """Each token's level ``[T]``, from its attention mass where the capture has it, and its distance from the end."""
-    total = max(part.total, 1)
-    age = total - np.arange(total, dtype=np.float64)
-    weight = -AGE_EXPONENT * np.log2(age / total)
-    if part.side.mass is not None:
-        mass = np.asarray(part.side.mass, np.float64)
+    total = max(part.first + part.shape[1] if part.length is None else part.length, 1)
+    weight = np.zeros(total)
+    if part.length is not None:
+        age = total - np.arange(total, dtype=np.float64)
+        weight = -AGE_EXPONENT * np.log2(age / total)
+    if mass is not None and len(mass) == total:
+        mass = np.asarray(mass, np.float64)
         weight += MASS_EXPONENT * np.log2(np.maximum(mass / max(mass.mean(), 1e-30), 1e-3))
     weight = np.clip(weight - weight.mean(), -6, 6)
     levels: NDArray[np.int32] = np.rint(-4 * importance / 100 * weight).astype(np.int32)

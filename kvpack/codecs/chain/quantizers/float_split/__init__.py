@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpack.codecs.chain.base import Codes, Part, PlaneSpec, Quantizer
+from kvpack.codecs.context import NO_HINTS, StackHints
 from kvpack.numerics.floats import FLOAT_BITS, UINT
 
 
@@ -54,7 +55,7 @@ class FloatSplit(Quantizer):
         """``sign_exponent`` (1 + exponent bits) and ``mantissa``."""
         return split_planes(part.dtype, part.shape)
 
-    def encode(self, data: NDArray[Any], part: Part) -> list[Codes]:
+    def encode(self, data: NDArray[Any], part: Part, hints: StackHints = NO_HINTS) -> list[Codes]:
         """Bit patterns ``[H, T, D]`` to the two planes."""
         return split(data, part.dtype)
 

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from kvpack.codecs.chain.base import Codes, Floats, Part, PlaneSpec, Quantizer, UnrepresentableError
 from kvpack.codecs.chain.quantizers.float_split import join, split, split_planes
 from kvpack.codecs.chain.random import rotation_matrix
+from kvpack.codecs.context import NO_HINTS, StackHints
+from kvpack.codecs.protocol import Need
 from kvpack.errors import MismatchError
 from kvpack.numerics.jit import njit
 
@@ -29,7 +31,7 @@ class Higgs(Quantizer):
     name: ClassVar[str] = "higgs"
     version: ClassVar[int] = 1
     exact: ClassVar[bool] = False
-    profiled: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.PROFILE})
 
     bits: int
     seed: int
@@ -50,7 +52,7 @@ class Higgs(Quantizer):
             *split_planes("F16", (rows, tokens, 1), "norm/"),
         ]
 
-    def encode(self, data: NDArray[Any], part: Part) -> list[Codes]:
+    def encode(self, data: NDArray[Any], part: Part, hints: StackHints = NO_HINTS) -> list[Codes]:
         """Float32 values ``[H, T, D]`` to planes.
 
         Raises:

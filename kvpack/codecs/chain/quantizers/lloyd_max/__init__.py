@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kvpack.codecs.chain.base import Codes, Floats, Part, PlaneSpec, Quantizer, UnrepresentableError
 from kvpack.codecs.chain.quantizers.float_split import join, split, split_planes
 from kvpack.codecs.chain.quantizers.lloyd_max import reference
+from kvpack.codecs.context import NO_HINTS, StackHints
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class LloydMax(Quantizer):
             planes += [PlaneSpec("signs", part.shape, 1), *split_planes("F16", norms, "residual_norm/")]
         return planes
 
-    def encode(self, data: NDArray[Any], part: Part) -> list[Codes]:
+    def encode(self, data: NDArray[Any], part: Part, hints: StackHints = NO_HINTS) -> list[Codes]:
         """Float32 values ``[H, T, D]`` to planes.
 
         Raises:

@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from kvpack.codecs.chain.base import Floats, Part, Transform
+from kvpack.codecs.protocol import Need, Scope
 from kvpack.errors import MismatchError
 
 
@@ -21,8 +22,8 @@ class Klt(Transform):
 
     name: ClassVar[str] = "klt"
     version: ClassVar[int] = 1
-    profiled: ClassVar[bool] = True
-    stacked: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.PROFILE})
+    scope: ClassVar[Scope] = Scope.KIND
 
     section: str
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from kvpack.codecs.chain.base import Floats, Part, Transform
+from kvpack.codecs.protocol import Scope
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class MergeHeads(Transform):
 
     name: ClassVar[str] = "merge_heads"
     version: ClassVar[int] = 1
-    stacked: ClassVar[bool] = True
+    scope: ClassVar[Scope] = Scope.KIND
 
     def output(self, part: Part) -> Part:
         """One row a layer."""

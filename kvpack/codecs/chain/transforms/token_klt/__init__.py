@@ -17,6 +17,7 @@ from kvpack.codecs.chain.base import Floats, Part, Transform
 from kvpack.codecs.chain.rotary import turns
 from kvpack.codecs.chain.transforms.token_klt import cpu
 from kvpack.codecs.chain.transforms.token_klt.model import TokenModel, model_of
+from kvpack.codecs.protocol import Need, Scope
 from kvpack.errors import MismatchError
 
 
@@ -26,9 +27,8 @@ class TokenKlt(Transform):
 
     name: ClassVar[str] = "token_klt"
     version: ClassVar[int] = 2
-    profiled: ClassVar[bool] = True
-    stacked: ClassVar[bool] = True
-    joint: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.PROFILE, Need.TOKENS})
+    scope: ClassVar[Scope] = Scope.CACHE
 
     section: str
 
@@ -56,7 +56,7 @@ class TokenKlt(Transform):
         model = self.model(part)
         rows, tokens, dims = part.shape
         flat = np.empty((tokens, rows, dims), np.float32)
-        cpu.gather(values, *turns(model.frequencies, part.first, tokens), flat)
+        cpu.gather(values, *turns(model.frequencies, part.position, tokens), flat)
         with np.errstate(over="ignore", invalid="ignore"):
             return model.coordinates(flat.reshape(tokens, -1), part)[None]
 
@@ -67,7 +67,7 @@ class TokenKlt(Transform):
         with np.errstate(over="ignore", invalid="ignore"):
             flat = model.rows(values[0], part)
         out = np.empty((rows, tokens, dims), np.float32)
-        cpu.scatter(flat.reshape(tokens, rows, dims), *turns(model.frequencies, part.first, tokens), out)
+        cpu.scatter(flat.reshape(tokens, rows, dims), *turns(model.frequencies, part.position, tokens), out)
         return out
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpack.codecs.chain.base import Floats, Part, Profile
+from kvpack.codecs.chain.base import Floats, Part
 from kvpack.codecs.chain.packed import unpack_matrix
+from kvpack.codecs.protocol import Profile
 from kvpack.errors import MismatchError
 from kvpack.numerics.jit import njit
 
@@ -121,14 +122,14 @@ class TokenModel:
 
     def coordinates(self, flat: Floats, part: Part) -> Floats:
         """What is coded of rows ``[T, P]``, which are overwritten: ``[T, rank]``, 0 for sinks."""
-        for tokens, mean in self.means(part.first, len(flat)):
+        for tokens, mean in self.means(part.position, len(flat)):
             flat[tokens] -= mean
         common = self.analysis.shape[1]
         found = np.empty((len(flat), self.rank), np.float32)
         np.matmul(flat, self.analysis, out=found[:, :common])
         self.local.coordinates(flat, found[:, :common], found[:, common:])
         found -= self.predict(part)
-        found[: max(self.sinks - part.first, 0)] = 0
+        found[: max(self.sinks - part.position, 0)] = 0
         return found
 
     def rows(self, coordinates: Floats, part: Part) -> Floats:
@@ -138,7 +139,7 @@ class TokenModel:
         whole += coordinates
         flat: Floats = whole[:, :common] @ self.synthesis
         self.local.add_rows(whole[:, common:], flat)
-        for tokens, mean in self.means(part.first, len(flat)):
+        for tokens, mean in self.means(part.position, len(flat)):
             flat[tokens] += mean
         return flat
 
@@ -159,15 +160,15 @@ class TokenModel:
             MismatchError: token ids that the profile's model does not have.
 
         """
-        tokens = part.side.tokens
-        stop = part.first + part.shape[1]
+        tokens = part.context.tokens
+        stop = part.position + part.shape[1]
         out = np.zeros((part.shape[1], self.rank), np.float32)
         if tokens is None:
             return out
         self.require(tokens)
-        start = max(part.first, self.sinks)
+        start = max(part.position, self.sinks)
         if start < stop:
-            self.predictor.expected(tokens[:stop], start, out[start - part.first :])
+            self.predictor.expected(tokens[:stop], start, out[start - part.position :])
         return out
 
 
@@ -220,13 +221,14 @@ def model_of(part: Part, section: str) -> TokenModel:
 
     """
     part.array(f"{section}.mean")
-    assert part.profile is not None
+    given = part.context.profile
+    assert given is not None
     with _lock:
         for profile, name, model in _held:
-            if profile is part.profile and name == section:
+            if profile is given and name == section:
                 return model
         model = _load(part, section)
-        _held.append((part.profile, section, model))
+        _held.append((given, section, model))
         del _held[:-2]
         return model
 

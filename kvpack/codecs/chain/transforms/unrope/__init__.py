@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from kvpack.codecs.chain.base import Floats, Part, Transform
 from kvpack.codecs.chain.rotary import rotate
+from kvpack.codecs.protocol import Need
 from kvpack.errors import MismatchError
 
 
@@ -16,15 +17,15 @@ class Unrope(Transform):
 
     name: ClassVar[str] = "unrope"
     version: ClassVar[int] = 1
-    profiled: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.PROFILE})
 
     def forward(self, values: Floats, part: Part) -> Floats:
         """Keys after RoPE to keys before it; ``[H, T, D]``."""
-        return rotate(values, _frequencies(part), part.first, -1)
+        return rotate(values, _frequencies(part), part.position, -1)
 
     def inverse(self, values: Floats, part: Part) -> Floats:
         """Keys before RoPE to keys after it; ``[H, T, D]``."""
-        return rotate(values, _frequencies(part), part.first, 1)
+        return rotate(values, _frequencies(part), part.position, 1)
 
 
 def _frequencies(part: Part) -> Floats:

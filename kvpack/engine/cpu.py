@@ -1,0 +1,119 @@
+"""The engine of a CPU: each task is one call of its codec, on a pool of threads."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+
+import numpy as np
+
+from kvpack.codecs.chain.base import UnrepresentableError
+from kvpack.codecs.protocol import PartStreams
+from kvpack.engine.tasks import DecodeTask, Done, EncodeTask, Task
+from kvpack.engine.threads import available_threads, keep_freed_memory
+from kvpack.errors import CorruptError
+from kvpack.kvp.frame import FramePart, Stream
+from kvpack.numerics.checksum import checksum
+from kvpack.numerics.floats import Bits
+
+BUDGET = 96 << 20
+"""Bytes of blocks that may be in work or wait for their turn, beyond one block a thread."""
+
+MAX_AHEAD = 4
+"""Tasks a thread that may be in work or wait for their turn."""
+
+
+class CpuEngine:
+    """Runs tasks on ``threads`` threads (all processors by default); results come in the order of the tasks."""
+
+    def __init__(self, threads: int | None = None, budget: int = BUDGET) -> None:
+        """``budget`` is in bytes, see :data:`BUDGET`."""
+        self.threads, self.budget = threads or available_threads(), budget
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[Done]:
+        """See :class:`kvpack.engine.tasks.Engine`."""
+        keep_freed_memory()
+        pending: deque[tuple[Future[Done], int]] = deque()
+        held = 0
+        with ThreadPoolExecutor(self.threads) as pool:
+            try:
+                for task in tasks:
+                    while self._full(len(pending), held + task.nbytes):
+                        future, size = pending.popleft()
+                        yield future.result()
+                        del future
+                        held -= size
+                    pending.append((pool.submit(run_task, task), task.nbytes))
+                    held += task.nbytes
+                while pending:
+                    yield pending.popleft()[0].result()
+            finally:
+                for future, _ in pending:
+                    future.cancel()
+
+    def _full(self, count: int, held: int) -> bool:
+        return count >= self.threads and (held > self.budget or count >= MAX_AHEAD * self.threads)
+
+
+def run_task(task: Task) -> Done:
+    """The result of a task; what goes wrong is part of it."""
+    try:
+        return encode_block(task) if isinstance(task, EncodeTask) else decode_block(task)
+    except Exception as error:
+        return Done(task.ticket, error=error)
+
+
+def encode_block(task: EncodeTask) -> Done:
+    """Encode a block by the first of its codecs that can represent it."""
+    arrays = [np.ascontiguousarray(array) for array in task.block.arrays]
+    number, streams = _encoded(task)
+    every = zip(arrays, streams, strict=True)
+    return Done(task.ticket, tuple(FramePart(number, checksum(array), _summed(own)) for array, own in every))
+
+
+def _encoded(task: EncodeTask) -> tuple[int, list[PartStreams]]:
+    *others, (last, carrier) = task.codecs
+    for number, codec in others:
+        with suppress(UnrepresentableError):
+            return number, codec.encode(task.block, task.context, task.hints)
+    return last, carrier.encode(task.block, task.context, task.hints)
+
+
+def _summed(streams: PartStreams) -> tuple[Stream, ...]:
+    return tuple(Stream(name, data, checksum(data)) for name, data in streams)
+
+
+def decode_block(task: DecodeTask) -> Done:
+    """Decode a block, its checksums and the digests of what is exact verified.
+
+    Raises:
+        CorruptError: a checksum, the coding or a digest does not hold.
+
+    """
+    streams = [_verified(spec.label, part) for spec, part in zip(task.block.parts, task.parts, strict=True)]
+    try:
+        arrays = task.codec.decode(task.block, streams, task.context)
+    except CorruptError as error:
+        raise CorruptError(f"{task.block.parts[0].label}: {error}") from None
+    for spec, part, bits in zip(task.block.parts, task.parts, arrays, strict=True):
+        if task.codec.exact(spec) and checksum(np.ascontiguousarray(bits)) != part.digest:
+            raise CorruptError(f"corrupt: {spec.label} does not match the digest of the original")
+    return placed(task, arrays)
+
+
+def _verified(label: str, part: FramePart) -> PartStreams:
+    for name, data, expected in part.streams:
+        if checksum(data) != expected:
+            raise CorruptError(f"corrupt: the checksum of {label}, stream {name!r}, does not match")
+    return [(name, data) for name, data, _ in part.streams]
+
+
+def placed(task: DecodeTask, arrays: list[Bits]) -> Done:
+    """The result of a task whose parts decode to ``arrays``; they are copied where it has a room."""
+    if task.room is None:
+        return Done(task.ticket, arrays=tuple(arrays))
+    for target, bits in zip(task.room.arrays, arrays, strict=True):
+        target[...] = bits
+    return Done(task.ticket)

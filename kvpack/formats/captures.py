@@ -1,0 +1,46 @@
+"""What kvpack calls a capture's tensors, and the cache that such names describe. Standard library alone."""
+
+from __future__ import annotations
+
+import re
+from math import prod
+
+from kvpack.cache import CacheSpec, Role, TensorInfo
+from kvpack.formats.safetensors import Header, TensorSpec
+
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+_LAYER_NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,8})\.(keys|values)")
+
+
+def layer_of(entry: TensorSpec) -> int | None:
+    """The layer's index if the tensor is a layer's keys or values (``layers.{i}.keys``, ``[H, T, D]`` floats)."""
+    found = _LAYER_NAME.fullmatch(entry.name)
+    if found is None or len(entry.shape) != 3 or entry.dtype not in FLOAT_DTYPES:
+        return None
+    return int(found[1])
+
+
+def tensor_info(entry: TensorSpec) -> TensorInfo:
+    """A tensor of a cache, as its entry in a safetensors header describes it.
+
+    The shape of one that is neither keys nor values is folded: T is its longest axis, the first of several.
+    """
+    layer = layer_of(entry)
+    if layer is not None:
+        heads, rows, dims = entry.shape
+        role = Role(entry.name.rpartition(".")[2])
+        return TensorInfo(entry.name, role, layer, entry.dtype, (heads, rows, dims), entry.itemsize)
+    return TensorInfo(entry.name, Role.OTHER, None, entry.dtype, _folded(entry.shape), entry.itemsize)
+
+
+def _folded(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    longest = max(range(len(shape)), key=shape.__getitem__, default=0)
+    return prod(shape[:longest]), prod(shape[longest : longest + 1]), prod(shape[longest + 1 :])
+
+
+def cache_spec(header: Header) -> CacheSpec:
+    """The cache that a safetensors header describes."""
+    tensors = [tensor_info(entry) for entry in header.tensors if entry.elements]
+    layers = tuple(tensor for tensor in tensors if tensor.layer is not None)
+    others = tuple(tensor for tensor in tensors if tensor.layer is None)
+    return CacheSpec(layers, others, header.metadata)

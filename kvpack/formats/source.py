@@ -1,0 +1,59 @@
+"""Reads captures: windows of bit patterns, which are views of the mapped file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from kvpack.cache import PartSpec, Window, WindowSpec, windows
+from kvpack.formats.captures import cache_spec, layer_of
+from kvpack.formats.safetensors import TensorFile, TensorSpec
+from kvpack.numerics.floats import Bits
+
+WINDOW_TOKENS = 2048
+
+
+class Capture:
+    """A capture: a safetensors file, whose keys and values are named ``layers.{i}.keys`` and ``layers.{i}.values``."""
+
+    def __init__(self, file: TensorFile) -> None:
+        """Over an open file."""
+        self.file = file
+        self.spec = cache_spec(file.header)
+        self.tensors: Mapping[str, TensorSpec] = file.tensors
+        self.metadata: Mapping[str, str] = file.metadata
+
+    @classmethod
+    def open(cls, path: Path, name: str | None = None) -> Capture:
+        """Map and check ``path``; as :meth:`kvpack.formats.safetensors.TensorFile.open`."""
+        return cls(TensorFile.open(path, name))
+
+    def read(self, name: str, rows: slice | None = None) -> Bits:
+        """A tensor's bit patterns in its shape, or a range of rows of keys or values; nothing is copied.
+
+        Raises:
+            KeyError: the capture has no such tensor.
+
+        """
+        entry = self.tensors[name]
+        bits: Bits = np.frombuffer(self.file.data(entry), f"<u{entry.itemsize}").reshape(entry.shape)
+        if rows is None:
+            return bits
+        return bits[:, rows] if layer_of(entry) is not None else bits[..., rows]
+
+    def part(self, part: PartSpec) -> Bits:
+        """A part's bit patterns, a view ``[H, T, D]``."""
+        bits = self.read(part.tensor.name).reshape(part.tensor.shape)
+        return bits[:, part.first : part.first + part.tokens]
+
+    def window(self, spec: WindowSpec) -> Window:
+        """A window, or some parts of one."""
+        return Window(spec, tuple(map(self.part, spec.parts)))
+
+    def windows(self, tokens: int = WINDOW_TOKENS) -> Iterator[tuple[int, Mapping[str, Bits]]]:
+        """Keys and values, ``tokens`` rows at a time: the first row, and views ``[H, t, D]`` by tensor name."""
+        for spec in windows(self.spec, tokens):
+            if spec.layered:
+                yield spec.parts[0].first, {part.tensor.name: self.part(part) for part in spec.parts}
