@@ -144,8 +144,8 @@ def tables(counts: NDArray[np.float64]) -> NDArray[np.int32]:
 
 @dataclass(frozen=True)
 class _Case:
-    """A continuation behind a cache: ``mass`` ``[T]`` of its tokens, coefficients ``z`` ``[T, R]``, and the model's exact
-    log-probabilities ``[N, V]``.
+    """A continuation behind a cache: ``mass`` ``[T]`` of its tokens, coefficients ``z`` ``[T, R]``, and the
+    model's exact log-probabilities ``[N, V]``.
     """
 
     follow: Continuation

@@ -56,7 +56,7 @@ def encoder_hints(source: Capture, codec: Codec) -> Hints:
     return Hints(mass, frequencies, probe_weights(source, frequencies))
 
 
-def attention_mass(source: Capture) -> Floats | None:
+def attention_mass(source: Reader) -> Floats | None:
     """Each token's attention mass ``[T]``, the mean over layers and heads, or None where the capture has none."""
     entry = source.tensors.get("attention_mass")
     if entry is None or entry.dtype not in FLOAT_DTYPES or len(entry.shape) != 3:

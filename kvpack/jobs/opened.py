@@ -55,7 +55,7 @@ class Opened:
 
         """
         if device == "cpu":
-            return self._tensors("cpu", CpuEngine())
+            return self.tensors_by(CpuEngine(), "cpu")
         gpu, reason = find_gpu(device, AUTO_BYTES)
         if gpu is None:
             raise UsageError(f"no GPU for {device!r}: {reason or 'asked for the CPU'}")
@@ -65,9 +65,10 @@ class Opened:
         """:meth:`to_tensors` for a GPU that was found."""
         from kvpack.gpu.engine import GpuEngine
 
-        return self._tensors(gpu.device, GpuEngine(gpu))
+        return self.tensors_by(GpuEngine(gpu), gpu.device)
 
-    def _tensors(self, device: str, engine: Engine) -> dict[str, torch.Tensor]:
+    def tensors_by(self, engine: Engine, device: str) -> dict[str, torch.Tensor]:
+        """:meth:`to_tensors` by an engine of the caller's, which is that of ``device``."""
         if isinstance(self.source, Capture):
             read = self.source.read
             return {name: to_torch(read(name), entry.dtype).to(device) for name, entry in self._layers().items()}

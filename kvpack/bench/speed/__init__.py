@@ -23,11 +23,11 @@ from kvpack.bench.speed.paths import TOKENS
 from kvpack.bench.speed.timing import Speed, Timed, seconds, speed
 from kvpack.codecs.recipes import CODECS
 from kvpack.errors import UsageError
-from kvpack.formats.safetensors import TensorFile, build_header
-from kvpack.gpu.kernels import lloyd_max as turboquant
-from kvpack.formats.source import Capture
-from kvpack.jobs.reader import KvpFile, open_cache
 from kvpack.formats.captures import layer_of
+from kvpack.formats.safetensors import TensorFile, build_header
+from kvpack.formats.source import Capture
+from kvpack.gpu.kernels import lloyd_max as turboquant
+from kvpack.jobs.reader import KvpFile, open_cache
 from kvpack.profiles import Profile
 
 

@@ -10,7 +10,7 @@ import torch
 from kvpack.bench.speed.given import Given
 from kvpack.bench.speed.made import CODEC
 from kvpack.bench.speed.timing import Speed, Timed, by_kernel, seconds, speed
-from kvpack.gpu.engine.joint import Compressed, Joint
+from kvpack.gpu.engine.fisher_kernels import Coefficients, FisherKernels
 from kvpack.gpu.runtime.tensors import product
 
 
@@ -18,22 +18,22 @@ def rows(gpu: Timed, one: Given) -> Iterator[Speed]:
     """Compress and decompress, whole and kernel by kernel; what comes back is checked before anything is timed."""
     given, chunk, part = one.tensors, one.chunk, one.part
     tensors, heads, tokens, dims = given.shape
-    units, joint = tokens // chunk, Joint(gpu, CODEC.keys, part)
+    units, kernels = tokens // chunk, FisherKernels(gpu, CODEC.keys, part)
     out = torch.full_like(given, float("nan"))
     places = torch.arange(tensors, device=gpu.device) * given[0].numel() * 2
     offsets = places[None] + torch.arange(units, device=gpu.device)[:, None] * (2 * chunk * dims)
-    shape, stride, levels = (heads, chunk, dims), tokens * dims, joint.levels(0, units, chunk)
+    shape, stride, levels = (heads, chunk, dims), tokens * dims, kernels.levels(0, units, chunk, one.mass)
 
-    def compress() -> Compressed:
-        return joint.compress(offsets + given.data_ptr(), shape, stride, 0, levels)
+    def compress() -> Coefficients:
+        return kernels.compress(offsets + given.data_ptr(), shape, stride, 0, levels)
 
     done = compress()
     coded, shifts, size = done.coded, done.shifts.cpu().numpy(), 2 * given.numel()
-    arena = torch.cat([coded.arena[: int(coded.places[-1])], coded.arena.new_zeros(4 * chunk * joint.rank)])
-    streams, groups = coded.places[:-1] + arena.data_ptr(), chunk * joint.rank * 14 // 8 // 12288 + 2
+    arena = torch.cat([coded.arena[: int(coded.places[-1])], coded.arena.new_zeros(4 * chunk * kernels.rank)])
+    streams, groups = coded.places[:-1] + arena.data_ptr(), chunk * kernels.rank * 14 // 8 // 12288 + 2
 
     def decompress() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return joint.decompress(
+        return kernels.decompress(
             streams, coded.sizes, groups, offsets + out.data_ptr(), shape, stride, 0, levels, shifts
         )
 
@@ -42,7 +42,7 @@ def rows(gpu: Timed, one: Given) -> Iterator[Speed]:
     unlike = not torch.equal(sums, coded.checksums) or not error < one.worst
     if done.faults.any() or unsound.any() or odd.any() or unlike:
         raise RuntimeError(f"{one.name}: what comes back is not near what went in ({error}, at most {one.worst})")
-    label = f"{one.name}, {units} x {chunk}, R {joint.rank}"
+    label = f"{one.name}, {units} x {chunk}, R {kernels.rank}"
     bits = 8 * int(coded.sizes.sum()) / given.numel()
     yield speed("fisher compress", label, size, seconds(compress), f"{bits:.4f} bits an element, error {error:.4f}")
     yield speed("fisher decompress", label, size, seconds(decompress))
@@ -51,12 +51,12 @@ def rows(gpu: Timed, one: Given) -> Iterator[Speed]:
     for way, function in (("compress", compress), ("decompress", decompress)):
         for kernel, times in by_kernel(gpu, function).items():
             yield speed(f"  {way}: {kernel}", label, size, times, f"{median(times) * 1e6:.0f} us")
-    yield from _products(joint, tokens, label, size)
+    yield from _products(kernels, tokens, label, size)
 
 
-def _products(joint: Joint, tokens: int, label: str, size: int) -> Iterator[Speed]:
+def _products(kernels: FisherKernels, tokens: int, label: str, size: int) -> Iterator[Speed]:
     """The matrix products alone."""
-    m = joint.matrices
+    m = kernels.matrices
     told, width, windows = m.told.shape[0], m.prediction.width, m.groups[-1].window.stop
     stack, coordinates = (torch.randn(tokens, n, device=m.means.device).half() for n in (m.size + told, windows))
     inputs, rows = stack[:, m.size : m.size + width].contiguous(), stack[:, : m.size].contiguous()

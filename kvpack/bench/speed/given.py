@@ -15,15 +15,16 @@ from kvpack.bench.speed import made as making
 from kvpack.bench.speed.made import CODEC, Shape
 from kvpack.bench.speed.timing import Timed
 from kvpack.codecs.chain import pipeline
-from kvpack.codecs.chain.base import Part, Side
+from kvpack.codecs.chain.base import Part
+from kvpack.codecs.context import DecodeContext, StackHints
 from kvpack.errors import UsageError
-from kvpack.formats.safetensors import build_header
-from kvpack.gpu.kernels.token_klt import SPAN
-from kvpack.formats.source import Capture
-from kvpack.jobs.reader import KvpFile
-from kvpack.formats.sink import as_bytes
-from kvpack.jobs.hints import attention_mass, token_ids
 from kvpack.formats.captures import layer_of
+from kvpack.formats.safetensors import build_header
+from kvpack.formats.sink import as_bytes
+from kvpack.formats.source import Capture
+from kvpack.gpu.kernels.token_klt import SPAN
+from kvpack.jobs.hints import attention_mass, token_ids
+from kvpack.jobs.reader import KvpFile
 from kvpack.numerics.floats import to_float32
 from kvpack.profiles import Profile
 
@@ -33,6 +34,7 @@ CHUNK = 2048
 @dataclass(frozen=True)
 class Given:
     """A long capture in device memory, bf16 ``[S, H, T, D]``; ``chunk`` tokens are coded at a time.
+    ``mass`` ``[T]`` is the attention mass of its tokens, if known.
 
     What comes back must have no more than ``worst`` of the squares that went in as squared errors.
     """
@@ -42,12 +44,13 @@ class Given:
     tensors: torch.Tensor
     chunk: int
     worst: float
+    mass: NDArray[np.float32] | None = None
     names: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """As a capture."""
-        tokens = self.part.side.tokens
+        tokens = self.part.context.tokens
         assert tokens is not None
         entries = [(name, "BF16", tuple(self.tensors.shape[1:])) for name in self.names]
         header = build_header([*entries, ("tokens", "I32", tokens.shape)], self.metadata)
@@ -64,7 +67,7 @@ def made(gpu: Timed, shape: Shape, nbytes: int) -> Given:
     ids = np.random.default_rng(1).integers(0, making.VOCABULARY, tokens).astype(np.int32)
     whole = (2 * shape.layers * shape.heads, tokens, shape.dims)
     profile = making.profile(shape, gpu.device)
-    part = Part("BF16", whole, 0, tokens, shape.heads, profile=profile, side=Side(ids))
+    part = Part("BF16", whole, 0, tokens, shape.heads, context=DecodeContext(profile, ids))
     return Given(shape.name, part, making.cache(shape, part, gpu.device), CHUNK, 0.02)
 
 
@@ -76,37 +79,31 @@ def real(gpu: Timed, source: Capture | KvpFile, profile: Profile, nbytes: int) -
     profile.require_model(source.metadata)
     layers = sorted({layer for spec in source.tensors.values() if (layer := layer_of(spec)) is not None})
     names = [f"layers.{layer}.{kind}" for kind in ("keys", "values") for layer in layers]
-    side = side_of(source, ("tokens", "attention_mass"))
-    if side.tokens is None or any(source.tensors[name].dtype != "BF16" for name in names):
+    ids, mass = token_ids(source), attention_mass(source)
+    if ids is None or any(source.tensors[name].dtype != "BF16" for name in names):
         raise UsageError("--speed with a profile wants a capture in bf16 that has its tokens")
     tokens = min(CHUNK, source.tensors[names[0]].shape[1]) // SPAN * SPAN
     bits = np.stack([source.read(name)[:, :tokens] for name in names])
     tensors, heads, _, dims = bits.shape
     shape = (tensors * heads, tokens, dims)
-    part = Part("BF16", shape, 0, tokens, heads, profile=profile, side=repeated(side, tokens, 1))
+    part = Part("BF16", shape, 0, tokens, heads, context=DecodeContext(profile, ids[:tokens]))
     copies = -(-nbytes // bits.nbytes)
     device = torch.from_numpy(bits.view(np.int16)).to(gpu.device).view(torch.bfloat16)
-    whole = replace(part, shape=(shape[0], copies * tokens, dims), total=copies * tokens,
-                    side=repeated(side, tokens, copies))  # fmt: skip
-    worst = 1.01 * error_of(bits.reshape(shape), part)
-    return Given("capture", whole, turned_on(device, part, copies), tokens, worst, tuple(names), source.metadata)
+    context = DecodeContext(profile, np.tile(ids[:tokens], copies))
+    whole = replace(part, shape=(shape[0], copies * tokens, dims), length=copies * tokens, context=context)
+    masses = None if mass is None else np.tile(mass[:tokens], copies)
+    hints = StackHints(None if mass is None else mass[:tokens])
+    worst = 1.01 * error_of(bits.reshape(shape), part, hints)
+    turned = turned_on(device, part, copies)
+    return Given("capture", whole, turned, tokens, worst, masses, tuple(names), source.metadata)
 
 
-def error_of(bits: NDArray[np.uint16], part: Part) -> float:
+def error_of(bits: NDArray[np.uint16], part: Part, hints: StackHints) -> float:
     """Squared errors over squares of what the CPU makes of a part."""
-    streams, _ = pipeline.encode(CODEC.keys, bits, part)
+    streams, _ = pipeline.encode(CODEC.keys, bits, part, hints)
     back, _ = pipeline.decode(CODEC.keys, [(name, memoryview(data)) for name, data in streams], part)
     before, after = (to_float32(array, "BF16") for array in (bits, back))
     return float(np.square(after - before).sum() / np.square(before).sum())
-
-
-def repeated(side: Side, tokens: int, copies: int) -> Side:
-    """Token ids and masses of the first tokens, over and over."""
-
-    def over(array: Any) -> Any:
-        return None if array is None else np.tile(array[:tokens], copies)
-
-    return Side(over(side.tokens), over(side.mass))
 
 
 def turned_on(tensors: torch.Tensor, part: Part, copies: int) -> torch.Tensor:

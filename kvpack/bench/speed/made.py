@@ -14,9 +14,9 @@ from kvpack.codecs.chain.entropy.scaled_rans.reference import PRECISION
 from kvpack.codecs.chain.packed import pack_matrix
 from kvpack.codecs.chain.symbols import ALPHABET, LARGEST, split, zigzag
 from kvpack.codecs.chain.transforms.token_klt.model import DECAYS, LAGS, PLACES
-from kvpack.codecs.recipes import CODECS
+from kvpack.codecs.recipes import fisher, fisher_log_step
 
-CODEC = CODECS["fisher-4"]
+CODEC = fisher(fisher_log_step(4), name="fisher-4")
 CLASSES, UNIT_CLASS = 64, 20
 """Classes of the made profile, and the one of a scatter as wide as the step."""
 ROUNDING = 0.4

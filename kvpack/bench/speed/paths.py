@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvpack.gpu.engine import GpuEngine
 from kvpack import jobs
 from kvpack.bench.speed.timing import Speed, speed
+from kvpack.cache import windows
+from kvpack.codecs.context import DecodeContext, Hints
 from kvpack.codecs.protocol import Codec
-from kvpack.codecs.recipes import 
+from kvpack.engine import Done, EncodeTask, Engine, Task, Ticket
 from kvpack.formats.safetensors import TensorFile
-from kvpack.gpu import engine as device
-from kvpack.gpu.engine.staging import Source
-from kvpack.gpu.runtime.launch import Gpu
 from kvpack.formats.source import Capture
-from kvpack.jobs.reader import KvpFile
-from kvpack.formats.captures import layer_of
+from kvpack.gpu.engine import GpuEngine
+from kvpack.gpu.runtime.launch import Gpu
+from kvpack.jobs.opened import Opened
+from kvpack.jobs.reader import KvpFile, keys_and_values
 from kvpack.kvp import Container
 from kvpack.profiles import Profile
 
@@ -49,11 +49,6 @@ def _walls(function: Callable[[], Any]) -> list[float]:
     return sorted(times[1:])
 
 
-def _drained(items: Iterator[Any]) -> None:
-    for _ in items:
-        pass
-
-
 def rows(
     gpu: Gpu, source: Path, data: str, codec: Codec, profile: Profile | None = None, chunk: int = TOKENS
 ) -> Iterator[Speed]:
@@ -61,42 +56,57 @@ def rows(
     name = "" if codec.lossless else f"{codec.name} "
     remark = f"wall clock, first of {ROUNDS + 1} runs left out"
     size = sum(spec.nbytes for spec in TensorFile.open(source).tensors.values())
+    engine = GpuEngine(gpu)
     with tempfile.TemporaryDirectory(dir=source.parent) as folder:
         packed, back = Path(folder) / "packed.kvp", Path(folder) / "back.safetensors"
 
         def compress() -> None:
             with packed.open("wb") as sink:
-                jobs.compress(source, sink, codec, profile=profile, chunk_tokens=chunk, engine=GpuEngine(gpu))
+                jobs.compress(source, sink, codec, profile=profile, chunk_tokens=chunk, engine=engine)
 
         def decompress() -> None:
             with back.open("wb") as sink:
-                jobs.decompress(KvpFile.open(packed, profile), sink, engine=GpuEngine(gpu))
+                jobs.decompress(KvpFile.open(packed, profile), sink, engine=engine)
 
         def load() -> None:
-            archive = KvpFile.open(packed, profile)
-            names = [name for name, spec in archive.tensors.items() if layer_of(spec) is not None]
-            _drained(device.read(gpu, archive, names, fetch=False))
+            Opened(KvpFile.open(packed, profile)).tensors_by(engine, gpu.device)
 
         yield speed(f"{name}file to file compress", data, size, _walls(compress), remark)
         yield speed(f"{name}file to file decompress", data, size, _walls(decompress), remark)
         yield speed(f"{name}file to device", data, size, _walls(load), remark)
         if codec.lossless:
-            yield from _host_to_host(gpu, source, packed, data, size, remark)
+            yield from _host_to_host(gpu, source, packed, codec, data, size, remark)
 
 
-def _host_to_host(gpu: Gpu, source: Path, packed: Path, data: str, size: int, remark: str) -> Iterator[Speed]:
+def _drained(engine: Engine, tasks: list[Task], use: Callable[[Done], object] = id) -> None:
+    for done in engine.run(iter(tasks)):
+        if done.error is not None:
+            raise done.error
+        use(done)
+
+
+def _host_to_host(
+    gpu: Gpu, source: Path, packed: Path, codec: Codec, data: str, size: int, remark: str
+) -> Iterator[Speed]:
     """From pinned memory to pinned memory, both ways at once over the link."""
-    image = pinned(source)
+    image, file = pinned(source), pinned(packed)
     mapped = TensorFile.open(source)
-    capture = Capture(TensorFile(source, mapped.header, memoryview(image.numpy().data)))
-    plans = [plan for plan in plan_parts(mapped.header, TOKENS) if plan.layer is not None]
-    encoder, parts = device.Encoder(gpu), list(device.parts_of(capture, plans, Source(image)))
-    yield speed("host to host compress", data, size, _walls(lambda: _drained(encoder.encode(parts))), remark)
-    file = pinned(packed)
+    capture = Capture(TensorFile(data, mapped.header, memoryview(image.numpy().data)))
+    engine = GpuEngine(gpu, pinned=(image, file))
+    coding: list[Task] = [
+        EncodeTask(Ticket(0, w, i), capture.window(window.take(run)), ((0, codec),), DecodeContext(), Hints())
+        for w, window in enumerate(windows(capture.spec, TOKENS))
+        if window.layered
+        for i, run in enumerate(codec.blocks(window))
+    ]
+    yield speed("host to host compress", data, size, _walls(lambda: _drained(engine, coding)), remark)
     archive = KvpFile(Container(memoryview(file.numpy().data)))
-    names = [name for name, spec in archive.tensors.items() if layer_of(spec) is not None]
-    decoder = device.Decoder(gpu, archive, Source(file))
-    for name, bits in decoder.read(names):
-        if not np.array_equal(bits, capture.read(name)):
+    decoding: list[Task] = list(archive.tasks(keys_and_values))
+    parts = {task.ticket: task.block.parts[0] for task in archive.tasks(keys_and_values)}
+
+    def same(done: Done) -> None:
+        if not np.array_equal(done.arrays[0], capture.part(parts[done.ticket])):
             raise RuntimeError(f"{data}: what comes back is not what went in")
-    yield speed("host to host decompress", data, size, _walls(lambda: _drained(decoder.read(names))), remark)
+
+    _drained(engine, decoding, same)
+    yield speed("host to host decompress", data, size, _walls(lambda: _drained(engine, decoding)), remark)

@@ -1,24 +1,23 @@
-"""A part in device memory as a lossy codec's planes see it: what is kept whole (bf16), codes (a byte each), halves.
+"""How a part lies in device memory for a lossy codec: tokens kept whole (bf16), codes (a byte each) and halves.
 
-Each of these is an **array**, which is one plane or two. Planes of one geometry are coded by one launch, whichever
-arrays and parts they are of.
+Each of these is an **array**, which holds one plane of the file or two. Planes of one geometry are coded by one launch,
+whichever arrays and parts they belong to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
-from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvpack.cache import PartSpec
 from kvpack.codecs.chain.base import Part, PlaneSpec
+from kvpack.codecs.chain.chain import Chain
+from kvpack.codecs.chain.codec import ChainCodec
 from kvpack.codecs.chain.entropy.rans import Rans
-from kvpack.codecs.chain.pipeline import chain_of, plan_of
-from kvpack.codecs.recipes import Chain, Codec
+from kvpack.codecs.chain.pipeline import route_of
 from kvpack.gpu.engine.quantizers import Kernels, kernels_of
-from kvpack.kvp.layout import PartPlan
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +90,14 @@ class Layout:
         return [torch.empty((count, *s), dtype=d, device=gpu.device) for s, d in zip(shapes, dtypes, strict=False)]
 
 
+def layout_of(part: PartSpec, codec: ChainCodec) -> Layout | None:
+    """How a part lies in arrays, if there are kernels for all of it: bf16 keys or values, of shapes that they take."""
+    if part.tensor.layer is None or part.tensor.dtype != "BF16" or codec.stacked or not part.nbytes:
+        return None
+    array = Part(part.tensor.dtype, part.shape, part.first, part.length)
+    return _layout(codec.chain_for(part), array)
+
+
 @lru_cache(maxsize=4096)
 def _layout(chain: Chain, part: Part) -> Layout | None:
     from kvpack.gpu.kernels.rans import supports
@@ -98,14 +105,14 @@ def _layout(chain: Chain, part: Part) -> Layout | None:
     kernels = kernels_of(chain, part.shape[2])
     if kernels is None or not isinstance(chain.entropy, Rans):
         return None
-    plan = plan_of(chain, part)
-    floats = plan.planes[1:]
-    every = [plan.whole, plan.planes[:1], *(floats[i : i + 2] for i in range(0, len(floats), 2))]
+    route = route_of(chain, part)
+    floats = route.planes[1:]
+    every = [route.whole, route.planes[:1], *(floats[i : i + 2] for i in range(0, len(floats), 2))]
     arrays = [planes for planes in every if planes and planes[0].size]
     planes = [plane for array in arrays for plane in _planes_of(arrays.index(array), array)]
     if not planes or not all(supports(p.geometry.shape, p.geometry.width, floats=False) for p in planes):
         return None
-    return Layout(kernels, plan.start, plan.stop, bool(plan.whole and plan.whole[0].size), arrays, planes)
+    return Layout(kernels, route.start, route.stop, bool(route.whole and route.whole[0].size), arrays, planes)
 
 
 def _planes_of(number: int, array: list[PlaneSpec]) -> Iterator[Plane]:
@@ -113,32 +120,6 @@ def _planes_of(number: int, array: list[PlaneSpec]) -> Iterator[Plane]:
     for i, spec in enumerate(array):
         shift = sum(lower.width for lower in array[i + 1 :])
         yield Plane(spec.name, number, Geometry(spec.shape, len(array), shift, spec.width, spec.modelled))
-
-
-def layout_of(plan: PartPlan, codec: Codec) -> Layout | None:
-    """A part's layout, if there are kernels for all of it."""
-    chain = chain_of(codec, plan.tensor.name)
-    return _layout(chain, Part(plan.tensor.dtype, plan.shape, plan.first, plan.tensor.shape[1]))
-
-
-def takes_planes(plan: PartPlan, codec: Codec) -> bool:
-    """Whether the kernels code this part: bf16 keys or values, a lossy codec and a shape they are made for."""
-    ours = plan.layer is not None and plan.tensor.dtype == "BF16" and not codec.stacked and prod(plan.shape) > 0
-    return ours and layout_of(plan, codec) is not None
-
-
-def by_chain(names: Sequence[str], codec: Codec) -> list[int]:
-    """Positions of tensors, those of each chain next to each other, so that one launch takes them."""
-    return sorted(range(len(names)), key=lambda i: codec.keys != chain_of(codec, names[i]))
-
-
-def runs_of(plans: Sequence[PartPlan], codec: Codec) -> Iterator[tuple[slice, Layout]]:
-    """Parts next to each other that have one layout."""
-    stop = 0
-    for layout, run in groupby(plans, key=lambda plan: layout_of(plan, codec)):
-        start, stop = stop, stop + len(list(run))
-        assert layout is not None
-        yield slice(start, stop), layout
 
 
 def addresses_of(array: torch.Tensor) -> list[int]:

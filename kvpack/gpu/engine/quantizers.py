@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from kvpack.codecs.chain.chain import Chain
 from kvpack.codecs.chain.quantizers.affine import Affine
 from kvpack.codecs.chain.quantizers.lloyd_max import LloydMax
 from kvpack.codecs.chain.transforms.rotation import Rotation
-from kvpack.codecs.recipes import Chain
 
 if TYPE_CHECKING:
     import torch

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpack.codecs.chain.base import Part, Scales
+from kvpack.codecs.chain.chain import Chain
 from kvpack.codecs.chain.entropy.scaled_rans import ScaledRans, checked
 from kvpack.codecs.chain.quantizers.dead_zone import MIDDLE, DeadZone, token_levels
 from kvpack.codecs.chain.quantizers.dead_zone.reference import MOST_SHIFT
 from kvpack.codecs.chain.transforms.token_klt import TokenKlt
-from kvpack.codecs.recipes import Chain
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ Levels = NDArray[np.int32]
 """Levels, or shifts, of the tokens of units of one length, ``[U, T]``."""
 
 
-def is_joint(chain: Chain) -> bool:
+def is_fisher(chain: Chain) -> bool:
     """Whether a chain is ``fisher``'s."""
     every = (chain.keep, chain.predictor, len(chain.transforms))
     return (
@@ -44,7 +44,7 @@ def is_joint(chain: Chain) -> bool:
 
 
 @dataclass(frozen=True)
-class Compressed:
+class Coefficients:
     """In device memory: streams of the units' coefficients, shifts int32 ``[U, T]``, digests int64 ``[U, S]`` of the
     original tensors, faults int32 ``[U]``, not 0 where the GPU cannot represent a unit.
     """  # fmt: skip
@@ -55,7 +55,12 @@ class Compressed:
     faults: torch.Tensor
 
 
-class Joint:
+def _positions(part: Part) -> int:
+    """How many positions RoPE's turns are needed for."""
+    return part.origin + (part.first + part.shape[1] if part.length is None else part.length)
+
+
+class FisherKernels:
     """A codec and a profile in device memory, for the units of one capture."""
 
     def __init__(self, gpu: Launcher, chain: Chain, part: Part) -> None:
@@ -81,10 +86,10 @@ class Joint:
         widest = float(quantizer.steps(np.array([MIDDLE - 1], np.int32)).max())
         self.matrices = Matrices.of(gpu, model, -ceil(log2(widest)) - 1)  # so that no code times its step overflows
         self._tokens = None
-        if part.side.tokens is not None:
-            model.require(part.side.tokens)
-            self._tokens = Tokens.of(gpu, self.matrices.prediction, part.side.tokens)
-        self._cosines, self._sines = turns(model.frequencies, part.total, gpu.device)
+        if part.context.tokens is not None:
+            model.require(part.context.tokens)
+            self._tokens = Tokens.of(gpu, self.matrices.prediction, part.context.tokens)
+        self._cosines, self._sines = turns(model.frequencies, _positions(part), gpu.device)
 
     @property
     def rank(self) -> int:
@@ -98,7 +103,7 @@ class Joint:
         from kvpack.gpu.kernels import scaled_rans as coder
         from kvpack.gpu.kernels import token_klt as klt
 
-        if part.dtype != "BF16" or not is_joint(chain):
+        if part.dtype != "BF16" or not is_fisher(chain):
             return False
         stage = chain.transforms[0]
         assert isinstance(stage, TokenKlt)
@@ -116,10 +121,10 @@ class Joint:
         before = {"levels": (levels + MIDDLE).astype(np.uint8), "shifts": (shifts + MOST_SHIFT).astype(np.uint8)}
         return checked(self._quantizer.scaled(plane, before, part))
 
-    def levels(self, first: int, units: int, tokens: int) -> Levels:
-        """What the encoder decides for tokens from ``first`` on."""
+    def levels(self, first: int, units: int, tokens: int, mass: NDArray[np.float32] | None) -> Levels:
+        """What the encoder decides for rows from ``first`` on, whose attention mass ``[T]`` is known or not."""
         part = replace(self._part, first=first, shape=(1, units * tokens, 1))
-        return token_levels(part, self._quantizer.importance).reshape(units, tokens)
+        return token_levels(part, self._quantizer.importance, mass).reshape(units, tokens)
 
     def _classes(self, levels: Levels, shifts: Levels) -> tuple[Classes, NDArray[np.float32]]:
         """Classes in device memory, and each token's step, ``[U * T]``."""
@@ -136,7 +141,7 @@ class Joint:
 
     def compress(
         self, addresses: torch.Tensor, shape: tuple[int, int, int], head_stride: int, first: int, levels: Levels
-    ) -> Compressed:
+    ) -> Coefficients:
         """Code the units whose tensors ``[H, T, D]`` lie at ``addresses`` ``[U, S]``, from token ``first`` on.
 
         ``S`` counts all layers' keys and, behind them, values; nothing is waited for.
@@ -158,7 +163,7 @@ class Joint:
         del z
         classes = replace(classes, rows=rows.view(levels.shape))
         coded = encode(gpu, codes.view(*levels.shape, -1), classes)
-        return Compressed(coded, shifts.view(levels.shape), digests, faults)
+        return Coefficients(coded, shifts.view(levels.shape), digests, faults)
 
     def decompress(
         self,

@@ -1,0 +1,231 @@
+"""The engine of a GPU: tasks of one key are coded together, others run on the threads of the CPU meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvpack.engine import DecodeTask, Done, Task, available_threads
+from kvpack.engine.cpu import run_task
+from kvpack.errors import CorruptError
+from kvpack.gpu.engine.fisher import FisherDecoding, FisherEncoding
+from kvpack.gpu.engine.kernels import Kernels, Outcome
+from kvpack.gpu.engine.lossless import LosslessDecoding, LosslessEncoding
+from kvpack.gpu.engine.planes import PlaneDecoding, PlaneEncoding
+from kvpack.gpu.runtime.host import Slot
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvpack.gpu.runtime.launch import Launcher
+
+SLOTS = 5
+"""Batches at a time: one that is staged, two under way, one collected, one whose results are used."""
+
+AHEAD_BYTES = 256 << 20
+"""Bytes of tasks that may be asked for while a task waits for others of its key."""
+
+AHEAD_JOBS = 128
+"""Jobs (files) whose tasks may be asked for likewise: every one keeps a file open."""
+
+AHEAD_CPU = 4
+"""Tasks a thread that wait for the CPU or for their turn."""
+
+
+@dataclass
+class _Batch:
+    """Tasks of one key that wait for more; ``since`` is how many bytes had been asked for when the first came."""
+
+    kernels: Kernels
+    since: int
+    tasks: list[Task] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(task.nbytes for task in self.tasks)
+
+
+class GpuEngine:
+    """Runs tasks on a GPU where there are kernels for them, and on ``threads`` threads where there are none.
+
+    ``pinned`` are regions of page-locked memory, uint8, from which blocks that lie in them are sent without a copy.
+    """
+
+    def __init__(self, gpu: Launcher, threads: int | None = None, pinned: Sequence[torch.Tensor] = ()) -> None:
+        """On ``gpu``, which :func:`kvpack.gpu.runtime.host.find_gpu` gives."""
+        self.gpu, self.threads = gpu, threads or available_threads()
+        self._kernels: tuple[Kernels, ...] = (
+            LosslessEncoding(gpu, pinned),
+            LosslessDecoding(gpu, pinned),
+            PlaneEncoding(gpu, pinned),
+            PlaneDecoding(gpu, pinned),
+            FisherEncoding(gpu, pinned),
+            FisherDecoding(gpu, pinned),
+        )
+        self._lock = threading.Lock()
+        self._idle: list[list[Slot]] = []
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[Done]:
+        """See :class:`kvpack.engine.Engine`: results come in any order."""
+        with self._lock:
+            slots = self._idle.pop() if self._idle else [Slot(self.gpu) for _ in range(SLOTS)]
+        slots[0].synchronize()  # rooms may have been made on other streams
+        pipeline = _Pipeline(slots)
+        with ThreadPoolExecutor(self.threads) as pool:
+            cpu = _Background(pool, AHEAD_CPU * self.threads)
+            try:
+                for kernels, batch in self._batches(tasks):
+                    if kernels is None:
+                        yield from cpu.add(batch[0])
+                    else:
+                        for outcome in pipeline.push(kernels, batch):
+                            yield from self._settled(outcome, cpu)
+                    yield from cpu.ready()
+                for outcome in pipeline.drain():
+                    yield from self._settled(outcome, cpu)
+                yield from cpu.drain()
+            finally:
+                cpu.cancel()
+                pipeline.wait()
+        with self._lock:
+            self._idle.append(slots)
+
+    def _settled(self, outcome: Outcome, cpu: _Background) -> Iterator[Done]:
+        if isinstance(outcome, Done):
+            yield outcome
+        else:
+            yield from cpu.add(outcome)
+
+    def _batches(self, tasks: Iterable[Task]) -> Iterator[tuple[Kernels | None, list[Task]]]:
+        """Tasks of one key, as many as a batch takes or come soon enough; tasks without kernels one by one."""
+        waiting: dict[Hashable, _Batch] = {}
+        passed = 0
+        for task in tasks:
+            kernels, key = self._route(task)
+            if kernels is None:
+                yield None, [task]
+            else:
+                held = waiting.get(key)
+                if held is not None and not _fits(held, task):
+                    yield kernels, waiting.pop(key).tasks
+                waiting.setdefault(key, _Batch(kernels, passed)).tasks.append(task)
+            passed += task.nbytes
+            while waiting and _overdue(oldest := next(iter(waiting.values())), passed, task):
+                yield oldest.kernels, waiting.pop(next(iter(waiting))).tasks
+        yield from ((batch.kernels, batch.tasks) for batch in waiting.values())
+
+    def _route(self, task: Task) -> tuple[Kernels | None, Hashable]:
+        for number, kernels in enumerate(self._kernels):
+            key = kernels.key(task)
+            if key is not None:
+                return kernels, (number, key)
+        return None, None
+
+
+def _fits(batch: _Batch, task: Task) -> bool:
+    small = batch.nbytes + task.nbytes <= batch.kernels.batch_bytes
+    return small and batch.kernels.joins(batch.tasks, task)
+
+
+def _overdue(batch: _Batch, passed: int, task: Task) -> bool:
+    return passed - batch.since >= AHEAD_BYTES or task.ticket.job - batch.tasks[0].ticket.job >= AHEAD_JOBS
+
+
+class _Pipeline:
+    """Batches at their several steps: while one is finished, later ones are collected, under way and staged."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self._slots, self._number = slots, 0
+        self._staged: deque[tuple[Kernels, Any]] = deque()
+        self._under_way: deque[tuple[Kernels, Any]] = deque()
+        self._collected: deque[tuple[Kernels, Any]] = deque()
+
+    def push(self, kernels: Kernels, tasks: list[Task]) -> Iterator[Outcome]:
+        """Take one more batch, and give what an earlier one has come to."""
+        slot = self._slots[self._number % SLOTS]
+        self._number += 1
+        self._staged.append((kernels, kernels.stage(tasks, slot)))
+        if len(self._staged) > 1:
+            yield from self._start()
+        if len(self._under_way) > 2:
+            self._collect()
+        if len(self._collected) > 1:
+            yield from self._finish()
+
+    def drain(self) -> Iterator[Outcome]:
+        """Give everything that is left."""
+        while self._staged:
+            yield from self._start()
+        while self._under_way:
+            self._collect()
+            if len(self._collected) > 1:
+                yield from self._finish()
+        while self._collected:
+            yield from self._finish()
+
+    def wait(self) -> None:
+        """Wait for what is under way, so that memory that it uses can be let go of."""
+        for slot in self._slots:
+            slot.wait()
+
+    def _start(self) -> Iterator[Outcome]:
+        """Start the next batch; one that proves corrupt is given back, for the CPU to say what is wrong with it."""
+        kernels, staged = self._staged.popleft()
+        try:
+            self._under_way.append((kernels, kernels.start(staged)))
+        except CorruptError:
+            yield from staged.tasks
+
+    def _collect(self) -> None:
+        kernels, started = self._under_way.popleft()
+        self._collected.append((kernels, kernels.collect(started)))
+
+    def _finish(self) -> Iterator[Outcome]:
+        kernels, collected = self._collected.popleft()
+        return kernels.finish(collected)
+
+
+class _Background:
+    """Tasks that the CPU runs meanwhile; their results are given in the order of the tasks."""
+
+    def __init__(self, pool: ThreadPoolExecutor, most: int) -> None:
+        self._pool, self._most = pool, most
+        self._pending: deque[Future[Done]] = deque()
+
+    def add(self, task: Task) -> Iterator[Done]:
+        while len(self._pending) >= self._most:
+            yield self._pending.popleft().result()
+        self._pending.append(self._pool.submit(_on_cpu, task))
+
+    def ready(self) -> Iterator[Done]:
+        while self._pending and self._pending[0].done():
+            yield self._pending.popleft().result()
+
+    def drain(self) -> Iterator[Done]:
+        while self._pending:
+            yield self._pending.popleft().result()
+
+    def cancel(self) -> None:
+        for future in self._pending:
+            future.cancel()
+
+
+def _on_cpu(task: Task) -> Done:
+    """Run a task; what is to be decoded into a GPU's memory is sent there."""
+    if not isinstance(task, DecodeTask) or task.room is None:
+        return run_task(task)
+    done = run_task(replace(task, room=None))
+    if done.error is not None:
+        return done
+    import torch
+
+    for target, bits in zip(task.room.arrays, done.arrays, strict=True):
+        signed = np.ascontiguousarray(bits).view(np.dtype(f"i{bits.itemsize}"))
+        target.copy_(torch.from_numpy(signed))
+    return Done(task.ticket)
