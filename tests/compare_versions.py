@@ -47,7 +47,8 @@ for line in Path(sys.argv[2]).read_text().splitlines():
     label, source, codec, chunk, profile, selections = json.loads(line)
     packed, back = folder / "x.kvp", folder / "x.safetensors"
     known = ["-D", profile] if profile else []
-    found = [run("compress", source, "-c", codec, "-o", packed, "--chunk-tokens", chunk, "--device", "cpu", "-qf", *known)]
+    options = ["--chunk-tokens", chunk, "--device", "cpu", "-qf", *known]
+    found = [run("compress", source, "-c", codec, "-o", packed, *options)]
     found.append(digest(packed))
     if packed.exists():
         for options in ([], *selections):

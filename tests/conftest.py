@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from kvpack.cache import Window, WindowSpec
 from kvpack.cli.main import main
+from kvpack.codecs.context import DecodeContext, Hints
+from kvpack.codecs.protocol import Codec, PartStreams
+from kvpack.engine import CpuEngine, Engine
 from kvpack.formats.safetensors import TensorFile, build_header
 
 settings.register_profile("kvpack", deadline=None)  # the first call of a kernel compiles it
@@ -78,6 +82,22 @@ def gpu() -> Iterator[Any]:
         yield simt.Emulator()
     else:
         pytest.skip("neither a GPU nor g++")
+
+
+def engine_on(gpu: Any, threads: int | None = None) -> Engine:
+    """The engine of a GPU or what stands in for one; that of the CPU for None."""
+    if gpu is None:
+        return CpuEngine(threads)
+    from kvpack.gpu.engine import GpuEngine
+
+    return GpuEngine(gpu, threads)
+
+
+def encode_window(
+    codec: Codec, window: WindowSpec, bits: Sequence[np.ndarray], context: DecodeContext | None = None
+) -> list[PartStreams]:
+    """The streams of a window's parts, without hints."""
+    return codec.encode(Window(window, tuple(bits)), context or DecodeContext(), Hints())
 
 
 def write_tensors(

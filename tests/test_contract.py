@@ -159,7 +159,7 @@ def test_lossless_ratio_on_the_real_capture() -> None:
     assert done.original / done.size > 1.47
 
 
-@pytest.mark.parametrize("name", [name for name in STACKED if not family_of(name) == "local"])
+@pytest.mark.parametrize("name", [name for name in STACKED if family_of(name) != "local"])
 def test_layers_that_do_not_stack_are_refused(tmp_path: Path, name: str) -> None:
     bits = np.full((2, 200, 8), 0x3F80, np.uint16)
     even = write_tensors(tmp_path / "x", {f"layers.0.{kind}": ("BF16", bits) for kind in ("keys", "values")})

@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_tensors
+from conftest import encode_window, write_tensors
 from hypothesis import given as generated
 from hypothesis import strategies as st
-from kvpack.codecs.chain.units import Unit, units
 from profiles import VOCABULARY, arrays_for, fisher_arrays, matrix, write
 
 from kvpack import jobs
+from kvpack.cache import windows
 from kvpack.calibration.scales import tables
-from kvpack.codecs.chain.base import Part, Scales, Side, UnrepresentableError
+from kvpack.codecs.chain.base import Part, Scales, UnrepresentableError
+from kvpack.codecs.chain.codec import ChainCodec
 from kvpack.codecs.chain.quantizers.dead_zone import MIDDLE, MOST_SHIFT, DeadZone, quantise, reference, token_levels
 from kvpack.codecs.chain.rotary import rotate, turns
 from kvpack.codecs.chain.symbols import unzigzag
@@ -27,10 +28,10 @@ from kvpack.codecs.chain.transforms.token_klt import TokenKlt, cpu
 from kvpack.codecs.context import DecodeContext
 from kvpack.codecs.recipes import CODECS, fisher
 from kvpack.errors import MismatchError, UnsupportedError, UsageError
+from kvpack.formats.captures import cache_spec
 from kvpack.formats.safetensors import build_header
-from kvpack.jobs import reader as archive
 from kvpack.jobs.rate import COARSEST, FINEST, RESOLUTION, Goal, coarsest, step_for_kl
-from kvpack.kvp.layout import plan_parts
+from kvpack.jobs.reader import KvpFile
 from kvpack.numerics.floats import from_float32, to_float32
 from kvpack.profiles import Profile
 
@@ -42,9 +43,10 @@ RANK = SIZE + LAYERS
 PROFILE = arrays_for(LAYERS, HEADS, DIMS)
 
 
-def part(count: int, first: int = 0, total: int | None = None, **side: np.ndarray) -> Part:
+def part(count: int, first: int = 0, total: int | None = None, tokens: np.ndarray | None = None) -> Part:
     whole = first + count if total is None else total
-    return Part("F32", (2 * LAYERS * HEADS, count, DIMS), first, whole, HEADS, profile=PROFILE, side=Side(**side))
+    shape = (2 * LAYERS * HEADS, count, DIMS)
+    return Part("F32", shape, first, whole, HEADS, context=DecodeContext(PROFILE, tokens))
 
 
 def values(tokens: int, seed: int = 0) -> np.ndarray:
@@ -184,7 +186,7 @@ def test_foreign_token_ids_are_refused(foreign: int) -> None:
 )
 def test_sections_that_do_not_fit_together_are_refused(name: str, array: np.ndarray) -> None:
     profile = {**PROFILE, f"fisher.{name}": array}
-    given = Part("F32", (2 * LAYERS, 9, DIMS), 0, 9, HEADS, profile=profile, side=Side(ids(9) % 9))
+    given = Part("F32", (2 * LAYERS, 9, DIMS), 0, 9, HEADS, context=DecodeContext(profile, ids(9) % 9))
     with pytest.raises(MismatchError):
         KLT.forward(values(9), given)
 
@@ -192,31 +194,31 @@ def test_sections_that_do_not_fit_together_are_refused(name: str, array: np.ndar
 # ---- dead_zone -----------------------------------------------------------------------------------------------------
 
 
-def coefficients(count: int, **side: np.ndarray) -> Part:
-    return Part("F32", (1, count, RANK), 0, count, 1, profile=PROFILE, side=Side(**side))
+def coefficients(count: int) -> Part:
+    return Part("F32", (1, count, RANK), 0, count, 1, context=DecodeContext(PROFILE))
 
 
 def test_levels_follow_mass_and_age() -> None:
     """What is read more, and what is younger, gets a finer step: a lower level."""
-    plain = token_levels(coefficients(1000), 100)
+    plain = token_levels(coefficients(1000), 100, None)
     assert plain[0] > plain[-1]
     assert (np.diff(plain) <= 0).all()
-    assert (token_levels(coefficients(1000), 0) == 0).all()
+    assert (token_levels(coefficients(1000), 0, None) == 0).all()
     mass = np.ones(1000, np.float32)
     mass[500] = 100
-    heavy = token_levels(coefficients(1000, mass=mass), 100)
+    heavy = token_levels(coefficients(1000), 100, mass)
     assert heavy[500] < heavy[499] == heavy[501]
     for odd in (np.zeros(1000, np.float32), mass * 1e30):
-        levels = token_levels(coefficients(1000, mass=odd), 100)
+        levels = token_levels(coefficients(1000), 100, odd)
         assert -MIDDLE <= levels.min() <= levels.max() < MIDDLE
 
 
 def test_levels_do_not_depend_on_chunks() -> None:
     mass = np.random.default_rng(0).gamma(0.3, size=300).astype(np.float32)
-    whole = token_levels(coefficients(300, mass=mass), 20)
-    given = Part("F32", (1, 100, SIZE), 150, 300, 1, profile=PROFILE, side=Side(mass=mass))
-    assert (token_levels(given, 20) == whole[150:250]).all()
-    assert len(token_levels(Part("F32", (1, 0, SIZE), 0, 0), 20)) == 0
+    whole = token_levels(coefficients(300), 20, mass)
+    given = Part("F32", (1, 100, SIZE), 150, 300, 1, context=DecodeContext(PROFILE))
+    assert (token_levels(given, 20, mass) == whole[150:250]).all()
+    assert len(token_levels(Part("F32", (1, 0, SIZE), 0, 0), 20, None)) == 0
 
 
 @pytest.mark.parametrize("importance", [0, 20, 100])
@@ -325,35 +327,33 @@ def test_scales_for_another_basis_are_refused(name: str, array: np.ndarray) -> N
 def test_a_joint_stack_is_keys_then_values_and_its_streams_lie_with_the_first_part() -> None:
     """In file order, whatever the order of layers and kinds."""
     names = ["layers.10.values", "layers.2.keys", "layers.2.values", "layers.10.keys"]
-    plans = plan_parts(build_header([(name, "F32", [1, 30, DIMS]) for name in names], {}), 128)
-    (group,) = units(plans, True)
-    unit = Unit(group, fisher(-320), PROFILE, Side(ids(30)))
+    (window,) = windows(cache_spec(build_header([(name, "F32", [1, 30, DIMS]) for name in names], {})), 128)
+    codec, context = fisher(-320), DecodeContext(PROFILE, ids(30))
     x = values(30)
     rows = {"layers.2.keys": 0, "layers.10.keys": 1, "layers.2.values": 2, "layers.10.values": 3}
-    streams = unit.encode([from_float32(x[[rows[name]]], "F32") for name in names])
+    streams = encode_window(codec, window, [from_float32(x[[rows[name]]], "F32") for name in names], context)
     assert [[name for name, _ in some] for some in streams] == [["levels", "shifts", "coefficients"], [], [], []]
-    assert unit.stream_names() == {"levels", "shifts", "coefficients"}
-    back = unit.decode([[(name, memoryview(data)) for name, data in some] for some in streams])
+    assert codec.stream_names(window, context) == {"levels", "shifts", "coefficients"}
+    back = codec.decode(window, [[(name, memoryview(data)) for name, data in some] for some in streams], context)
     for name, bits in zip(names, back, strict=True):
         assert np.allclose(to_float32(bits, "F32")[0, 1:], x[rows[name], 1:], atol=0.02)
 
 
 def test_keys_and_values_of_different_shapes_do_not_join() -> None:
     names = [("layers.0.keys", "F32", [1, 30, DIMS]), ("layers.0.values", "F32", [1, 30, DIMS + 1])]
-    (group,) = units(plan_parts(build_header(names, {}), 128), True)
+    (window,) = windows(cache_spec(build_header(names, {})), 128)
     with pytest.raises(UnsupportedError, match="differ in shape"):
-        Unit(group, fisher(-320), PROFILE)
-    Unit(group, CODECS["cachegen-4"])
+        fisher(-320).stacks(window)
+    assert len(CODECS["cachegen-4"].stream_names(window, DecodeContext())) > 0
 
 
 def test_tokens_of_another_length_are_ignored() -> None:
     names = [("layers.0.keys", "F32", [1, 30, DIMS]), ("layers.0.values", "F32", [1, 30, DIMS])]
-    (group,) = units(plan_parts(build_header(names, {}), 128), True)
-    x = values(30)[:2]
-    bits = [from_float32(row[None], "F32") for row in x]
+    (window,) = windows(cache_spec(build_header(names, {})), 128)
+    bits = [from_float32(row[None], "F32") for row in values(30)[:2]]
     profile = arrays_for(1, 1, DIMS)
     none, short, right = (
-        Unit(group, fisher(-250), profile, side).encode(bits) for side in (Side(), Side(ids(29)), Side(ids(30)))
+        encode_window(fisher(-250), window, bits, DecodeContext(profile, tokens)) for tokens in (None, ids(29), ids(30))
     )
     assert none == short != right
 
@@ -462,8 +462,8 @@ def test_goals_are_one_and_sound(given: dict[str, Any]) -> None:
         Goal(**given)
 
 
-def test_chunks_are_decoded_once_each(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many tensors are read from them; also where they are kept in a file."""
+def test_windows_are_decoded_once_each(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many tensors are written from them, and whether the output can seek or not."""
     tensors = {f"layers.{i}.{kind}": ("F32", values(300, i)[i : i + 1]) for i in (0, 1) for kind in ("keys", "values")}
     raw = {name: (dtype, array.view(np.uint32)) for name, (dtype, array) in tensors.items()}
     source = write_tensors(tmp_path / "c.safetensors", raw)
@@ -472,14 +472,24 @@ def test_chunks_are_decoded_once_each(cli: Cli, tmp_path: Path, monkeypatch: pyt
     given = ("compress", source, "-c", "fisher-8", "-D", profile, "-o", packed, "--chunk-tokens", 128)
     assert cli(*given).code == 0
     decoded = []
-    whole = Unit.decode
-    monkeypatch.setattr(Unit, "decode", lambda unit, streams: decoded.append(unit) or whole(unit, streams))
-    for kept in (archive.KEPT_BYTES, 0):
-        monkeypatch.setattr(archive, "KEPT_BYTES", kept)
+    whole = ChainCodec.decode
+    monkeypatch.setattr(ChainCodec, "decode", lambda *given: decoded.append(given) or whole(*given))
+    for seekable in (True, False):
         decoded.clear()
         sink = io.BytesIO()
-        jobs.decompress(archive.KvpFile.open(packed, Profile.open(profile)), sink)
+        output = sink if seekable else Pipe(sink)
+        jobs.decompress(KvpFile.open(packed, Profile.open(profile)), output)
         assert len(decoded) == 3
         backs.append(sink.getvalue())
     assert backs[0] == backs[1]
     assert len(backs[0]) == source.stat().st_size
+
+
+class Pipe(io.RawIOBase):
+    """An output that cannot seek."""
+
+    def __init__(self, sink: io.BytesIO) -> None:
+        self._sink = sink
+
+    def write(self, data: Any) -> int:
+        return self._sink.write(data)

@@ -83,9 +83,9 @@ def test_stages_do_not_know_of_each_others_kinds() -> None:
         assert not any(".entropy" in n or ".transforms" in n for n in imported(path))
 
 
-@pytest.mark.parametrize("name", ["cache", "formats", "kvp"])
-def test_what_inspect_reads_with_needs_no_numpy_and_no_torch(name: str) -> None:
-    for path in (ROOT / "kvpack" / name).rglob("*.py"):
+@pytest.mark.parametrize("pattern", ["cache/*.py", "kvp/*.py", "formats/safetensors.py", "formats/captures.py"])
+def test_what_inspect_reads_with_needs_no_numpy_and_no_torch(pattern: str) -> None:
+    for path in (ROOT / "kvpack").glob(pattern):
         tree = ast.parse(path.read_text())
         for node in tree.body:  # imports when the module is loaded
             if isinstance(node, ast.Import | ast.ImportFrom):

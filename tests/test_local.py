@@ -11,31 +11,32 @@ import numpy as np
 import pytest
 import reference_decoder
 import reference_stages
-from conftest import SMALL, write_tensors
+from conftest import SMALL, encode_window, write_tensors
 from hypothesis import given
 from hypothesis import strategies as st
-from kvpack.codecs.chain.units import Unit, units
 
-from kvpack.codecs.chain.base import Part, Side, UnrepresentableError
+from kvpack.cache import windows
+from kvpack.codecs.chain.base import Part, UnrepresentableError
 from kvpack.codecs.chain.rotary import rotate
+from kvpack.codecs.context import DecodeContext
 from kvpack.codecs.low_rank import SINKS, LowRank, cpu, factors, reference
 from kvpack.codecs.low_rank.tables import UNIT, tables
 from kvpack.codecs.low_rank.weights import element_weights
 from kvpack.codecs.recipes import CODECS, local
 from kvpack.fidelity import compare
+from kvpack.formats.captures import cache_spec
 from kvpack.formats.safetensors import build_header
 from kvpack.formats.source import Capture
 from kvpack.jobs.hints import probe_weights, rope_frequencies
 from kvpack.jobs.reader import KvpFile
-from kvpack.kvp.layout import plan_parts
 from kvpack.numerics.floats import from_float32, to_float32
 
 Cli = Callable[..., Any]
 FREQUENCIES = np.array([1.0, 0.1, 0.01], np.float32)
 
 
-def part(shape: tuple[int, int, int], keys: int, first: int = 0, **side: Any) -> Part:
-    return Part("F32", shape, first, first + shape[1], 1, keys=keys, side=Side(**side))
+def part(shape: tuple[int, int, int], keys: int, first: int = 0) -> Part:
+    return Part("F32", shape, first, first + shape[1], 1, keys=keys)
 
 
 def coded(stage: LowRank, data: np.ndarray, given: Part) -> list[np.ndarray]:
@@ -163,8 +164,8 @@ def test_the_first_tokens_and_what_matters_lose_less() -> None:
 
 def test_weighted_elements_have_unit_variance() -> None:
     data = mixed(6, 100, 5, 4)
-    for side in ({}, {"weights": np.random.default_rng(1).uniform(0.1, 9, (6, 5)).astype(np.float32)}):
-        weights = element_weights(data, part(data.shape, 3, **side))
+    for known in (None, np.random.default_rng(1).uniform(0.1, 9, (6, 5)).astype(np.float32)):
+        weights = element_weights(data, part(data.shape, 3), known)
         assert np.square(weights[:, None] * (data - data.mean(1, keepdims=True))).mean() == pytest.approx(1, rel=0.1)
 
 
@@ -269,13 +270,15 @@ def test_layers_of_different_shapes_are_stacked_by_shape(tmp_path: Path, cli: Cl
 
 def test_stacks_hold_both_kinds_of_a_shape() -> None:
     names = [("layers.1.values", 4), ("layers.0.keys", 4), ("layers.0.values", 6), ("layers.1.keys", 4)]
-    plans = plan_parts(build_header([(name, "F32", [2, 30, dims]) for name, dims in names], {}), 128)
-    (group,) = units(plans, True)
-    unit = Unit(group, CODECS["local-5"])
+    cache = cache_spec(build_header([(name, "F32", [2, 30, dims]) for name, dims in names], {}))
+    (window,) = windows(cache, 128)
+    codec = CODECS["local-5"]
     bits = [mixed(2, 30, dims, 2, seed=i).view(np.uint32) for i, (_, dims) in enumerate(names)]
-    streams = unit.encode(bits)
+    streams = encode_window(codec, window, bits)
     assert [bool(some) for some in streams] == [True, False, True, False]
-    back = unit.decode([[(name, memoryview(data)) for name, data in some] for some in streams])
+    back = codec.decode(
+        window, [[(name, memoryview(data)) for name, data in some] for some in streams], DecodeContext()
+    )
     for ours, theirs in zip(back, bits, strict=True):
         exact = theirs.view(np.float32)
         assert np.square(ours.view(np.float32) - exact).sum() < 0.05 * np.square(exact).sum()

@@ -12,6 +12,7 @@ from profiles import grids
 
 from kvpack.codecs.chain.base import Codes, Part, PlaneSpec, Quantizer, UnrepresentableError
 from kvpack.codecs.chain.chain import Chain
+from kvpack.codecs.chain.codec import ChainCodec
 from kvpack.codecs.chain.entropy.deflate import Deflate
 from kvpack.codecs.chain.entropy.rans import Rans
 from kvpack.codecs.chain.keep import Keep
@@ -25,7 +26,7 @@ from kvpack.codecs.chain.transforms.klt import Klt
 from kvpack.codecs.chain.transforms.merge_heads import MergeHeads
 from kvpack.codecs.chain.transforms.unrope import Unrope
 from kvpack.codecs.context import DecodeContext
-from kvpack.codecs.protocol import Codec
+from kvpack.codecs.registry import codec_from_json
 from kvpack.errors import CorruptError, FormatError, MismatchError
 
 shapes = st.tuples(st.integers(1, 4), st.integers(0, 70), st.integers(1, 9))
@@ -258,7 +259,7 @@ def test_chains_in_the_wrong_order_are_refused() -> None:
         Chain.of(keep, FloatSplit(), rans)
     chain = Chain.of(MergeHeads(), affine, rans)
     with pytest.raises(ValueError, match="stack"):
-        Codec("x", False, chain, chain)
-    document = Codec("x", True, chain, chain).to_json() | {"stacked": False}
+        ChainCodec("x", False, chain, chain)
+    document = ChainCodec("x", True, chain, chain).to_json() | {"stacked": False}
     with pytest.raises(FormatError, match="stack"):
         codec_from_json(document)

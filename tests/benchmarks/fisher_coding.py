@@ -13,7 +13,7 @@ from fisher_simulation import Codec, Document, Material
 from kvpack.calibration.corpus import SKIPPED
 from kvpack.calibration.gradients import PLAIN, REPEAT
 from kvpack.calibration.scales import CLASSES, DEAD_ZONE, UNIT_CLASS, tables
-from kvpack.codecs.chain.base import Floats, Part, Side
+from kvpack.codecs.chain.base import Floats, Part
 from kvpack.codecs.chain.quantizers.dead_zone import token_levels
 from kvpack.codecs.chain.quantizers.dead_zone.reference import SHIFT_BITS, magnitude_bits
 from kvpack.codecs.chain.symbols import BUCKETS, LARGEST, SMALLEST
@@ -82,8 +82,8 @@ class Coder:
 
     def code(self, z: torch.Tensor, mass: Floats, log_step: int) -> Coded:
         """Coordinates ``[T, R]`` at a step."""
-        part = Part("F32", (1, len(z), 1), 0, len(z), side=Side(mass=mass))
-        levels = torch.from_numpy(token_levels(part, self.coding.importance)).to(z.device)
+        part = Part("F32", (1, len(z), 1), 0, len(z))
+        levels = torch.from_numpy(token_levels(part, self.coding.importance, mass)).to(z.device)
         rows = log_step + 8 * levels
         steps = torch.exp2(rows / 32)[:, None]
         classes = ((self._columns[None] - rows[:, None]) >> 3).clamp(0, CLASSES - 1).long()

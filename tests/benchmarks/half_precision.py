@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from kvpack.codecs.chain.units import Unit, units
 
+from kvpack.cache import windows
 from kvpack.codecs.chain.packed import unpack_matrix
 from kvpack.codecs.chain.transforms.token_klt.model import DECAYS, LAGS, PLACES, TokenModel, token_inputs
 from kvpack.codecs.chain.transforms.unrope import rotate
-from kvpack.codecs.recipes import CODECS
+from kvpack.codecs.context import DecodeContext, StackHints
+from kvpack.codecs.recipes import fisher, fisher_log_step
 from kvpack.formats.source import Capture
-from kvpack.kvp import plan_parts
+from kvpack.jobs.hints import attention_mass, token_ids
 from kvpack.numerics.floats import to_float32
 from kvpack.profiles import Profile
 
@@ -91,10 +92,13 @@ class Products:
 def main(capture_path: str, profile_path: str, level: str) -> None:
     """Print both tables."""
     capture, profile = Capture.open(Path(capture_path)), Profile.open(Path(profile_path))
-    codec, side = CODECS[f"fisher-{level}"], side_of(capture, {"tokens", "attention_mass"})
-    group = next(g for g in units(plan_parts(capture.file.header, 2048), True) if len(g) > 1)
-    stack, part = Unit(group, codec, profile, side).joint_stack()
-    x = to_float32(np.concatenate([capture.read_part(plan) for plan in stack]), "BF16")
+    codec = fisher(fisher_log_step(int(level)))
+    context = DecodeContext(profile, token_ids(capture))
+    window = next(windows(capture.spec, 2048))
+    (order,) = codec.stacks(window)
+    parts = window.take(order).parts
+    part = codec.array_of(parts, context)
+    x = to_float32(np.concatenate([capture.part(one) for one in parts]), "BF16")
     klt, quantizer = codec.keys.transforms[0], codec.keys.quantizer
     model, inner = klt.model(part), klt.output(part)
     rows, tokens, dims = part.shape
@@ -102,10 +106,10 @@ def main(capture_path: str, profile_path: str, level: str) -> None:
     flat = np.concatenate([keys, x[rows // 2 :]]).transpose(1, 0, 2).reshape(tokens, -1) - model.mean[-1]
     told = model.predictor
     reach = (len(told.scale) - PLACES - told.table.shape[1]) // (LAGS + len(DECAYS))
-    given = token_inputs(told.table[side.tokens[:tokens]], reach, 0) / told.scale
+    given = token_inputs(told.table[context.tokens[:tokens]], reach, 0) / told.scale
     elements, inputs, mean = map(torch.from_numpy, (flat, given, model.mean[-1]))
     exact = Products(model, "exact").forward(elements.double(), inputs.double()).float()
-    levels, shifts, codes = quantizer.encode(exact.numpy()[None], inner)
+    levels, shifts, codes = quantizer.encode(exact.numpy()[None], inner, StackHints(attention_mass(capture)))
 
     def restored(*planes: Any) -> torch.Tensor:
         return torch.from_numpy(quantizer.decode([plane.copy() for plane in planes], inner)[0])

@@ -9,17 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import engine_on
 from profiles import profile_for
 
 from kvpack import jobs
 from kvpack.codecs.recipes import CODECS
 from kvpack.errors import CorruptError, MismatchError
+from kvpack.formats.captures import layer_of
 from kvpack.formats.safetensors import TensorFile, build_header
 from kvpack.formats.source import Capture
-from kvpack.gpu import engine as device
-from kvpack.gpu.engine import GpuEngine
+from kvpack.jobs.opened import Opened
 from kvpack.jobs.reader import KvpFile
-from kvpack.kvp import Container, layer_of
+from kvpack.kvp import Container
 from kvpack.numerics.floats import to_float32
 from kvpack.profiles import Profile
 
@@ -53,7 +54,7 @@ def profile(source: Path) -> Profile:
 
 def compress(source: Path, profile: Profile, gpu: Any, chunk: int = 128) -> tuple[bytes, jobs.Compressed]:
     sink = io.BytesIO()
-    done = jobs.compress(source, sink, CODEC, profile=profile, chunk_tokens=chunk, engine=GpuEngine(gpu))
+    done = jobs.compress(source, sink, CODEC, profile=profile, chunk_tokens=chunk, engine=engine_on(gpu))
     return sink.getvalue(), done
 
 
@@ -64,7 +65,7 @@ def opened(data: bytes, profile: Profile | None) -> KvpFile:
 def decompress(data: bytes, profile: Profile, gpu: Any) -> dict[str, np.ndarray]:
     archive = opened(data, profile)
     sink = io.BytesIO()
-    jobs.decompress(archive, sink, engine=GpuEngine(gpu))
+    jobs.decompress(archive, sink, engine=engine_on(gpu))
     whole = archive.container.source
     raw = memoryview(sink.getvalue())[whole.data_start :]
     return {
@@ -102,7 +103,7 @@ def test_each_reads_the_others(gpu: Any, source: Path, profile: Profile, chunk: 
 def test_tensors_on_the_device(gpu: Any, source: Path, profile: Profile) -> None:
     archive = opened(compress(source, profile, None)[0], profile)
     names = [name for name in archive.tensors if name.startswith("layers.")]
-    found = dict(device.read(gpu, archive, names, fetch=False))
+    found = Opened(archive).tensors_on(gpu)
     assert all(str(data.device).startswith(gpu.device) for data in found.values())
     bits = {n: data.cpu().view(torch.int16).numpy().view(np.uint16) for n, data in found.items()}
     assert_close(bits, {name: archive.read(name) for name in names})
@@ -133,4 +134,4 @@ def test_damage_is_found(gpu: Any, source: Path, profile: Profile, where: int) -
 def test_without_its_profile_it_is_refused(gpu: Any, source: Path, profile: Profile) -> None:
     archive = opened(compress(source, profile, None)[0], None)
     with pytest.raises(MismatchError, match="needs the profile"):
-        jobs.decompress(archive, io.BytesIO(), engine=GpuEngine(gpu))
+        jobs.decompress(archive, io.BytesIO(), engine=engine_on(gpu))

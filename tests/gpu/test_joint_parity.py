@@ -10,13 +10,14 @@ import pytest
 import torch
 from profiles import VOCABULARY, arrays_for
 
-from kvpack.codecs.chain.base import Part, Scales, Side
+from kvpack.codecs.chain.base import Part, Scales
 from kvpack.codecs.chain.quantizers.dead_zone import MIDDLE, DeadZone, reference
 from kvpack.codecs.chain.quantizers.dead_zone.reference import MOST_SHIFT, magnitude_costs, thresholds
 from kvpack.codecs.chain.symbols import zigzag
 from kvpack.codecs.chain.transforms.token_klt import TokenKlt
+from kvpack.codecs.context import DecodeContext
 from kvpack.codecs.recipes import fisher
-from kvpack.gpu.engine.joint import Joint
+from kvpack.gpu.engine.fisher_kernels import FisherKernels
 from kvpack.gpu.engine.staging import unsigned
 from kvpack.gpu.kernels import dead_zone
 from kvpack.gpu.kernels import token_klt as klt
@@ -30,12 +31,14 @@ KLT, QUANTIZER = CODEC.keys.transforms[0], CODEC.keys.quantizer
 
 def part_of(tokens: int, *, ids: bool = True, profile: dict[str, np.ndarray] | None = None) -> Part:
     rng = np.random.default_rng(tokens)
-    side = Side(
-        rng.integers(0, VOCABULARY, tokens).astype(np.int32) if ids else None,
-        rng.gamma(0.3, size=tokens).astype(np.float32),
-    )
+    tokens_known = rng.integers(0, VOCABULARY, tokens).astype(np.int32) if ids else None
     shape = (2 * LAYERS * HEADS, tokens, DIMS)
-    return Part("BF16", shape, 0, tokens, HEADS, profile=profile or arrays_for(LAYERS, HEADS, DIMS), side=side)
+    context = DecodeContext(profile or arrays_for(LAYERS, HEADS, DIMS), tokens_known)
+    return Part("BF16", shape, 0, tokens, HEADS, context=context)
+
+
+def mass_of(tokens: int) -> np.ndarray:
+    return np.random.default_rng(tokens).gamma(0.3, size=tokens).astype(np.float32)
 
 
 def bits_of(part: Part, seed: int = 0) -> np.ndarray:
@@ -67,7 +70,7 @@ def test_coordinates(gpu: Any, tokens: int, units: int, ids: bool) -> None:
     bits = bits_of(part)
     assert isinstance(KLT, TokenKlt)
     matrices = klt.Matrices.of(gpu, KLT.model(part), 4)
-    given = klt.Tokens.of(gpu, matrices.prediction, part.side.tokens) if ids else None
+    given = klt.Tokens.of(gpu, matrices.prediction, part.context.tokens) if ids else None
     memory, starts = sent(gpu, bits)
     addresses = torch.stack([starts + u * tokens * DIMS * 2 for u in range(units)])
     faults = torch.zeros(units, dtype=torch.int32, device=gpu.device)
@@ -149,9 +152,9 @@ def test_what_cannot_be_coded_is_a_fault_of_its_unit(gpu: Any, value: float) -> 
     bits = bits_of(part)
     bits[3, 200, 5] = from_float32(np.array([value], np.float32), "BF16")[0]
     memory, starts = sent(gpu, bits)
-    joint = Joint(gpu, CODEC.keys, part)
+    joint = FisherKernels(gpu, CODEC.keys, part)
     addresses = torch.stack([starts, starts + 128 * DIMS * 2])
-    done = joint.compress(addresses, (HEADS, 128, DIMS), 256 * DIMS, 0, joint.levels(0, 2, 128))
+    done = joint.compress(addresses, (HEADS, 128, DIMS), 256 * DIMS, 0, joint.levels(0, 2, 128, mass_of(256)))
     assert done.faults.tolist() == [0, 1]
     del memory
 
@@ -163,9 +166,9 @@ def test_there_and_back(gpu: Any, tokens: int, units: int, ids: bool) -> None:
     part = part_of(tokens * units, ids=ids)
     bits = bits_of(part)
     memory, starts = sent(gpu, bits)
-    joint = Joint(gpu, CODEC.keys, part)
+    joint = FisherKernels(gpu, CODEC.keys, part)
     addresses = torch.stack([starts + u * tokens * DIMS * 2 for u in range(units)])
-    levels = joint.levels(0, units, tokens)
+    levels = joint.levels(0, units, tokens, mass_of(units * tokens))
     shape = (HEADS, tokens, DIMS)
     done = joint.compress(addresses, shape, units * tokens * DIMS, 0, levels)
     assert not done.faults.any()

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SMALL, write_tensors
+from conftest import SMALL, engine_on, write_tensors
 
 from kvpack import jobs
 from kvpack.codecs.recipes import CODECS
 from kvpack.errors import FormatError
 from kvpack.formats.source import Capture
-from kvpack.gpu.engine import GpuEngine, lossless
+from kvpack.gpu.engine import engine, lossless
 
 Tensors = dict[str, tuple[str, np.ndarray]]
 Cli = Callable[..., Any]
@@ -70,7 +70,7 @@ def alone(paths: list[Path], codec: str, chunk: int = 2048, gpu: Any = None) -> 
     made = []
     for path in paths:
         sink = io.BytesIO()
-        jobs.compress(path, sink, CODECS[codec], chunk_tokens=chunk, engine=GpuEngine(gpu))
+        jobs.compress(path, sink, CODECS[codec], chunk_tokens=chunk, engine=engine_on(gpu))
         made.append(sink.getvalue())
     return made
 
@@ -81,7 +81,7 @@ def plans(paths: list[Path], codec: str = "lossless", chunk: int = 2048) -> Iter
 
 
 def written(every: Iterable[jobs.CompressJob], gpu: Any) -> Iterator[bytes]:
-    for write in jobs.compress_many(every, engine=GpuEngine(gpu)):
+    for write in jobs.compress_many(every, engine=engine_on(gpu)):
         sink = io.BytesIO()
         write(sink, None)
         yield sink.getvalue()
@@ -106,7 +106,7 @@ def test_batches_are_given_up_early_where_parts_wait(gpu: Any, tmp_path: Path, m
     paths = captures(tmp_path)
     expected = alone(paths, "lossless", 128)
     for ahead, most in ((1, 512), (60_000, 3), (200_000, 512)):
-        monkeypatch.setattr(lossless, "AHEAD_BYTES", ahead)
+        monkeypatch.setattr(engine, "AHEAD_BYTES", ahead)
         monkeypatch.setattr(lossless, "BATCH_PARTS", most)
         assert together(paths, gpu, chunk=128) == expected
 
@@ -128,7 +128,7 @@ def test_captures_of_alternating_lengths_share_launches(gpu: Any, tmp_path: Path
 
 def test_captures_are_open_a_window_at_a_time(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = captures(tmp_path)
-    monkeypatch.setattr(jobs.compress, "WINDOW_FILES", 3)
+    monkeypatch.setattr(engine, "AHEAD_JOBS", 2)
     opened = 0
 
     def counted() -> Iterator[jobs.CompressJob]:
@@ -137,7 +137,7 @@ def test_captures_are_open_a_window_at_a_time(gpu: Any, tmp_path: Path, monkeypa
             opened += 1
             yield plan
 
-    for done, write in enumerate(jobs.compress_many(counted(), engine=GpuEngine(gpu))):
+    for done, write in enumerate(jobs.compress_many(counted(), engine=engine_on(gpu))):
         assert opened - done <= 4  # those of the window, and the one that did not join it
         write(io.BytesIO(), None)
     assert opened == len(paths)
@@ -147,7 +147,7 @@ def test_captures_are_open_a_window_at_a_time(gpu: Any, tmp_path: Path, monkeypa
 def test_a_file_that_is_not_written_does_not_shift_the_next(gpu: Any, tmp_path: Path) -> None:
     paths = [write_tensors(tmp_path / f"{i}", cut(i, i + 64)) for i in range(3)]
     sink = io.BytesIO()
-    for number, write in enumerate(jobs.compress_many(plans(paths), engine=GpuEngine(gpu))):
+    for number, write in enumerate(jobs.compress_many(plans(paths), engine=engine_on(gpu))):
         if number == 2:
             write(sink, None)
     assert sink.getvalue() == alone(paths, "lossless")[2]

@@ -37,7 +37,7 @@ def packed(source: Path, name: str) -> tuple[Path, Path | None]:
     profile = profile_for(source, codec) if Need.PROFILE in codec.traits.needs else None
     with path.open("wb") as sink:
         jobs.compress(source, sink, codec, profile=profile)
-    return path, profile and profile.path
+    return path, profile and source.with_name(profile.name)
 
 
 def assert_exact(found: dict[str, torch.Tensor], source: Path) -> None:

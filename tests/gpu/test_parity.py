@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import engine_on
 
 from kvpack import jobs
 from kvpack.codecs.recipes import CODECS
 from kvpack.errors import CorruptError, UsageError
 from kvpack.formats.safetensors import build_header
-from kvpack.gpu import engine as device
-from kvpack.gpu.engine import GpuEngine
 from kvpack.gpu.runtime.host import find_gpu
+from kvpack.jobs.opened import Opened
 from kvpack.jobs.reader import KvpFile
 from kvpack.kvp import Container
 
@@ -49,7 +49,7 @@ def mixed(path: Path) -> Path:
 
 def compress(source: Path, gpu: Any, codec: str = "lossless", chunk: int = 2048) -> bytes:
     sink = io.BytesIO()
-    jobs.compress(source, sink, CODECS[codec], chunk_tokens=chunk, engine=GpuEngine(gpu))
+    jobs.compress(source, sink, CODECS[codec], chunk_tokens=chunk, engine=engine_on(gpu))
     return sink.getvalue()
 
 
@@ -61,7 +61,7 @@ def test_the_file_is_the_same_and_comes_back(gpu: Any, tmp_path: Path, which: st
     assert mine == cpu
     for reader in (None, gpu):
         sink = io.BytesIO()
-        jobs.decompress(KvpFile(Container(memoryview(cpu))), sink, gpu=reader)
+        jobs.decompress(KvpFile(Container(memoryview(cpu))), sink, engine=engine_on(reader))
         assert sink.getvalue() == source.read_bytes()
 
 
@@ -77,20 +77,15 @@ def test_damage_is_found(gpu: Any, tmp_path: Path) -> None:
         changed = bytearray(good)
         changed[start + offset] ^= 1
         with pytest.raises(CorruptError):
-            jobs.decompress(KvpFile(Container(memoryview(bytes(changed)))), io.BytesIO(), engine=GpuEngine(gpu))
+            jobs.decompress(KvpFile(Container(memoryview(bytes(changed)))), io.BytesIO(), engine=engine_on(gpu))
 
 
 def test_tensors_on_the_device(gpu: Any, tmp_path: Path) -> None:
     source = mixed(tmp_path / "mixed.safetensors")
     archive = KvpFile(Container(memoryview(compress(source, gpu))))
-    names = [name for name in archive.tensors if name.startswith("layers.")]
-    for name, data in device.read(gpu, archive, names, fetch=False):
-        expected = archive.read(name)
-        if isinstance(data, np.ndarray):
-            assert (data == expected).all()
-        else:
-            assert str(data.device).startswith(gpu.device)
-            assert (data.cpu().view(torch.int16).numpy().view(np.uint16) == expected).all()
+    for name, data in Opened(archive).tensors_on(gpu).items():
+        assert str(data.device).startswith(gpu.device)
+        assert (data.cpu().view(torch.int16).numpy().view(np.uint16) == archive.read(name)).all()
 
 
 def test_devices_are_named() -> None:

@@ -10,22 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import engine_on
 
 from kvpack import jobs
+from kvpack.cache import PartSpec
 from kvpack.codecs.chain.base import Part
 from kvpack.codecs.chain.entropy.rans import Rans
-from kvpack.codecs.chain.pipeline import chain_of, plan_of
+from kvpack.codecs.chain.pipeline import route_of
 from kvpack.codecs.chain.quantizers.lloyd_max.reference import centroids
 from kvpack.codecs.recipes import CODECS, Chain
 from kvpack.errors import CorruptError
+from kvpack.formats.captures import layer_of
 from kvpack.formats.safetensors import build_header
 from kvpack.formats.source import Capture
-from kvpack.gpu import engine as device
-from kvpack.gpu.engine import GpuEngine, planes
+from kvpack.gpu.engine import planes
 from kvpack.jobs.compress import Compressed
+from kvpack.jobs.opened import Opened
 from kvpack.jobs.reader import KvpFile
-from kvpack.kvp import Container, layer_of
-from kvpack.kvp.layout import PartPlan
+from kvpack.kvp import Container
 from kvpack.numerics.floats import to_float32
 
 SMALL = Path(__file__).parents[2] / "fixtures" / "smollm2-160.safetensors"
@@ -54,7 +56,7 @@ def longer(path: Path, tokens: int) -> Path:
 
 def compress(source: Path, gpu: Any, codec: str, chunk: int = 2048) -> tuple[bytes, Compressed]:
     sink = io.BytesIO()
-    done = jobs.compress(source, sink, CODECS[codec], chunk_tokens=chunk, engine=GpuEngine(gpu))
+    done = jobs.compress(source, sink, CODECS[codec], chunk_tokens=chunk, engine=engine_on(gpu))
     return sink.getvalue(), done
 
 
@@ -64,7 +66,7 @@ def opened(data: bytes) -> KvpFile:
 
 def decompress(data: bytes, gpu: Any) -> bytes:
     sink = io.BytesIO()
-    jobs.decompress(opened(data), sink, engine=GpuEngine(gpu))
+    jobs.decompress(opened(data), sink, engine=engine_on(gpu))
     return sink.getvalue()
 
 
@@ -83,8 +85,7 @@ def gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any, **__: Any) -> None:
         raise AssertionError("the CPU was asked")
 
-    monkeypatch.setattr(jobs.compress._Encoder, "__call__", refused)
-    monkeypatch.setattr(KvpFile, "read", refused)
+    monkeypatch.setattr("kvpack.gpu.engine.engine.run_task", refused)
 
 
 @pytest.mark.parametrize(("tokens", "chunk"), [(96, 2048), (160, 128), (160, 2048), (300, 128), (480, 256)])
@@ -111,20 +112,20 @@ def test_the_gpu_does_it_all(gpu: Any, tmp_path: Path, codec: str) -> None:
     assert decompress(data, gpu)
 
 
-def planes_of(data: bytes) -> list[tuple[PartPlan, Chain, list[np.ndarray]]]:
+def planes_of(data: bytes) -> list[tuple[PartSpec, Chain, list[np.ndarray]]]:
     """Each part, its chain and its planes, as the CPU reads them."""
     archive, found = opened(data), []
     for part in archive.parts:
-        chain = chain_of(archive.codecs[part.codec], part.spec.tensor.name)
-        specs = plan_of(chain, described(part.plan)).stored
-        streams = archive.container.read(part)
-        codes = [chain.entropy.decode(stream, spec) for (_, stream), spec in zip(streams, specs, strict=True)]
-        found.append((part.plan, chain, codes))
+        chain = archive.codecs[part.codec].chain_for(part.spec)
+        specs = route_of(chain, described(part.spec)).stored
+        streams = archive.container.part(part).streams
+        codes = [chain.entropy.decode(stream.data, spec) for stream, spec in zip(streams, specs, strict=True)]
+        found.append((part.spec, chain, codes))
     return found
 
 
-def described(plan: PartPlan) -> Part:
-    return Part(plan.tensor.dtype, plan.shape, plan.first, plan.tensor.shape[1])
+def described(plan: PartSpec) -> Part:
+    return Part(plan.tensor.dtype, plan.shape, plan.first, plan.length)
 
 
 @pytest.mark.parametrize("dims", [64, 128])
@@ -137,7 +138,7 @@ def test_turboquants_file_differs_in_ties_alone(gpu: Any, tmp_path: Path, codec:
     assert abs(len(mine) - len(cpu)) < len(cpu) // 1000 + 16
     assert [part.digest for part in opened(mine).parts] == [part.digest for part in opened(cpu).parts]
     for (plan, chain, got), (_, _, expected) in zip(planes_of(mine), planes_of(cpu), strict=True):
-        values = to_float32(Capture.open(source).read_part(plan), "BF16")
+        values = to_float32(Capture.open(source).part(plan), "BF16")
         rotated = chain.transforms[0].forward(values, described(plan))
         norms, others = (((c[1].astype(np.uint16) << 10) | c[2]).view(np.float16) for c in (expected, got))
         assert np.abs(norms.view(np.int16) - others.view(np.int16)).max() <= 1
@@ -162,7 +163,8 @@ def assert_near(mine: bytes, theirs: bytes) -> None:
 @pytest.mark.parametrize("codec", ["kivi-4", "kivi-2", "turboquant-3"])
 def test_shapes_and_batches(gpu: Any, tmp_path: Path, codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several lengths and vectors, some not the kernels'; batches of no more than a few parts."""
-    monkeypatch.setattr(planes, "BATCH_BYTES", 100_000)
+    monkeypatch.setattr(planes.PlaneEncoding, "batch_bytes", 100_000)
+    monkeypatch.setattr(planes.PlaneDecoding, "batch_bytes", 100_000)
     monkeypatch.setattr(planes, "BATCH_PARTS", 3)
     given = list(layers().values())
     shapes = [
@@ -230,7 +232,7 @@ def test_zeros_of_both_signs(gpu: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("codec", ["kivi-3", "turboquant-3"])
 def test_tensors_on_the_device(gpu: Any, tmp_path: Path, codec: str) -> None:
     archive = opened(compress(longer(tmp_path / "longer.safetensors", 300), None, codec, 128)[0])
-    for name, data in device.read(gpu, archive, list(archive.tensors), fetch=False):
+    for name, data in Opened(archive).tensors_on(gpu).items():
         assert str(data.device).startswith(gpu.device)
         found, expected = (
             to_float32(bits, "BF16")

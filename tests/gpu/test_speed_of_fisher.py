@@ -11,7 +11,7 @@ import pytest
 from profiles import profile_for
 
 from kvpack.bench.speed import fisher, given, made
-from kvpack.codecs.chain.base import Side
+from kvpack.codecs.context import DecodeContext
 from kvpack.jobs.reader import open_cache
 
 
@@ -39,6 +39,6 @@ def test_a_real_capture_comes_back(gpu: Any, small: Path) -> None:
     lines = list(fisher.rows(gpu, one))
     assert [line.what for line in lines[:2]] == ["fisher compress", "fisher decompress"]
     klt, values = fisher.CODEC.keys.transforms[0], one.tensors.float().cpu().numpy().reshape(one.part.shape)
-    alone = replace(one.part, shape=(len(values), 128, 64), side=Side())
+    alone = replace(one.part, shape=(len(values), 128, 64), context=DecodeContext(one.part.context.profile))
     first, third = (klt.forward(values[:, at : at + 128], replace(alone, first=at))[0, 8:] for at in (0, 256))
     assert np.abs(first - third).max() < 0.01 * np.abs(first).max()

@@ -24,7 +24,7 @@ from kvpack.bench.speed.timing import Speed, Timed, seconds, speed
 from kvpack.codecs.recipes import CODECS
 from kvpack.errors import UsageError
 from kvpack.formats.captures import layer_of
-from kvpack.formats.safetensors import TensorFile, build_header
+from kvpack.formats.safetensors import build_header
 from kvpack.formats.source import Capture
 from kvpack.gpu.kernels import lloyd_max as turboquant
 from kvpack.jobs.reader import KvpFile, open_cache
