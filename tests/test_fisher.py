@@ -19,7 +19,7 @@ from profiles import VOCABULARY, arrays_for, fisher_arrays, matrix, write
 from kvpack import jobs
 from kvpack.calibration.scales import tables
 from kvpack.codecs.chain.base import Part, Scales, Side, UnrepresentableError
-from kvpack.codecs.chain.quantizers.dead_zone import MIDDLE, MOST_SHIFT, DeadZone, quantise, reference, token_levels
+from kvpack.codecs.chain.quantizers.dead_zone import MAX_SHIFT, MIDDLE, DeadZone, quantise, reference, token_levels
 from kvpack.codecs.chain.rotary import rotate, turns
 from kvpack.codecs.chain.symbols import unzigzag
 from kvpack.codecs.chain.transforms.token_klt import TokenKlt, cpu
@@ -252,7 +252,7 @@ def test_scales_are_of_the_step_the_levels_and_the_shifts() -> None:
     given = coefficients(3)
     before = {
         "levels": np.array([MIDDLE - 2, MIDDLE, MIDDLE + 4], np.uint8).reshape(1, 3, 1),
-        "shifts": np.array([MOST_SHIFT, MOST_SHIFT, MOST_SHIFT - 3], np.uint8).reshape(1, 3, 1),
+        "shifts": np.array([MAX_SHIFT, MAX_SHIFT, MAX_SHIFT - 3], np.uint8).reshape(1, 3, 1),
     }
     *sides, last = quantizer.planes(given)
     assert [quantizer.scaled(plane, {}, given).scales for plane in sides] == [None, None]

@@ -16,7 +16,7 @@ import numpy as np
 
 from kvpack.codecs.chain.base import Part, Side
 from kvpack.codecs.chain.quantizers.dead_zone import MIDDLE
-from kvpack.codecs.chain.quantizers.dead_zone.reference import MOST_SHIFT
+from kvpack.codecs.chain.quantizers.dead_zone.reference import MAX_SHIFT
 from kvpack.codecs.chain.units import Unit
 from kvpack.codecs.recipes import Codec
 from kvpack.errors import CorruptError, UnsupportedError
@@ -161,7 +161,7 @@ class ChunkEncoder:
     def _beside(self, levels: Any, shifts: Any) -> list[bytes]:
         """Streams of both."""
         planes = self._codec.keys.quantizer.planes(Part("", (1, len(levels), 1), 0, 0))
-        codes = [levels + MIDDLE, shifts + MOST_SHIFT]
+        codes = [levels + MIDDLE, shifts + MAX_SHIFT]
         entropy = self._codec.keys.entropy
         return [entropy.encode(c.astype(np.uint8)[None, :, None], p) for c, p in zip(codes, planes[:2], strict=True)]
 
@@ -321,7 +321,7 @@ class ChunkDecoder:
             except CorruptError as error:
                 raise CorruptError(f"{part.plan.name}: {error}") from None
             found.append(codes.reshape(-1).astype(np.int32))
-        return np.stack(found) - np.array([[MIDDLE], [MOST_SHIFT]], np.int32)
+        return np.stack(found) - np.array([[MIDDLE], [MAX_SHIFT]], np.int32)
 
     def _finish(self, batch: _Decoding) -> Iterator[bool]:
         batch.slot.wait()

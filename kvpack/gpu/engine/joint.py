@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kvpack.codecs.chain.base import Part, Scales
 from kvpack.codecs.chain.entropy.scaled_rans import ScaledRans, checked
 from kvpack.codecs.chain.quantizers.dead_zone import MIDDLE, DeadZone, token_levels
-from kvpack.codecs.chain.quantizers.dead_zone.reference import MOST_SHIFT
+from kvpack.codecs.chain.quantizers.dead_zone.reference import MAX_SHIFT
 from kvpack.codecs.chain.transforms.token_klt import TokenKlt
 from kvpack.codecs.recipes import Chain
 
@@ -113,7 +113,7 @@ class Joint:
         tokens, rank = len(levels), self._coordinates.shape[2]
         part = replace(self._coordinates, shape=(1, tokens, rank))
         plane = self._quantizer.planes(part)[2]
-        before = {"levels": (levels + MIDDLE).astype(np.uint8), "shifts": (shifts + MOST_SHIFT).astype(np.uint8)}
+        before = {"levels": (levels + MIDDLE).astype(np.uint8), "shifts": (shifts + MAX_SHIFT).astype(np.uint8)}
         return checked(self._quantizer.scaled(plane, before, part))
 
     def levels(self, first: int, units: int, tokens: int) -> Levels:

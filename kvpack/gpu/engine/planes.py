@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 BATCH_BYTES = 128 << 20
 BATCH_PARTS = 512
-MOST_PARTS = 4096
+MAX_PARTS = 4096
 """Parts of a batch that is decoded, which may be of many chunks: their streams are one launch's blocks."""
 
 
@@ -196,7 +196,7 @@ class PlaneDecoder:
     def takes(self, name: str) -> bool:
         """Whether a tensor is the GPU's: all its parts of one such codec, with the streams that the kernels read."""
         parts = self._parts.get(name, [])
-        return len(parts) <= MOST_PARTS and len({part.codec for part in parts}) == 1 and all(map(self._reads, parts))
+        return len(parts) <= MAX_PARTS and len({part.codec for part in parts}) == 1 and all(map(self._reads, parts))
 
     def _codec(self, part: PartEntry) -> Codec:
         return self._archive.codecs[part.codec]
@@ -227,7 +227,7 @@ class PlaneDecoder:
         def joins(batch: list[str], name: str) -> bool:
             alike = tensors[batch[-1]].shape == tensors[name].shape
             fits = (len(batch) + 1) * tensors[name].nbytes <= BATCH_BYTES
-            few = (len(batch) + 1) * len(self._parts[name]) <= MOST_PARTS
+            few = (len(batch) + 1) * len(self._parts[name]) <= MAX_PARTS
             return alike and fits and few and self._parts[batch[-1]][0].codec == self._parts[name][0].codec
 
         start = lambda batch: self._start(batch, fetch)  # noqa: E731

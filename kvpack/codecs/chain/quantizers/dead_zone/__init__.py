@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from kvpack.codecs.chain.base import Codes, Floats, Part, PlaneSpec, Profile, Quantizer, Scales, UnrepresentableError
 from kvpack.codecs.chain.quantizers.dead_zone import cpu
-from kvpack.codecs.chain.quantizers.dead_zone.reference import MOST_SHIFT, magnitude_costs, thresholds
+from kvpack.codecs.chain.quantizers.dead_zone.reference import MAX_SHIFT, magnitude_costs, thresholds
 from kvpack.codecs.chain.symbols import BUCKETS, LARGEST
 from kvpack.errors import MismatchError
 
@@ -63,7 +63,7 @@ class DeadZone(Quantizer):
         if plane.name != "coefficients":
             return plane
         levels, shifts = (before[name].reshape(-1).astype(np.int32) for name in ("levels", "shifts"))
-        return replace(plane, scales=self._scales(levels - MIDDLE, part, shifts - MOST_SHIFT))
+        return replace(plane, scales=self._scales(levels - MIDDLE, part, shifts - MAX_SHIFT))
 
     def expected_bits(self, profile: Profile) -> float:
         """Bits of a token's coefficients, if they scatter as in calibration, at level 0."""
@@ -108,14 +108,14 @@ class DeadZone(Quantizer):
             if not (np.abs(data[0]).max(1, keepdims=True) < LARGEST * steps).all():
                 raise UnrepresentableError("coefficients too large for the step")
         shifts, codes = quantise(data[0], steps, scales, self.centroids(part))
-        every = (levels + MIDDLE).astype(np.uint8), (shifts + MOST_SHIFT).astype(np.uint8)
+        every = (levels + MIDDLE).astype(np.uint8), (shifts + MAX_SHIFT).astype(np.uint8)
         return [*(plane[None, :, None] for plane in every), codes[None]]
 
     def decode(self, codes: list[Codes], part: Part) -> Floats:
         """Each magnitude at its bin's centroid, times the token's step."""
         levels, shifts = (plane.reshape(-1).astype(np.int32) for plane in codes[:2])
         levels -= MIDDLE
-        scales, steps = self._scales(levels, part, shifts - MOST_SHIFT), self.steps(levels).reshape(-1)
+        scales, steps = self._scales(levels, part, shifts - MAX_SHIFT), self.steps(levels).reshape(-1)
         out = np.empty(part.shape, np.float32)
         cpu.restore(codes[2][0], steps, scales.columns, scales.rows, self.centroids(part), out[0])
         return out

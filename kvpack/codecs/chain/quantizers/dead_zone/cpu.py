@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpack.codecs.chain.base import Floats
-from kvpack.codecs.chain.quantizers.dead_zone.reference import BIT, MOST_SHIFT, SHIFT_BITS, THRESHOLDS
+from kvpack.codecs.chain.quantizers.dead_zone.reference import BIT, MAX_SHIFT, SHIFT_BITS, THRESHOLDS
 from kvpack.numerics.jit import njit
 
 Array = NDArray[Any]
@@ -56,7 +56,7 @@ def _magnitudes(values: Floats, step: float, columns: Array, row: int, wanted: F
 def _shift(found: Array, columns: Array, row: int, buckets: Array, costs: Array) -> int:
     best, shift = _cost(found, columns, row, buckets, costs, 0), 0
     for way in (-1, 1):
-        while -MOST_SHIFT < shift + way < MOST_SHIFT and shift * way >= 0:
+        while -MAX_SHIFT < shift + way < MAX_SHIFT and shift * way >= 0:
             cost = _cost(found, columns, row, buckets, costs, shift + way)
             if cost >= best:
                 break

@@ -25,7 +25,7 @@ BIT = 1 << 24
 SHIFT_BITS = 1
 """What a class of shift is taken to cost a token."""
 
-MOST_SHIFT = 8
+MAX_SHIFT = 8
 THRESHOLDS = 9
 """Magnitudes beyond the last have its distance to their middle."""
 
@@ -75,7 +75,7 @@ def shifts(found: Array, scales: Scales, costs: Array) -> NDArray[np.int32]:
         classes = (scales.columns - scales.rows[token]) >> 3
         best = _cost(mine, classes, 0, costs)
         for way in (-1, 1):
-            while -MOST_SHIFT < shift[token] + way < MOST_SHIFT and shift[token] * way >= 0:
+            while -MAX_SHIFT < shift[token] + way < MAX_SHIFT and shift[token] * way >= 0:
                 cost = _cost(mine, classes, int(shift[token]) + way, costs)
                 if cost >= best:
                     break

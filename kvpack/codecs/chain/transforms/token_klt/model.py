@@ -13,7 +13,7 @@ from kvpack.codecs.chain.packed import unpack_matrix
 from kvpack.errors import MismatchError
 from kvpack.numerics.jit import njit
 
-MOST_SINKS = 4
+MAX_SINKS = 4
 PLACES = 3
 LAGS = 3
 DECAYS = (0.6, 0.85, 0.96, 0.99)
@@ -250,7 +250,7 @@ def _load(part: Part, section: str) -> TokenModel:
     groups: NDArray[np.int32] = part.array(f"{section}.groups")
     count = len(groups)
     sound = (
-        size % dims == 0 and mean.ndim == 2 and 1 <= len(mean) <= 1 + MOST_SINKS and mean.shape[1] == size,
+        size % dims == 0 and mean.ndim == 2 and 1 <= len(mean) <= 1 + MAX_SINKS and mean.shape[1] == size,
         spread.shape == (size,) and len(basis) == len(local) == size,
         groups.ndim == 1 and count and size % (2 * count * dims) == 0,
     )
