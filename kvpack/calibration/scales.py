@@ -15,7 +15,7 @@ from kvpack.calibration.corpus import SKIPPED, Sample
 from kvpack.calibration.gradients import PLAIN, Continuation, Network, continuations, rows_of
 from kvpack.codecs.chain.base import Floats, Part, Scales, Side
 from kvpack.codecs.chain.entropy.scaled_rans.reference import PRECISION
-from kvpack.codecs.chain.quantizers.dead_zone import DeadZone, quantise, token_levels
+from kvpack.codecs.chain.quantizers.dead_zone import DeadZone, quantize, token_levels
 from kvpack.codecs.chain.symbols import ALPHABET, BUCKETS, SMALLEST, unzigzag
 from kvpack.codecs.chain.transforms.token_klt import TokenKlt, model_of
 from kvpack.codecs.recipes import FISHER_IMPORTANCE, FISHER_LEVELS, fisher_log_step
@@ -91,7 +91,7 @@ def _trial(
     level, z, part = job
     quantizer, levels = _quantizer(level), token_levels(part, FISHER_IMPORTANCE)
     scales, steps = Scales(columns, quantizer.rows(levels), learnt), quantizer.steps(levels)
-    shifts, codes = quantise(z, steps, scales, centroids)
+    shifts, codes = quantize(z, steps, scales, centroids)
     magnitude = np.abs(unzigzag(codes))
     classes = Scales(columns, scales.rows - 8 * shifts, learnt).classes()
     counts, offsets, skip = np.zeros((CLASSES, len(SMALLEST))), np.zeros((CLASSES, 4)), slice(SKIPPED, None)

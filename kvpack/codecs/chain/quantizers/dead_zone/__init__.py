@@ -107,7 +107,7 @@ class DeadZone(Quantizer):
         with np.errstate(over="ignore"):
             if not (np.abs(data[0]).max(1, keepdims=True) < LARGEST * steps).all():
                 raise UnrepresentableError("coefficients too large for the step")
-        shifts, codes = quantise(data[0], steps, scales, self.centroids(part))
+        shifts, codes = quantize(data[0], steps, scales, self.centroids(part))
         every = (levels + MIDDLE).astype(np.uint8), (shifts + MAX_SHIFT).astype(np.uint8)
         return [*(plane[None, :, None] for plane in every), codes[None]]
 
@@ -121,14 +121,14 @@ class DeadZone(Quantizer):
         return out
 
 
-def quantise(
+def quantize(
     values: Floats, steps: Floats, scales: Scales, centroids: Floats
 ) -> tuple[NDArray[np.int32], NDArray[np.uint16]]:
     """Each token's shift ``[T]``, and zigzag codes ``[T, R]`` of ``values``, decided with the shifted classes."""
     choices = thresholds(scales.tables, centroids), magnitude_costs(scales.tables), BUCKETS
     shifts, codes = np.empty(len(values), np.int32), np.empty(values.shape, np.uint16)
     values, step = np.ascontiguousarray(values), steps.reshape(-1)
-    cpu.quantise(values, step, scales.columns, scales.rows, *choices, shifts, codes)
+    cpu.quantize(values, step, scales.columns, scales.rows, *choices, shifts, codes)
     return shifts, codes
 
 

@@ -15,7 +15,7 @@ Array = NDArray[Any]
 
 
 @njit
-def quantise(
+def quantize(
     values: Floats, steps: Floats, columns: Array, rows: Array, wanted: Floats, costs: Array, buckets: Array,
     shifts: Array, codes: Array,
 ) -> None:  # fmt: skip
