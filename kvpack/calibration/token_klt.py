@@ -18,7 +18,7 @@ from kvpack.calibration.corpus import SKIPPED, Sample
 from kvpack.calibration.gradients import rows_of
 from kvpack.calibration.prediction import Arrays, Ridge, embedded, pack, unpack
 from kvpack.codecs.chain.base import Floats
-from kvpack.codecs.chain.transforms.token_klt.model import dual, local_of
+from kvpack.codecs.chain.transforms.token_klt.model import dual, layer_group_basis
 
 DAMPING = 0.1
 """Of F's mean diagonal, added to it: directions without a measured gradient still matter a little."""
@@ -132,7 +132,7 @@ def coordinates(sample: Sample, sequences: list[int], arrays: Arrays, device: to
     spread, whiten = arrays["spread"], unpack(arrays, "whiten")
     synthesis = np.ascontiguousarray(unpack(arrays, "basis").T * spread)
     blocks = whiten.reshape(-1, whiten.shape[1], whiten.shape[1])
-    local = local_of(blocks, synthesis, unpack(arrays, "local") * spread[:, None], arrays["groups"])
+    local = layer_group_basis(blocks, synthesis, unpack(arrays, "local") * spread[:, None], arrays["groups"])
     common, half, at = dual(blocks, synthesis), sample.size // 2, len(synthesis)
     analysis = np.zeros((sample.size, at + local.width), np.float32)
     analysis[:, :at] = common

@@ -27,7 +27,7 @@ _lock = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Local:
+class LayerGroupBasis:
     """Directions of a few layers each, for what the common ones leave: C in each of G groups of layers.
 
     ``bounds`` ``[G, 2]`` are elements of each group's keys; its values lie P / 2 further. ``analysis`` and
@@ -98,7 +98,7 @@ class TokenModel:
     mean: Floats
     analysis: Floats
     synthesis: Floats
-    local: Local
+    local: LayerGroupBasis
     predictor: Predictor
 
     @property
@@ -260,7 +260,7 @@ def _load(part: Part, section: str) -> TokenModel:
         raise _unfit(section)
     blocks = whiten.reshape(-1, dims, dims)
     synthesis = np.ascontiguousarray((basis * spread[:, None]).T)
-    own = local_of(blocks, synthesis, local * spread[:, None], groups)
+    own = layer_group_basis(blocks, synthesis, local * spread[:, None], groups)
     return TokenModel(part.array("rope.inv_freq"), mean, dual(blocks, synthesis), synthesis, own, predictor)
 
 
@@ -281,11 +281,11 @@ def _unfit(section: str) -> MismatchError:
     return MismatchError(f"the profile's section {section!r} does not fit together: calibrate again")
 
 
-def local_of(whiten: Floats, synthesis: Floats, local: Floats, groups: NDArray[np.int32]) -> Local:
+def layer_group_basis(whiten: Floats, synthesis: Floats, local: Floats, groups: NDArray[np.int32]) -> LayerGroupBasis:
     """Directions ``[P, C]`` of each group's elements, ``groups`` ``[L]`` being each layer's group."""
     half, dims = len(local) // 2, whiten.shape[1]
     layer = half // len(groups)
-    found = Local([], [], [], np.empty((len(synthesis), (int(groups[-1]) + 1) * local.shape[1]), np.float32))
+    found = LayerGroupBasis([], [], [], np.empty((len(synthesis), (int(groups[-1]) + 1) * local.shape[1]), np.float32))
     for group in range(int(groups[-1]) + 1):
         a, b = (int(np.searchsorted(groups, group, side)) * layer for side in ("left", "right"))
         mine = np.ascontiguousarray(np.concatenate([local[a:b], local[half + a : half + b]]).T)
