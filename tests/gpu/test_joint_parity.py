@@ -173,11 +173,11 @@ def test_there_and_back(gpu: Any, tokens: int, units: int, ids: bool) -> None:
     out = torch.full_like(memory, 0x7FFF)
     back = addresses - memory.data_ptr() + out.data_ptr()
     arena = torch.cat([coded.arena, torch.zeros(1 << 16, dtype=torch.uint8, device=gpu.device)])
-    unsound, sums, odd = joint.decompress(
+    unsound, sums, nonfinite = joint.decompress(
         coded.places[:-1] + arena.data_ptr(), coded.sizes, 400, back, shape, units * tokens * DIMS, 0, levels, shifts
     )
     assert not unsound.any()
-    assert not odd.any()
+    assert not nonfinite.any()
     assert torch.equal(sums, coded.checksums)
     mine = to_float32(out.cpu().numpy().view(np.uint16).reshape(bits.shape), "BF16")
     host = coded.arena.cpu().numpy()
