@@ -1,4 +1,4 @@
-"""``fisher`` from device to device, on a long capture."""
+"""Measures ``fisher`` from device to device on a long capture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from kvpack.gpu.runtime.tensors import product
 
 
 def rows(gpu: Timed, one: Given) -> Iterator[Speed]:
-    """Compress and decompress, whole and kernel by kernel; what comes back is checked before anything is timed."""
+    """Yield the speeds of compression and decompression, in total and for each kernel.
+
+    The decompressed tensors are checked before anything is timed.
+    """
     given, chunk, part = one.tensors, one.chunk, one.part
     tensors, heads, tokens, dims = given.shape
     units, joint = tokens // chunk, Joint(gpu, CODEC.keys, part)
@@ -55,7 +58,7 @@ def rows(gpu: Timed, one: Given) -> Iterator[Speed]:
 
 
 def _products(joint: Joint, tokens: int, label: str, size: int) -> Iterator[Speed]:
-    """The matrix products alone."""
+    """Yield the speeds of the matrix products alone."""
     m = joint.matrices
     told, width, windows = m.told.shape[0], m.prediction.width, m.groups[-1].window.stop
     stack, coordinates = (torch.randn(tokens, n, device=m.means.device).half() for n in (m.size + told, windows))
