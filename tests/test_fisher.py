@@ -21,7 +21,7 @@ from kvpack.cache import windows
 from kvpack.calibration.scales import tables
 from kvpack.codecs.chain.base import Part, Scales, UnrepresentableError
 from kvpack.codecs.chain.codec import ChainCodec
-from kvpack.codecs.chain.quantizers.dead_zone import MIDDLE, MOST_SHIFT, DeadZone, quantise, reference, token_levels
+from kvpack.codecs.chain.quantizers.dead_zone import MAX_SHIFT, MIDDLE, DeadZone, quantize, reference, token_levels
 from kvpack.codecs.chain.rotary import rotate, turns
 from kvpack.codecs.chain.symbols import unzigzag
 from kvpack.codecs.chain.transforms.token_klt import TokenKlt, cpu
@@ -255,7 +255,7 @@ def test_scales_are_of_the_step_the_levels_and_the_shifts() -> None:
     given = coefficients(3)
     before = {
         "levels": np.array([MIDDLE - 2, MIDDLE, MIDDLE + 4], np.uint8).reshape(1, 3, 1),
-        "shifts": np.array([MOST_SHIFT, MOST_SHIFT, MOST_SHIFT - 3], np.uint8).reshape(1, 3, 1),
+        "shifts": np.array([MAX_SHIFT, MAX_SHIFT, MAX_SHIFT - 3], np.uint8).reshape(1, 3, 1),
     }
     *sides, last = quantizer.planes(given)
     assert [quantizer.scaled(plane, {}, given).scales for plane in sides] == [None, None]
@@ -274,7 +274,7 @@ def test_choices_are_the_references(seed: int, tokens: int, dims: int, octaves: 
     scales = Scales(columns, rng.integers(-100, 100, tokens).astype(np.int32), tables(counts))
     values = (rng.laplace(size=(tokens, dims)) * 2.0**octaves).astype(np.float32)
     steps = np.exp2(rng.uniform(-2, 2, (tokens, 1))).astype(np.float32)
-    shifts, codes = quantise(values, steps, scales, centroids)
+    shifts, codes = quantize(values, steps, scales, centroids)
     wanted, costs = reference.thresholds(scales.tables, centroids), reference.magnitude_costs(scales.tables)
     first = reference.magnitudes(values, steps, scales, wanted)
     assert (shifts == reference.shifts(first, scales, costs)).all()
@@ -289,7 +289,7 @@ def test_shifts_follow_how_widely_a_token_scatters() -> None:
     values = (rng.laplace(size=(3, 500)) * [[0.25], [0.7], [2.8]]).astype(
         np.float32
     )  # 2 ** -1.5, 1 and 4 times as wide
-    shifts, _ = quantise(values, np.ones((3, 1), np.float32), scales, np.zeros((64, 4), np.float32))
+    shifts, _ = quantize(values, np.ones((3, 1), np.float32), scales, np.zeros((64, 4), np.float32))
     assert np.abs(shifts - [-6, 0, 7]).max() <= 1
 
 

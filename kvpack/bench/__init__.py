@@ -1,1 +1,1 @@
-"""Rate-distortion runs: every codec over held-out captures, judged by the model; tables, plots, comparisons."""
+"""Measures rate and distortion of codecs on held-out captures with the model as judge; tables, plots, comparisons."""

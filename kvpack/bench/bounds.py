@@ -1,6 +1,7 @@
-"""What no codec of a kind can beat, as rows beside the codecs: simulated, so that the model can judge them too.
+"""Simulates bounds that no codec of a kind can beat; the model judges them like codecs.
 
-Side information (means, variances, tables, the transform) costs nothing here; only attention sinks are counted whole.
+Side information (means, variances, tables and the transform) costs nothing here. Attention sinks are counted
+uncompressed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from kvpack.formats.safetensors import TensorSpec
 from kvpack.numerics.floats import Bits, from_float32, to_float32
 
 SINKS = 4
-"""First tokens, kept whole: their outliers would swamp every covariance (arXiv 2309.17453)."""
+"""Number of first tokens that are kept exactly; their outliers would dominate every covariance (arXiv 2309.17453)."""
 
 ECSQ_STEPS = (0.25, 0.5, 1.0, 2.0)
 GAUSSIAN_LEVELS = (0.01, 0.03, 0.1, 0.3)
@@ -25,18 +26,22 @@ GAUSSIAN_LEVELS = (0.01, 0.03, 0.1, 0.3)
 
 @dataclass(frozen=True)
 class Bound:
-    """``ecsq`` or ``gaussian`` at a setting: a step over the tensor's deviation, or a distortion over its variance."""
+    """A bound at one setting.
+
+    ``family`` is ``ecsq`` or ``gaussian``. ``setting`` is the step relative to the tensor's standard deviation, or the
+    distortion relative to its variance.
+    """
 
     family: str
     setting: float
 
     @property
     def name(self) -> str:
-        """As in rows."""
+        """Name of the bound in result rows."""
         return f"{self.family}-{self.setting:g}"
 
     def simulate(self, values: Floats, seed: int = 0) -> tuple[Floats, float]:
-        """What a decoder would have of one layer's ``[H, T, D]``, and the bits it takes."""
+        """Return what a decoder would have of one layer's ``values`` ``[H, T, D]``, and the number of bits it takes."""
         if not values.size:
             return values, 0.0
         if self.family == "ecsq":
@@ -51,10 +56,11 @@ BOUNDS = (
 
 
 def ecsq(values: Floats, step: float) -> tuple[Floats, float]:
-    """Entropy-coded uniform scalar quantiser a channel: the empirical entropy of each channel's own codes.
+    """Simulate an entropy-coded uniform scalar quantizer; return the decoded values and the number of bits.
 
-    One step for all channels of the tensor (``step`` times its standard deviation about the channels' means): by
-    reverse water-filling the best choice for squared error.
+    The bits are the empirical entropy of each channel's own codes. All channels of the tensor have the same step,
+    ``step`` times the standard deviation around the channels' means. By reverse water-filling, this is the best choice
+    for squared error.
     """
     tokens = values.shape[1]
     mean = values.mean(1, keepdims=True)
@@ -70,11 +76,12 @@ def ecsq(values: Floats, step: float) -> tuple[Floats, float]:
 
 
 def gaussian(values: Floats, level: float, seed: int) -> tuple[Floats, float]:
-    """The rate-distortion bound of Gaussian vectors with each head's covariance: the "per-vector Shannon limit".
+    """Simulate the rate-distortion bound of Gaussian vectors; return the decoded values and the number of bits.
 
-    Reverse water-filling (Cover & Thomas, Elements of Information Theory, 10.3.3) at the water level theta, ``level``
-    times the tensor's mean variance: sum of max(0, log2(lambda / theta) / 2) bits a vector. The decoder's vector is
-    drawn from the test channel that attains it.
+    The vectors have each head's covariance; this is the "per-vector Shannon limit". Reverse water-filling (Cover &
+    Thomas, Elements of Information Theory, 10.3.3) has the water level theta, ``level`` times the tensor's mean
+    variance. A vector takes the sum of max(0, log2(lambda / theta) / 2) bits. The decoded vectors are drawn from the
+    test channel that attains the bound.
     """
     heads, tokens, dims = values.shape
     random = np.random.Generator(np.random.PCG64(seed))
@@ -94,7 +101,7 @@ def gaussian(values: Floats, level: float, seed: int) -> tuple[Floats, float]:
 
 @dataclass(frozen=True)
 class Simulated:
-    """A capture with its keys and values replaced by what a bound's decoder would have."""
+    """A capture whose keys and values are replaced by what a bound's decoder would have."""
 
     tensors: Mapping[str, TensorSpec]
     metadata: Mapping[str, str]
@@ -103,12 +110,12 @@ class Simulated:
     bits_per_element: float
 
     def read(self, name: str) -> Bits:
-        """The tensor's bit patterns."""
+        """Return the bit patterns of a tensor."""
         return self.replaced[name] if name in self.replaced else self.original.read(name)
 
 
 def simulate(capture: CacheSource, bound: Bound) -> Simulated:
-    """Apply ``bound`` to every layer's keys and values, :data:`SINKS` apart."""
+    """Apply ``bound`` to the keys and values of every layer, except the first :data:`SINKS` tokens."""
     replaced: dict[str, Bits] = {}
     bits, elements = 0.0, 0
     for names in layer_tensors(capture).values():

@@ -1,8 +1,8 @@
-"""What a sequence bound claims for a model, in numbers: raw bits a token, TurboQuant's, and the token's own entropy.
+"""Computes what a sequence bound claims for a model: bits per token raw and with TurboQuant, and a token's entropy.
 
-arXiv 2604.15356 sets the bits of a TurboQuant-compressed position against the entropy of one token under the model,
-"beyond the per-vector Shannon limit". The ratio follows from a model's shape alone; the bound is reached only by
-storing tokens and computing the cache again.
+arXiv 2604.15356 compares the bits of a TurboQuant-compressed position to the entropy of one token under the model,
+"beyond the per-vector Shannon limit". With a given entropy, the ratio depends only on the model's shape. The bound is
+reached only by storing the tokens and computing the cache again.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 from kvpack.errors import FormatError
 
 PAPER_TOKEN_BITS = 4.3
-"""Bits a token that arXiv 2604.15356 assumes for its headline (3.3 to 4.3)."""
+"""Bits per token that arXiv 2604.15356 assumes for its headline ratio (3.3 to 4.3)."""
 
 PAPER_TURBOQUANT_BITS = 3.0
-"""Bits an element it assumes for TurboQuant, without norms."""
+"""Bits per element that the paper assumes for TurboQuant, without norms."""
 
 MAX_FIELD = 1 << 24
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's cache: layers, query heads, KV heads, head dimension."""
+    """The shape of a model's cache: numbers of layers, query heads and KV heads, and the head dimension."""
 
     layers: int
     query_heads: int
@@ -34,10 +34,10 @@ class Shape:
 
     @classmethod
     def from_config(cls, path: Path) -> Shape:
-        """Read a transformers ``config.json`` (of the text decoder, where there are several).
+        """Read the shape from a transformers ``config.json``; of several configurations, the text decoder's is used.
 
         Raises:
-            FormatError: not JSON, or not a configuration with these numbers.
+            FormatError: The file is not JSON, or not a configuration with these numbers.
 
         """
         try:
@@ -69,7 +69,7 @@ def _number(config: dict[str, Any], path: Path, *names: str) -> int:
 
 @dataclass(frozen=True)
 class Claim:
-    """Bits a token position by one way of counting heads, and the ratios between them."""
+    """Bits per token position with one way of counting heads, and the ratios between them."""
 
     heads: int
     raw_bits: int
@@ -78,16 +78,16 @@ class Claim:
 
     @property
     def over_turboquant(self) -> float:
-        """TurboQuant's bits over the token's: the paper's headline ratio."""
+        """Ratio of TurboQuant's bits to the token's entropy, which is the paper's headline ratio."""
         return self.turboquant_bits / self.token_bits
 
     @property
     def over_raw(self) -> float:
-        """The uncompressed bits over the token's."""
+        """Ratio of the uncompressed bits to the token's entropy."""
         return self.raw_bits / self.token_bits
 
     def to_json(self) -> dict[str, Any]:
-        """Fields and ratios."""
+        """Return the fields and the ratios."""
         return {**asdict(self), "over_turboquant": self.over_turboquant, "over_raw": self.over_raw}
 
 
@@ -100,10 +100,10 @@ def claim(
     norm_bits: float = 0.0,
     raw: int = 16,
 ) -> Claim:
-    """Count a position's bits with ``heads`` heads a layer: keys and values, ``head_dim`` elements each.
+    """Count the bits of a position with ``heads`` heads per layer, each with ``head_dim`` elements of keys and values.
 
-    ``raw`` bits an element uncompressed, ``bits`` in TurboQuant, which also stores a norm a vector
-    (``norm_bits``; the paper leaves it out).
+    An element has ``raw`` bits uncompressed and ``bits`` bits in TurboQuant. TurboQuant also stores a norm of
+    ``norm_bits`` bits for each vector, which the paper leaves out.
     """
     vectors = 2 * shape.layers * heads
     elements = vectors * shape.head_dim

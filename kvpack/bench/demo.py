@@ -1,4 +1,4 @@
-"""The demo's work: capture the embedded model, run every codec over the cache, measure each."""
+"""The work of ``kvpack demo``: captures the embedded model's cache, runs codecs over it and measures each."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from kvpack.kvp.inspection import inspect
 
 TOKENS = 2048
 TOPICS = ("typesmapping", "objects", "class", "exceptions", "naming", "types")
-"""Chapters of Python's language reference, English prose that every CPython carries (``pydoc_data``)."""
+"""Chapters of Python's language reference: English prose that every CPython contains (``pydoc_data``)."""
 
 FINE_AND_COARSE = {f"local-{level}" for level in (8, 7, 6, 2, 1)}
 SHOWN = [
     codec for codec in CODECS.values() if Need.PROFILE not in codec.traits.needs and codec.name not in FINE_AND_COARSE
 ]
-"""Codecs that need no calibration; of ``local`` some levels."""
+"""Codecs that need no calibration, with only some levels of ``local``."""
 
 Progress = Callable[[int, int], None] | None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One codec's results on the demo's capture; sizes of the whole file, errors as in ``kvpack verify``."""
+    """Results of one codec on the demo's capture; sizes are of the whole file, errors those of ``kvpack verify``."""
 
     codec: str
     bits_per_element: float
@@ -47,14 +47,14 @@ class Row:
 
 
 def demo_text() -> str:
-    """The text whose cache is captured."""
+    """Return the text whose cache is captured."""
     from pydoc_data.topics import topics
 
     return "\n".join(topics[name] for name in TOPICS)
 
 
 def capture_demo(path: Path, progress: Progress = None) -> None:
-    """Capture the embedded model's cache of :func:`demo_text`, ``TOKENS`` tokens, to ``path``."""
+    """Capture the embedded model's cache of the first ``TOKENS`` tokens of :func:`demo_text` to ``path``."""
     from kvpack.capture import CaptureOptions, load_model, run, write_capture
 
     cache = run(load_model(None), demo_text(), CaptureOptions(max_tokens=TOKENS), progress)
@@ -63,12 +63,12 @@ def capture_demo(path: Path, progress: Progress = None) -> None:
 
 
 def run_codecs(capture: Path, folder: Path) -> Iterator[Row]:
-    """Compress, decompress, verify and inspect with each of :data:`SHOWN`; files stay in ``folder``.
+    """Compress, decompress, verify and inspect with each codec of :data:`SHOWN`; ``.kvp`` files stay in ``folder``.
 
-    Seconds are of the second of two runs, so that compiling (once per machine) is not counted.
+    Seconds are those of the second of two runs, so that compilation, which happens once per machine, is not counted.
 
     Raises:
-        CorruptError: a lossless codec did not give the capture back.
+        CorruptError: A lossless codec did not restore the capture.
 
     """
     reference = Capture.open(capture)

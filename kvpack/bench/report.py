@@ -1,4 +1,4 @@
-"""The results as Markdown, and as a plot (matplotlib, the extra ``plot``)."""
+"""Presents results as Markdown and as a plot (with matplotlib, the extra ``plot``)."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ WITH_INTERVAL = ("kl_plain", "kl_repeat", "ppl_plain", "ppl_repeat")
 
 
 SHORT = ("bits", "ratio", "kl_plain", "kl_repeat", "ppl_repeat", "top1_plain", "needles", "attention_error")
-"""Columns that fit a terminal."""
+"""Columns of the table in a terminal, which must be narrow."""
 
 
 def cells(summary: Summary, columns: Sequence[str] = tuple(COLUMNS), *, intervals: bool = True) -> list[str]:
-    """A table's row: the codec, then ``columns``; KL and perplexity with their 95 % intervals."""
+    """Return a row of a table: the codec, then ``columns``, with 95 % intervals of KL and perplexity."""
     figures = [(summary.figures.get(name), COLUMNS[name][1], name in WITH_INTERVAL) for name in columns]
     return [summary.codec, *(_cell(figure, form, intervals and wanted) for figure, form, wanted in figures)]
 
@@ -46,7 +46,7 @@ def _cell(figure: Interval | None, form: str, with_interval: bool) -> str:
 
 
 def markdown(results: Results) -> str:
-    """A report: what was run, where, and one table."""
+    """Return a Markdown report: what was run, on which machine, and the tables of codecs and of bounds."""
     documents = list(dict.fromkeys(row.document for row in results.rows))
     summaries = summarize(results.rows)
     originals = [s.figures["needles_original"].mean for s in summaries if "needles_original" in s.figures]
@@ -92,10 +92,10 @@ PANELS = (
 
 
 def plot(results: Results, path: Path) -> None:
-    """Draw each of :data:`PANELS` against bits an element, one line a codec family, to ``path``.
+    """Draw each of :data:`PANELS` against bits per element to ``path``, with one line for each codec family.
 
     Raises:
-        KvpackError: matplotlib is not installed, or cannot write such a file.
+        KvpackError: matplotlib is not installed, or it cannot write files of this type.
 
     """
     try:
@@ -131,7 +131,7 @@ def plot(results: Results, path: Path) -> None:
             axes.set_ylim(bottom=min(axes.dataLim.y0, 0) - 0.01)
         axes.grid(visible=True, which="both", alpha=0.25)
         left, _ = axes.get_xlim()
-        for bits_of_tokens in tokens:  # thousands of times less: drawn at the edge, so that curves stay apart
+        for bits_of_tokens in tokens:  # It is far below all codecs; a line at the edge keeps the scale.
             label = f"token entropy (replay): {bits_of_tokens:.2g}, left of the scale"
             axes.axvline(left, linestyle=":", linewidth=4, color="black", label=label)
         axes.set_xlim(left=left)

@@ -1,4 +1,4 @@
-"""A bench's results: rows in one JSON file that a later run continues, and their summary over documents."""
+"""Results of ``kvpack bench``: rows in one JSON file, which a later run can continue, and their summary."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from kvpack.formats.output import atomic_output
 
 SCHEMA_VERSION = 2
 TOKEN_ENTROPY = "token-entropy"
-"""Row of the sequence bound: bits of the tokens, from which the model itself makes the cache again."""
+"""Name of the row of the sequence bound: the bits of the tokens, from which the model can compute the cache again."""
 
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Student's t for two-sided 95 % intervals, by degrees of freedom from 1; above 10 the normal's 1.960 is used."""
+"""Student's t of two-sided 95 % intervals for 1 to 10 degrees of freedom; above 10, the normal's 1.960 is used."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One codec, one seed, one document. Errors as in ``kvpack verify``; seconds of the second of two runs.
+    """Results of one codec with one seed on one document.
 
-    ``document`` is the capture's file name, ``document_sha256`` its contents; ``model`` is
-    ``ModelReport.to_json()``, or None where no model ran. Of a bound (``kvpack.bench.bounds``), which no file
-    attains, ``size``, ``ratio`` and seconds are None; of the token entropy everything but the bits is.
+    Errors are those of ``kvpack verify``. Seconds are those of the second of two runs. ``document`` is the file name of
+    the capture and ``document_sha256`` its digest. ``model`` is ``ModelReport.to_json()``, or None if no model ran. A
+    bound (``kvpack.bench.bounds``) has no file, so its ``size``, ``ratio`` and seconds are None. For the token entropy,
+    all figures except the bits are None.
     """
 
     document: str
@@ -46,25 +47,28 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """What makes a row unique in a file."""
+        """Key that is unique for each row of a file: document digest, codec and seed."""
         return self.document_sha256, self.codec, self.seed
 
     @property
     def bound(self) -> bool:
-        """Whether it is a bound and no codec."""
+        """Whether the row is of a bound and not of a codec."""
         return self.size is None
 
 
 @dataclass
 class Results:
-    """Everything ``kvpack bench`` writes; ``setting`` is what rows must share to be compared within a file."""
+    """All that ``kvpack bench`` writes.
+
+    ``setting`` is what all rows of a file must have in common, so that they can be compared.
+    """
 
     setting: dict[str, Any]
     machine: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON types only, with ``schema_version``."""
+        """Return the results with JSON types only, with ``schema_version``."""
         return {
             "schema_version": SCHEMA_VERSION,
             "setting": self.setting,
@@ -73,16 +77,16 @@ class Results:
         }
 
     def write(self, path: Path) -> None:
-        """Write the file whole or not at all."""
+        """Write the results to ``path`` atomically."""
         with atomic_output(path, force=True) as sink:
             sink.write(json.dumps(self.to_json(), indent=1).encode() + b"\n")
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """Read a file of :meth:`write`.
+        """Read a file that :meth:`write` wrote.
 
         Raises:
-            FormatError: not such a file.
+            FormatError: The file is not such a file, or has another schema version.
 
         """
         try:
@@ -94,10 +98,10 @@ class Results:
             raise FormatError(f"{path}: not the results of kvpack bench ({error})") from None
 
     def resume(self, path: Path) -> None:
-        """Take over the rows that ``path`` holds, if it is there.
+        """Take over the rows of the file ``path``, if it exists.
 
         Raises:
-            UsageError: they were made with another model or other versions.
+            UsageError: The rows were measured with another setting, such as another model or other versions.
 
         """
         if not path.exists():
@@ -128,7 +132,7 @@ METRICS: dict[str, Callable[[Row], float | None]] = {
     "compress_seconds": lambda row: row.compress_seconds,
     "decompress_seconds": lambda row: row.decompress_seconds,
 }
-"""What a summary holds, by name."""
+"""Metrics of a summary by name; each takes a row and returns a figure, or None if the row does not have it."""
 
 
 def _model(row: Row, test: str, figure: str) -> float | None:
@@ -138,7 +142,7 @@ def _model(row: Row, test: str, figure: str) -> float | None:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over documents, and the half width of its 95 % confidence interval (None for one document)."""
+    """A mean over documents and the half width of its 95 % confidence interval, which is None for one document."""
 
     mean: float
     half: float | None
@@ -146,7 +150,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Summary:
-    """A codec over documents: first the mean over seeds of each document, then over documents."""
+    """Summary of a codec: each document is averaged over seeds first, then the documents are averaged."""
 
     codec: str
     documents: int
@@ -155,7 +159,7 @@ class Summary:
 
 
 def summarize(rows: Iterable[Row]) -> list[Summary]:
-    """Summaries by codec, in the order of their first rows."""
+    """Return the summaries of all codecs, in the order of their first rows."""
     by_codec: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         by_codec.setdefault(row.codec, {}).setdefault(row.document_sha256, []).append(row)
@@ -175,7 +179,7 @@ def _figures(documents: list[list[Row]]) -> dict[str, Interval]:
 
 
 def interval(values: list[float]) -> Interval:
-    """Mean and 95 % confidence half width by Student's t."""
+    """Return the mean and the half width of its 95 % confidence interval by Student's t."""
     if len(values) < 2:
         return Interval(values[0], None)
     quantile = T_95[len(values) - 2] if len(values) - 2 < len(T_95) else 1.960
@@ -183,9 +187,9 @@ def interval(values: list[float]) -> Interval:
 
 
 def compare(old: Results, new: Results) -> list[tuple[str, str, float, float]]:
-    """Codec, metric, old and new mean of what moved by more than one percent, over documents both have.
+    """Return codec, metric, old mean and new mean of every metric that changed by more than one percent.
 
-    Seconds are left out: they move with the machine's mood.
+    Only rows that both results have are compared. Seconds are left out, because they vary between runs.
     """
     common = {row.key for row in old.rows} & {row.key for row in new.rows}
     before, after = (

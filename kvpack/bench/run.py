@@ -1,7 +1,7 @@
-"""Runs codecs over captures: a real file each, decompressed, measured, judged by the model.
+"""Runs codecs over captures: writes a real file for each codec, decompresses it, measures it and judges it by a model.
 
-The judged file holds what a reader of a cache needs, keys, values and tokens: tensors that only measure fidelity
-(``jobs.PROBES``) are dropped from it, so that they weigh on no ratio.
+The judged file holds what a reader of a cache needs: keys, values and tokens. Tensors that only serve to measure
+fidelity (``jobs.PROBES``) are dropped, so that they do not affect the ratio.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from kvpack.kvp.inspection import inspect
 from kvpack.profiles import Profile
 
 QUICK = ("lossless", "kivi-4", "kivi-2", "turboquant-4", "turboquant-2", "cachegen-4", "aquakv-2", "kvtc-1")
-"""Codecs of ``--quick``; those that are calibrated only with a profile."""
+"""Codecs of ``--quick``; calibrated ones are run only with a profile."""
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One row to measure: a codec, a bound, or the token entropy (None)."""
+    """One row to measure; ``subject`` is a codec, a bound, or None for the token entropy."""
 
     path: Path
     sha256: str
@@ -53,17 +53,17 @@ class Task:
 
     @property
     def name(self) -> str:
-        """As in rows."""
+        """Name of the codec or bound in result rows."""
         return self.subject.name if self.subject else TOKEN_ENTROPY
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """As of :class:`Row`."""
+        """Key of the task's row, as in :class:`Row`."""
         return self.sha256, self.name, self.seed
 
 
 def plan(captures: Sequence[Path], codecs: Sequence[Codec], seeds: int, bounds: Sequence[Bound | None]) -> list[Task]:
-    """Every row: document by document, codec by codec, several seeds where a codec is random; then bounds."""
+    """Return the tasks document by document: all codecs, those with randomness with several seeds, then the bounds."""
     tasks = []
     for path in captures:
         with path.open("rb") as file:
@@ -75,7 +75,7 @@ def plan(captures: Sequence[Path], codecs: Sequence[Codec], seeds: int, bounds: 
 
 
 def setting(model: Model | None, profile: Profile | None) -> dict[str, Any]:
-    """What rows of one file share: the model that judges, the profile, and the versions that decide figures."""
+    """Return what rows of one file have in common: the judging model, the profile, and versions that affect figures."""
     return {
         "profile": {**profile.identity(), "size": profile.size} if profile else None,
         "model": model.name if model else None,
@@ -86,8 +86,8 @@ def setting(model: Model | None, profile: Profile | None) -> dict[str, Any]:
 
 
 def machine(model: Model | None) -> dict[str, Any]:
-    """Where it ran: processor, its cores, GPU if the model is on one, Python, kvpack's commit where known."""
-    import torch  # after kvpack.capture, which silences progress bars that torch would already set up
+    """Return what the bench ran on: processor, cores, the model's GPU if any, Python, and kvpack's commit if known."""
+    import torch  # This follows the import of kvpack.capture, which must turn off progress bars first.
 
     on_gpu = model is not None and model.network.device.type == "cuda"
     return {
@@ -125,10 +125,10 @@ def measure(
     results: Results,
     progress: Progress | None,
 ) -> Iterator[Row]:
-    """Measure tasks that ``results`` has no row for; rows are appended to it and given one by one.
+    """Measure the tasks that have no row in ``results`` yet; append each new row to ``results`` and yield it.
 
     Raises:
-        CorruptError: a lossless codec did not give its capture back.
+        CorruptError: A lossless codec did not restore its capture.
 
     """
     done = {row.key for row in results.rows}
@@ -148,7 +148,7 @@ def measure(
 
 @dataclass(frozen=True)
 class _Bench:
-    """One capture, the model's judgement of the original, and a folder for files."""
+    """One capture with its judge and a folder for files."""
 
     path: Path
     capture: Capture
@@ -225,7 +225,7 @@ class _Bench:
         )
 
     def _token_entropy(self, task: Task) -> Row:
-        """The sequence bound of arXiv 2604.15356: what the tokens carry, spread over the cache's elements."""
+        """Return the row of the sequence bound of arXiv 2604.15356: the tokens' bits per element of the cache."""
         assert self.model is not None
         tokens = self.capture.read("tokens").view(np.int32).tolist()
         bits, _ = token_bits(self.model, tokens)

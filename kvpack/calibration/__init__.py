@@ -1,4 +1,4 @@
-"""Learns from captures of a corpus what calibrated codecs need, once a model: the ``.kvprofile``."""
+"""Learns what calibrated codecs need from the caches of a corpus, once per model; the result is a ``.kvprofile``."""
 
 from kvpack.calibration.corpus import CorpusOptions, Sample, collect
 from kvpack.calibration.prediction import PredictorOptions

@@ -1,4 +1,4 @@
-"""What AQUA-KV calibrates (arXiv 2501.19392, section 3): predictors between layers, and HIGGS' grids."""
+"""Calibration of AQUA-KV (arXiv 2501.19392, section 3): predictors between layers, and the grids of HIGGS."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from kvpack.codecs.context import DecodeContext
 from kvpack.numerics.jit import njit
 
 RIDGE = 1e-3
-"""Of the inputs' mean variance."""
+"""Ridge penalty, relative to the mean variance of the inputs."""
 
 TRAINING_TOKENS = 8192
 
 
 def gaussian_grid(points: int, seed: int = 0) -> Floats:
-    """``points`` points of the plane that quantise a standard Gaussian pair with least squared error, by Lloyd's
-    algorithm from a seeded sample: ``[points, 2]`` float32 (HIGGS, arXiv 2411.17525, section 4.1).
+    """Return a grid that quantizes a pair of standard Gaussians with least squared error, ``[points, 2]`` float32.
+
+    Lloyd's algorithm finds it from a seeded sample (HIGGS, arXiv 2411.17525, section 4.1).
     """
     random = np.random.Generator(np.random.PCG64(seed))
     pairs = random.standard_normal((1 << 16, 2))
@@ -34,7 +35,7 @@ def gaussian_grid(points: int, seed: int = 0) -> Floats:
 
 @njit
 def _lloyd(pairs: NDArray[Any], grid: NDArray[Any]) -> None:
-    """Move each point to the mean of the pairs nearest to it."""
+    """Move each grid point to the mean of the pairs that are nearest to it."""
     sums, counts = np.zeros_like(grid), np.zeros(len(grid))
     for i in range(len(pairs)):
         best, nearest = np.inf, 0
@@ -52,10 +53,10 @@ def _lloyd(pairs: NDArray[Any], grid: NDArray[Any]) -> None:
 def predictors(
     keys: Floats, values: Floats, quantizer: Higgs, grids: Mapping[str, NDArray[Any]], section: str
 ) -> dict[str, Floats]:
-    """Weights and biases by ridge regression, layer by layer, on what the decoder will have.
+    """Return the predictors' weights and biases, from ridge regression layer by layer on the decoder's data.
 
-    ``keys`` (before RoPE) and ``values`` are ``[L, N, C]``. Each layer is quantised with the predictor just found,
-    and its reconstruction is the next one's input, as the paper trains them.
+    ``keys`` (before RoPE) and ``values`` are ``[L, N, C]``. Each layer is quantized with its new predictor, and its
+    reconstruction is the input of the next layer's predictor, as in the paper.
     """
     found_keys, rebuilt_keys = _fit(keys, None, quantizer, grids, f"{section}.keys")
     found_values, _ = _fit(values, rebuilt_keys, quantizer, grids, f"{section}.values")
@@ -83,7 +84,7 @@ def _fit(
 
 
 def _ridge(x: Floats, y: Floats) -> tuple[Floats, Floats]:
-    """``x @ weight + bias`` nearest to ``y``, rounded to what a profile stores (fp16)."""
+    """Return the weight and bias with ``x @ weight + bias`` nearest to ``y``, rounded to fp16 as in a profile."""
     centre, target = x.mean(0, dtype=np.float64), y.mean(0, dtype=np.float64)
     inputs = x - centre
     gram = inputs.T @ inputs

@@ -1,4 +1,4 @@
-"""Runs the model over a corpus and keeps its keys, before RoPE, and values."""
+"""Runs the model over a corpus and collects its keys (before RoPE) and values."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from kvpack.codecs.chain.base import Floats
 from kvpack.errors import UnsupportedError, UsageError
 
 SKIPPED = 4
-"""First tokens of a sequence that are left out: attention sinks, unlike all others (arXiv 2309.17453)."""
+"""Number of first tokens of a sequence that are skipped: attention sinks differ from all others (arXiv 2309.17453)."""
 
 HELD_BACK = 8
-"""One sequence in so many is not learnt from."""
+"""One in this many sequences is held back from learning."""
 
 Halves = NDArray[np.float16]
 Progress = Callable[[int, int], None]
@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class CorpusOptions:
-    """How many tokens to run in all, shared evenly by the texts, in sequences of ``context`` tokens."""
+    """Size of the corpus: ``tokens`` in total, split evenly between the texts, in sequences of ``context`` tokens."""
 
     tokens: int = 65536
     context: int = 2048
@@ -38,11 +38,18 @@ class CorpusOptions:
 
 @dataclass(frozen=True)
 class Sample:
-    """S sequences of T tokens: ``both`` ``[S, T, P]`` float16, all layers' keys before RoPE, then all their values.
+    """The cache of S sequences of T tokens, with P = 2 * L * H * D elements per token.
 
-    ``tokens`` ``[S, T]`` int32 are their ids, ``mass`` ``[T]`` float32 of each sequence held back its attention mass,
-    mean over layers and heads. ``layers`` is L, ``channels`` H * D, and P is 2 * L * H * D; ``documents`` says what
-    they come from, for the profile's metadata.
+    Attributes:
+        both: all layers' keys before RoPE, then all layers' values, ``[S, T, P]`` float16.
+        tokens: token ids, ``[S, T]`` int32.
+        mass: for each sequence held back, the attention mass of its tokens, mean over layers and heads, ``[T]``
+            float32.
+        layers: number of layers, L.
+        channels: elements of a layer's keys per token, H * D.
+        frequencies: RoPE's frequencies in radians per position, empty without RoPE.
+        documents: the texts that the sequences come from, for the profile's metadata.
+
     """
 
     both: Halves
@@ -55,27 +62,30 @@ class Sample:
 
     @property
     def held(self) -> list[int]:
-        """Sequences that nothing is learnt from, but that show how what was learnt does on others."""
+        """Indices of the sequences held back, on which the learnt codec is measured."""
         return _held_back(len(self.tokens))
 
     @property
     def learnt(self) -> list[int]:
-        """The other sequences; the same one where there is but one."""
+        """Indices of the sequences to learn from: all that are not held back, or the only one."""
         held = self.held
         return [s for s in range(len(self.tokens)) if s not in held] or held
 
     @property
     def size(self) -> int:
-        """Elements a token: P."""
+        """Number of elements per token, P."""
         return int(self.both.shape[2])
 
     def kind(self, name: str) -> Halves:
-        """``keys`` or ``values``: ``[S, T, L * H * D]``."""
+        """Return the ``keys`` or the ``values``, ``[S, T, L * H * D]``."""
         half = self.size // 2
         return self.both[:, :, :half] if name == "keys" else self.both[:, :, half:]
 
     def rows(self, kind: str, most: int) -> Floats:
-        """At most ``most`` keys or values ``[N, L * H * D]`` float32, taken evenly, the first tokens left out."""
+        """Return at most ``most`` evenly spaced rows of keys or values, ``[N, L * H * D]`` float32.
+
+        The first ``SKIPPED`` tokens of each sequence are left out.
+        """
         kept = self.kind(kind)[:, SKIPPED:]
         stride = -(-kept.shape[0] * kept.shape[1] // most)
         return np.asarray(kept.reshape(-1, kept.shape[2])[::stride], np.float32)
@@ -88,12 +98,15 @@ def collect(
     progress: Progress | None = None,
     work: Work | None = None,
 ) -> Sample:
-    """Run ``texts`` (name, text). Sequences are spread evenly over each text, and do not overlap; those that ``work``
-    has already are not run again.
+    """Run the model over ``texts``, pairs of name and text, and return the sample.
+
+    The sequences are spread evenly over each text and do not overlap. Sequences that ``work`` has already are not run
+    again.
 
     Raises:
-        UsageError: a text too short for one sequence, or options that the model cannot follow.
-        UnsupportedError: a rotary embedding that kvpack cannot undo, or layers of different shapes.
+        UsageError: There are too few tokens for one sequence of each text, a text is too short for one, the model does
+            not have enough positions, or its layers differ in shape.
+        UnsupportedError: kvpack cannot undo the model's rotary embedding, or values are beyond float16.
 
     """
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -133,11 +146,11 @@ def collect(
 
 
 def _rows(model: Model, keys: list[torch.Tensor], values: list[torch.Tensor], frequencies: Floats) -> Halves:
-    """``[T, P]`` of a sequence.
+    """Return the rows ``[T, P]`` of a sequence.
 
     Raises:
-        UsageError: layers of different shapes.
-        UnsupportedError: values beyond float16.
+        UsageError: The layers have different shapes.
+        UnsupportedError: Keys or values are beyond the range of float16.
 
     """
     if any(tensor.shape != keys[0].shape for tensor in (*keys, *values)):

@@ -1,7 +1,8 @@
-"""The Fisher information of a model's predictions about its cache, by back-propagation.
+"""Estimates the Fisher information of a model's predictions with respect to its cache, by back-propagation.
 
-To second order KL(p || p^) = d' F d / 2 for a small error d of the cache, with F = E[g g'], g = J' v, where J is the
-Jacobian of the logits and v has the covariance diag(p) - p p' of e_y - p, y ~ p (Martens, arXiv 1412.1193, 9.2).
+For a small error d of the cache, KL(p || p^) = d' F d / 2 to second order, with F = E[g g'] and g = J' v. Here, J is
+the Jacobian of the logits, and v has the covariance diag(p) - p p' of e_y - p for y ~ p (Martens, arXiv 1412.1193,
+section 9.2).
 """
 
 from __future__ import annotations
@@ -19,20 +20,23 @@ from kvpack.calibration.rotary import rotated
 from kvpack.capture import Model
 
 RECENT = 64
-"""Last tokens that are left out of the average, as the first ``SKIPPED`` are: their gradients would swamp it."""
+"""Number of last tokens that the average omits, besides the first ``SKIPPED``; their gradients would dominate it."""
 
 SINK = 100.0
 
 TEMPER, FLOOR = 0.5, 0.03
-"""A token's share of the average is its energy to the power ``1 - TEMPER``: few tokens have most of the gradient, and
-they have finer steps besides (the stage ``dead_zone``). ``FLOOR`` bounds what the calmest count.
+"""Exponent that reduces the weight of tokens with large gradients, and a bound for those with small gradients.
+
+A token's share of the average is proportional to its gradient energy to the power ``1 - TEMPER``. Few tokens have most
+of the gradient, and the stage ``dead_zone`` gives them finer steps anyway. ``FLOOR``, relative to the mean energy, is
+added to a token's energy before the power is taken.
 """
 
 JUDGED = 256
-"""Tokens of a continuation, at most an eighth of the sequence."""
+"""Number of tokens of a continuation; it is at most an eighth of the sequence."""
 
 DIRECTIONS = 2
-"""Random directions a continuation."""
+"""Number of random directions per continuation."""
 
 PLAIN, REPEAT = "plain", "repeat"
 
@@ -41,7 +45,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Continuation:
-    """What the model reads behind a cache of ``cached`` tokens: ``labels``, after the cache's last token again."""
+    """Text that the model predicts after a cache of ``cached`` tokens.
+
+    The model is fed the cache's last token ``last`` again, and then predicts ``labels``. ``kind`` is ``plain`` or
+    ``repeat``.
+    """
 
     kind: str
     cached: int
@@ -50,7 +58,10 @@ class Continuation:
 
 
 def continuations(tokens: NDArray[np.int32], seed: int) -> Iterator[Continuation]:
-    """The rest of the sequence ``[T]``, and a passage of its cached part from a random place."""
+    """Yield two continuations of the cached part of ``tokens`` ``[T]``.
+
+    The first is the rest of the sequence, the second a repeated passage of the cached part from a random position.
+    """
     judged = min(JUDGED, len(tokens) // 8)
     cached = len(tokens) - judged
     yield Continuation(PLAIN, cached, int(tokens[cached - 1]), tokens[cached:])
@@ -60,10 +71,10 @@ def continuations(tokens: NDArray[np.int32], seed: int) -> Iterator[Continuation
 
 
 class Network:
-    """A model that reads caches given as rows ``[T, 2 * L * H * D]``: all layers' keys before RoPE, then values."""
+    """A model that takes its cache as rows ``[T, 2 * L * H * D]``: all layers' keys before RoPE, then all values."""
 
     def __init__(self, model: Model, sample: Sample) -> None:
-        """For sequences of ``sample``'s length."""
+        """Use the layers and RoPE frequencies of ``sample``; the model's parameters get no gradients."""
         self._model, self.layers = model, sample.layers
         self.device, self.dtype = model.network.device, model.network.dtype
         for parameter in model.network.parameters():
@@ -73,7 +84,7 @@ class Network:
         self._frequencies = sample.frequencies
 
     def logits(self, rows: torch.Tensor, follow: Continuation) -> torch.Tensor:
-        """Float32 logits ``[N, V]`` behind the first ``cached - 1`` of ``rows``."""
+        """Return float32 logits ``[N, V]`` of the continuation after the first ``cached - 1`` of ``rows``."""
         held = follow.cached - 1
         split = rows[:held].reshape(held, 2, self.layers, self.heads, -1).permute(1, 2, 3, 0, 4)
         keys, values = rotated(split[0], self._frequencies, 1).to(self.dtype), split[1].to(self.dtype)
@@ -84,7 +95,7 @@ class Network:
         return self._model.logits(fed, cache)[0].float()
 
     def gradients(self, rows: torch.Tensor, follow: Continuation, seed: int) -> Iterator[torch.Tensor]:
-        """:data:`DIRECTIONS` gradients ``[cached - 1, 2 * L * H * D]``, whose mean of g g' is F."""
+        """Yield :data:`DIRECTIONS` gradients g, ``[cached - 1, 2 * L * H * D]``; the expectation of g g' is F."""
         leaf = rows[: follow.cached - 1].clone().requires_grad_(True)
         logits = self.logits(leaf, follow)
         p = logits.detach().softmax(-1)
@@ -99,13 +110,13 @@ class Network:
 def fisher(
     network: Network, sample: Sample, sequences: list[int], plain_share: float, progress: Progress | None = None
 ) -> tuple[torch.Tensor, int]:
-    """F of every layer's keys, then values, of each head: ``[2 * L * H, D, D]``, a tempered mean over tokens; sinks.
+    """Return F for each head of all layers' keys and then values, ``[2 * L * H, D, D]``, and the number of sinks.
 
-    Sinks are the leading tokens up to the last of :data:`SKIPPED` whose gradients have :data:`SINK` times the energy of
-    the others' mean.
+    F is a tempered mean over tokens. Sinks are the leading tokens up to the last of the first :data:`SKIPPED` tokens
+    whose gradient has more than :data:`SINK` times the mean energy of the other tokens.
 
-    ``plain_share`` is the weight of plain continuations; the rest is of repeated passages, from which the model must
-    retrieve. Both are summed over the continuation's positions.
+    ``plain_share`` is the weight of plain continuations. Repeated passages, from which the model must retrieve, have
+    the remaining weight. Both are summed over the positions of the continuation.
     """
     total: torch.Tensor | None = None
     leading, mean = torch.zeros(SKIPPED, device=network.device), 0.0
@@ -133,5 +144,5 @@ def fisher(
 
 
 def rows_of(sample: Sample, sequence: int, device: torch.device | str) -> torch.Tensor:
-    """A sequence's ``[T, P]`` float32: all layers' keys before RoPE, then values."""
+    """Return the rows ``[T, P]`` float32 of a sequence: all layers' keys before RoPE, then all values."""
     return torch.from_numpy(sample.both[sequence]).to(device).float()

@@ -1,4 +1,4 @@
-"""What KVTC calibrates (arXiv 2511.01815, section 3): a PCA of all layers' keys, one of values, and bit plans."""
+"""Calibration of KVTC (arXiv 2511.01815, section 3): a PCA of all layers' keys, one of all values, and bit plans."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ from kvpack.numerics.jit import njit
 GROUP_SIZES = np.array([1, 16, 64, 256, 1024])
 BITS = np.array([2, 4, 8])
 SIDE_BITS = 32
-"""A shift and a scale a token and group."""
+"""Bits of the shift and the scale of each token and group."""
 
 SAMPLE_TOKENS = 128
-"""Tokens on which quantisation error is measured for the plans."""
+"""Number of tokens on which the quantisation error is measured for the plans."""
 
 
 @dataclass(frozen=True)
 class Principal:
-    """Mean ``[P]`` and orthonormal basis ``[P, P]`` of the leading components first, float32."""
+    """Mean ``[P]`` and orthonormal basis ``[P, P]``, both float32; the leading components come first."""
 
     mean: Floats
     basis: Floats
 
 
 def principal_components(sample: Floats, device: str = "cpu") -> Principal:
-    """Of ``[N, P]`` samples, by eigendecomposition of the covariance: O(N P^2 + P^3) time, O(P^2) memory."""
+    """Return the principal components of ``sample`` ``[N, P]``.
+
+    They come from an eigendecomposition of the covariance, in O(N P^2 + P^3) time and O(P^2) memory.
+    """
     data = torch.from_numpy(sample)
     mean = data.double().mean(0).float()
     covariance = torch.zeros(data.shape[1], data.shape[1], device=device)
@@ -43,12 +46,12 @@ def principal_components(sample: Floats, device: str = "cpu") -> Principal:
 
 
 def plans(coefficients: Floats, rates: dict[str, float]) -> dict[str, NDArray[np.int32]]:
-    """For each rate (bits an element) the best groups ``[G, 2]``: size and bits, in the order of components.
+    """Return the best groups ``[G, 2]`` for each rate in bits per element: size and bits, in the order of components.
 
-    ``coefficients`` ``[N, P]`` are samples in the basis. Minimises the measured squared error within
-    ``rate * P`` bits a token, side information included, over runs of :data:`GROUP_SIZES` components stored in
-    :data:`BITS` or dropped. KVTC solves this by dynamic programming over components and budget; here a multiplier
-    stands for the budget, which gives the same plans on the convex hull of rate and error.
+    ``coefficients`` ``[N, P]`` are samples in the basis. A plan minimizes the measured squared error within
+    ``rate * P`` bits per token, side information included. Its groups have :data:`GROUP_SIZES` components, and each
+    group is stored in :data:`BITS` or dropped. KVTC solves this by dynamic programming over components and budget.
+    Here, a Lagrange multiplier replaces the budget, which gives the same plans on the convex hull of rate and error.
     """
     tokens, components = coefficients.shape
     chosen = coefficients[:: max(1, tokens // SAMPLE_TOKENS)][:SAMPLE_TOKENS]
@@ -59,7 +62,7 @@ def plans(coefficients: Floats, rates: dict[str, float]) -> dict[str, NDArray[np
 
 
 def _within(budget: float, errors: NDArray[Any], energy: NDArray[Any]) -> NDArray[np.int32]:
-    """The plan of the smallest multiplier that keeps to the budget, by bisection of its logarithm."""
+    """Return the plan of the smallest multiplier that keeps to the budget, by bisection of its logarithm."""
     low, high = -40.0, math.log(max(float(energy[-1]), 1e-30)) + 1
     best = _trimmed(_plan(errors, energy, math.exp(high), GROUP_SIZES, BITS, SIDE_BITS))
     for _ in range(60):
@@ -73,14 +76,14 @@ def _within(budget: float, errors: NDArray[Any], energy: NDArray[Any]) -> NDArra
 
 
 def _trimmed(plan: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Without the dropped groups at the end."""
+    """Return the plan without the dropped groups at its end."""
     stored = np.flatnonzero(plan[:, 1])
     return plan[: stored[-1] + 1 if len(stored) else 0]
 
 
 @njit
 def _measure(data: NDArray[Any], sizes: NDArray[Any], bits: NDArray[Any], errors: NDArray[Any]) -> None:
-    """Mean squared error a token of each run of components ``data[i : i + size]`` at each number of bits."""
+    """Write the mean squared error per token of each run ``data[i : i + size]`` and number of bits into ``errors``."""
     components, tokens = data.shape
     for i in range(components):
         for s in range(len(sizes)):
@@ -101,7 +104,7 @@ def _measure(data: NDArray[Any], sizes: NDArray[Any], bits: NDArray[Any], errors
 
 @njit
 def _error(data: NDArray[Any], start: int, end: int, t: int, low: float, high: float, bits: int) -> float:
-    """Squared error of one group: integers over its range, or E4M3 about its middle."""
+    """Return the squared error of one group, stored as integers over its range or as E4M3 around its middle."""
     total = 0.0
     if bits < 8:
         step = (high - low) / (2**bits - 1)
@@ -122,7 +125,7 @@ def _error(data: NDArray[Any], start: int, end: int, t: int, low: float, high: f
 def _plan(
     errors: NDArray[Any], energy: NDArray[Any], multiplier: float, sizes: NDArray[Any], bits: NDArray[Any], side: int
 ) -> NDArray[np.int32]:
-    """Groups ``[G, 2]`` that minimise error + multiplier * bits over all components."""
+    """Return the groups ``[G, 2]`` that minimize error + multiplier * bits over all components."""
     components = len(errors)
     cost = np.empty(components + 1)
     choice = np.zeros((components, 2), np.int32)

@@ -1,7 +1,7 @@
-"""What ``token_klt`` predicts coordinates from: a vector of each token id, rectified units, linear weights.
+"""Learns the prediction of ``token_klt`` from token ids: a table of token vectors, rectified units, linear weights.
 
-The last layer is ridge regression on what the decoder will have, rounded table and units; only the units are found by
-descent (Adam, arXiv 1412.6980), on what a linear prediction leaves.
+The linear weights come from ridge regression on the rounded table and units that the decoder will have. Only the units
+are trained by gradient descent (Adam, arXiv 1412.6980), on the residual of a linear prediction.
 """
 
 from __future__ import annotations
@@ -23,43 +23,50 @@ from kvpack.codecs.context import DecodeContext
 
 RIDGE = 1e-3
 REACH = 192
-"""Leading coordinates of a token's row that tell of later tokens (M)."""
+"""Number of leading elements of a token's vector from which later tokens are predicted (M)."""
 
 EMBEDDED = 1024
-"""At most so many dimensions of the model's token embeddings are used."""
+"""Largest number of dimensions of the model's token embeddings that are used."""
 
 DECAY = 0.85
-"""Of the mean that the basis and the table are found with."""
+"""Decay per token of the mean of embeddings with which the basis and the table are learnt."""
 
 TABLE_GROUPS = 32
 REFERENCE_STEP = 2.0 ** (-234 / 32)
-"""What rounding and training are held against: the step of ``fisher-4``."""
+"""Step of ``fisher-4``, to which rounding errors and training errors are compared."""
 
 TABLE_STEP = REFERENCE_STEP / 16
-"""Rounding of the vectors of the most frequent tokens, if the budget has room for it."""
+"""Rounding step of the vectors of the most frequent tokens, if the budget allows it."""
 
 TABLE_TRIES = 74
-"""Else it is a quarter wider so many times at most: a million steps."""
+"""Number of step sizes to try if the table exceeds the budget.
+
+Each is a quarter wider than the one before; the widest is about a million times ``REFERENCE_STEP``.
+"""
 
 UNSEEN, RARITY = 1.0, 0.4
-"""A token is rounded by its count and ``UNSEEN`` more, to the power ``RARITY``: texts of other kinds have tokens that
-the corpus has few of or none (3 to 9 % of the tokens of a kind that was left out were not seen in the others).
+"""Offset and exponent of a token's rounding step: it is proportional to (count + ``UNSEEN``) ** -``RARITY``.
+
+Other kinds of text have tokens that are rare in the corpus or missing from it. When one kind of text was left out, 3 to
+9 % of its tokens did not occur in the others.
 """
 
 RATE, BATCH = 1e-3, 4096
 SHARE = 0.5
-"""Inputs of unit variance are taken times this power of what their deviation was, of the widest: far axes of the token
-vectors vary little, and there rounding moves those of rare tokens furthest, relative to that.
+"""Exponent of the inputs' scale.
+
+Normalized inputs are multiplied by this power of their original deviation, relative to the largest deviation. The last
+axes of the token vectors vary little, so rounding errors of rare tokens are relatively large there.
 """
 
 UNITS_NOISE = 0.02
-"""Noise that rounding units' weights may add to what goes into a unit, of its energy."""
+"""Allowed noise in the input of a unit from rounding its weights, relative to the energy of the input."""
 
 WEIGHTS_NOISE = 0.0006
-"""Noise that rounding weights may add to a prediction, of what is left to code or the step, whichever is more."""
+"""Allowed noise in a prediction from rounding its weights, relative to the larger of the residual and the step."""
 
 PRICE = 0.15
-"""Squared steps that a bit is worth where a profile's matrices are rounded."""
+"""Price of a bit in squared steps when a profile's matrices are rounded."""
 
 Arrays = dict[str, NDArray[Any]]
 Progress = Callable[[int, int], None]
@@ -67,14 +74,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class PredictorOptions:
-    """``units`` rectified units, trained for ``steps`` steps."""
+    """Options of the prediction: ``units`` rectified units, trained for ``steps`` steps."""
 
     units: int = 512
     steps: int = 100
 
 
 def embeddings(network: Any, sample: Sample, device: torch.device) -> torch.Tensor:
-    """Normalised token embeddings ``[V, E]``, in at most :data:`EMBEDDED` principal directions of the sample."""
+    """Return normalized token embeddings ``[V, E]`` in at most :data:`EMBEDDED` principal directions of the sample."""
     table: torch.Tensor = network.get_input_embeddings().weight.detach().to(device).float()
     table = table / table.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
     if table.shape[1] <= EMBEDDED:
@@ -86,7 +93,10 @@ def embeddings(network: Any, sample: Sample, device: torch.device) -> torch.Tens
 
 
 def embedded(table: torch.Tensor, tokens: NDArray[np.int32]) -> torch.Tensor:
-    """Embeddings of each token, the one before it and a decaying mean of those before: ``[T - SKIPPED, 3 E + 3]``."""
+    """Return linear inputs for each token, ``[T - SKIPPED, 3 * E + 3]``.
+
+    They are its embedding, that of the token before it, a decaying mean up to the token, and functions of its position.
+    """
     rows = table[torch.from_numpy(tokens).long().to(table.device)]
     ages = torch.arange(len(tokens), device=table.device)[:, None] - torch.arange(1, len(tokens) + 1).to(table.device)
     weights = torch.where(ages >= 0, DECAY ** ages.clamp_min(0).float(), 0.0)
@@ -96,20 +106,20 @@ def embedded(table: torch.Tensor, tokens: NDArray[np.int32]) -> torch.Tensor:
 
 
 class Ridge:
-    """Linear regression streamed in pieces."""
+    """Ridge regression whose data are added piece by piece."""
 
     def __init__(self) -> None:
-        """Nothing added yet."""
+        """Start without data."""
         self._gram: torch.Tensor | float = 0.0
         self._cross: torch.Tensor | float = 0.0
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """``[T, I]`` and ``[T, O]``."""
+        """Add inputs ``[T, I]`` and targets ``[T, O]``."""
         self._gram = self._gram + inputs.T @ inputs
         self._cross = self._cross + inputs.T @ targets
 
     def solve(self, share: torch.Tensor | None = None) -> torch.Tensor:
-        """``[I, O]``; the smaller an input's ``share`` ``[I]``, the smaller its weights are held."""
+        """Return the weights ``[I, O]``; an input with a smaller ``share`` ``[I]`` has a larger penalty."""
         gram, cross = torch.as_tensor(self._gram).double(), torch.as_tensor(self._cross)
         held = torch.ones(len(gram), device=gram.device) if share is None else share**-2
         gram += RIDGE * gram.diagonal().mean() * torch.diag(held.double())
@@ -125,9 +135,10 @@ def learn(
     options: PredictorOptions,
     progress: Progress | None = None,
 ) -> Iterator[tuple[str, Arrays]]:
-    """The arrays of a prediction of ``coordinates`` (``[T - SKIPPED, R]`` of each row of ``tokens`` ``[S, T]``).
+    """Yield the arrays of the prediction step by step: a description of the step, and its arrays by name.
 
-    ``table`` ``[V, E]`` are the model's embeddings; the vectors of tokens may take ``budget`` bytes.
+    ``coordinates`` has the targets ``[T - SKIPPED, R]`` for each row of ``tokens`` ``[S, T]``. ``table`` ``[V, E]`` are
+    the model's embeddings. The token vectors may take ``budget`` bytes.
     """
     first, left = Ridge(), torch.zeros(coordinates[0].shape[1], device=table.device)
     for ids, found in zip(tokens, coordinates, strict=True):
@@ -151,9 +162,11 @@ def learn(
 
 
 def _token_vectors(tokens: NDArray[np.int32], table: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Of every token id what its embedding ``[V, E]`` predicts by ``own`` ``[E, R]``: ``[V, E]``, in principal axes.
+    """Return a vector for every token id, ``[V, E]``, in principal axes of the prediction ``table @ own``.
 
-    Columns of ``own`` weigh as errors in them harm: what is coded anyway, with its bits, what is not, with its square.
+    ``table`` ``[V, E]`` are the embeddings. ``own`` ``[E, R]`` are the weights of a token's own embedding. Its columns
+    are already scaled by the harm of errors in them: coordinates well above the step cost bits, smaller ones their
+    squared error.
     """
     counts = torch.bincount(torch.from_numpy(tokens.reshape(-1)).long(), minlength=len(table)).to(table.device).float()
     spread = (table.T * counts) @ table / counts.sum()
@@ -161,7 +174,7 @@ def _token_vectors(tokens: NDArray[np.int32], table: torch.Tensor, own: torch.Te
     root = (turn * values.clamp_min(0).sqrt()) @ turn.T
     across = (own @ own.T).double()
     axes = torch.linalg.eigh(root @ across @ root).eigenvectors.flip(1)
-    # own = left @ right with right orthonormal rows: coordinates are table @ left; axes turn them by importance
+    # own = left @ right, where right has orthonormal rows, so table @ left are coordinates; axes sort by importance.
     lengths, turns = torch.linalg.eigh(across)
     left = turns * lengths.clamp_min(1e-30).sqrt()
     spun = torch.linalg.qr(left.T @ root @ axes).Q
@@ -170,7 +183,10 @@ def _token_vectors(tokens: NDArray[np.int32], table: torch.Tensor, own: torch.Te
 
 
 def _rounded_table(own: torch.Tensor, tokens: NDArray[np.int32], budget: int) -> Arrays:
-    """Rows in groups by how often their tokens occur, rare ones rounded coarser, within ``budget`` bytes."""
+    """Round and pack the vectors ``own`` ``[V, E]`` within ``budget`` bytes, in groups of tokens of similar frequency.
+
+    Vectors of rare tokens are rounded more coarsely.
+    """
     vocabulary = len(own)
     counts = np.bincount(tokens.reshape(-1), minlength=vocabulary)
     order = np.argsort(-counts, kind="stable")
@@ -201,7 +217,7 @@ def _units(
     options: PredictorOptions,
     progress: Progress | None,
 ) -> Arrays:
-    """Weights ``[I, H]`` of units whose outputs have the mean square 1, rounded."""
+    """Train units and return their rounded weights ``[I, H]``, scaled so that outputs have the mean square 1."""
     device, size = inputs[0].device, inputs[0].shape[1]
     linear = Ridge()
     for rows, found in zip(inputs, coordinates, strict=True):
@@ -239,7 +255,7 @@ def _units(
 def _weights(
     inputs: list[torch.Tensor], coordinates: list[torch.Tensor], share: torch.Tensor, units: torch.Tensor
 ) -> Arrays:
-    """Of inputs and units ``[I + H, R]``, rounded the coarser the less it matters."""
+    """Return the rounded weights ``[I + H, R]`` of inputs and units; the step grows with the residual."""
     ridge, power, rows = Ridge(), torch.zeros(coordinates[0].shape[1], device=units.device), 0
     for one, found in zip(inputs, coordinates, strict=True):
         ridge.add(_features(one, units), found.float())
@@ -259,10 +275,10 @@ def _features(inputs: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
 
 
 def pack(name: str, matrix: Floats, step: Floats) -> Arrays:
-    """The arrays that :func:`unpack` reads."""
+    """Pack a matrix into the named arrays that :func:`unpack` reads."""
     return {f"{name}.{field}": array for field, array in pack_matrix(matrix, step, PRICE).items()}
 
 
 def unpack(arrays: Arrays, name: str) -> Floats:
-    """A packed matrix as a decoder will have it."""
+    """Return a packed matrix as a decoder will have it."""
     return unpack_matrix(Part("F32", (1, 0, 0), 0, 0, context=DecodeContext(arrays)), name)

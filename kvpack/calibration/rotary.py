@@ -1,4 +1,4 @@
-"""Finds a model's rotary position embedding (RoPE, arXiv 2104.09864), and checks that kvpack undoes it."""
+"""Finds a model's rotary position embedding (RoPE, arXiv 2104.09864) and checks that kvpack can undo it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from kvpack.errors import UnsupportedError
 
 CHECKED_TOKENS = 64
 TOLERANCE = 0.02
-"""Relative to the largest key: bf16 keys are rounded to 2**-9, and rotated in bf16."""
+"""Tolerance relative to the largest key element; bf16 keys are rounded to 2**-9 and rotated in bf16."""
 
 _CHANGING = ("dynamic", "longrope")
 """Kinds of RoPE whose frequencies change with the length of the context."""
 
 
 def inverse_frequencies(model: Model) -> Floats:
-    """Radians a position for each rotated pair of a key's dimensions, ``[R / 2]``; empty without RoPE.
+    """Return RoPE's frequency of each rotated pair of dimensions in radians per position, ``[R / 2]``.
+
+    The result is empty for a model without RoPE.
 
     Raises:
-        UnsupportedError: frequencies that change with the context or between layers, or pairs laid out otherwise
-            than (i, i + R/2).
+        UnsupportedError: The frequencies change with the context or between layers, or the rotated pairs are not
+            (i, i + R / 2).
 
     """
     found = {
@@ -43,7 +45,7 @@ def inverse_frequencies(model: Model) -> Floats:
 
 
 def rotated(keys: torch.Tensor, frequencies: Floats, sign: int) -> torch.Tensor:
-    """Keys ``[..., T, D]`` from position 0 on, with RoPE (``sign`` 1) or without it (-1): ``unrope``'s on a device."""
+    """Return keys ``[..., T, D]`` from position 0 on with RoPE applied (``sign`` 1) or undone (-1), on their device."""
     angles = torch.arange(keys.shape[-2])[:, None] * torch.from_numpy(frequencies).double()[None]
     cos, sin = (f(angles).float().to(keys.device) for f in (torch.cos, torch.sin))
     half, sin = len(frequencies), sign * sin
@@ -52,7 +54,12 @@ def rotated(keys: torch.Tensor, frequencies: Floats, sign: int) -> torch.Tensor:
 
 
 def _check(model: Model, frequencies: Floats) -> None:
-    """One token at many positions: before RoPE the first layer's keys are all the same."""
+    """Check that the first layer's keys of one token at many positions are equal once RoPE is undone.
+
+    Raises:
+        UnsupportedError: They are not.
+
+    """
     cache = run_tokens(model, [model.config.vocab_size // 2] * CHECKED_TOKENS, CaptureOptions(queries=0))
     keys = cache.keys[0].float().numpy()
     flat = rotate(keys, frequencies, 0, -1) if 2 * len(frequencies) <= keys.shape[2] else keys

@@ -1,4 +1,4 @@
-"""From a sample to a profile's arrays and metadata."""
+"""Computes the arrays and the metadata of a profile from a sample."""
 
 from __future__ import annotations
 
@@ -26,25 +26,32 @@ Arrays = dict[str, NDArray[Any]]
 Say = Callable[[str], None]
 
 SECTIONS = ("fisher", "kvtc", "aquakv")
-"""Families of codecs that need a profile."""
+"""Families of codecs that need a profile; each is a section of it."""
 
 PLAIN_SHARE = 0.1
-"""Of gradients from plain continuations; the others are of repeated passages (the ablation in docs/fisher.md)."""
+"""Weight of plain continuations in the gradients; repeated passages have the rest (ablation in docs/fisher.md)."""
 
 RIVALS_TOKENS = 32768
 CURVE_SEQUENCES = 6
 EXPECTED_BYTES = 0.32
-"""Of each weight of the prediction."""
+"""Expected size of each weight of the prediction in bytes."""
 
 SCATTER_SEQUENCES = 12
 
 BUDGET = 0.0495
-"""Of the bytes of the model's weights in bf16: what the section ``fisher`` may take at most, if it can be kept so."""
+"""Target size of the section ``fisher``, relative to the bytes of the model's weights in bf16."""
 
 
 @dataclass(frozen=True)
 class FisherOptions:
-    """``rank`` common coordinates a token; gradients of ``gradients`` sequences; the prediction's units and steps."""
+    """Options of the section ``fisher``.
+
+    Attributes:
+        rank: number of common coordinates per token.
+        gradients: number of sequences whose gradients are computed.
+        prediction: units and training steps of the prediction.
+
+    """
 
     rank: int = 960
     gradients: int = 12
@@ -59,9 +66,10 @@ def calibrate(
     say: Say | None = None,
     work: Work | None = None,
 ) -> Arrays:
-    """The arrays of ``docs/profile-format.md`` for codecs of ``sections``; the same for the same sample and machine.
+    """Return the profile's arrays for the codecs of ``sections``, as ``docs/profile-format.md`` specifies them.
 
-    Matrices are learnt on the model's device in float32, and rounded to fp16 or less.
+    The same sample gives the same arrays on the same machine. Matrices are learnt on the model's device in float32 and
+    rounded to fp16 or less.
     """
     tell = say or (lambda _: None)
     arrays: Arrays = {"rope.inv_freq": sample.frequencies}
@@ -152,12 +160,12 @@ def _kvtc(data: Floats, section: str, device: str) -> Arrays:
 
 
 def _by_layer(data: Floats, layers: int) -> Floats:
-    """``[N, L * C]`` to ``[L, N, C]``."""
+    """Rearrange ``[N, L * C]`` to ``[L, N, C]``."""
     return np.ascontiguousarray(data.reshape(len(data), layers, -1).transpose(1, 0, 2))
 
 
 def metadata(model: Model, sample: Sample, options: CorpusOptions) -> dict[str, Any]:
-    """What a profile says about itself."""
+    """Return the metadata of a profile: model, dtype, calibration and versions."""
     config = model.config
     return {
         "model": {

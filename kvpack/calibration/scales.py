@@ -1,4 +1,7 @@
-"""What ``dead_zone`` and ``scaled_rans`` learn: how coefficients of sequences held back scatter, and what they cost."""
+"""Learns scales, frequency tables and centroids for ``dead_zone`` and ``scaled_rans`` from sequences held back.
+
+It also measures the next-token KL of each level.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from kvpack.calibration.corpus import SKIPPED, Sample
 from kvpack.calibration.gradients import PLAIN, Continuation, Network, continuations, rows_of
 from kvpack.codecs.chain.base import Floats, Part, Scales
 from kvpack.codecs.chain.entropy.scaled_rans.reference import PRECISION
-from kvpack.codecs.chain.quantizers.dead_zone import DeadZone, quantise, token_levels
+from kvpack.codecs.chain.quantizers.dead_zone import DeadZone, quantize, token_levels
 from kvpack.codecs.chain.symbols import ALPHABET, BUCKETS, SMALLEST, unzigzag
 from kvpack.codecs.chain.transforms.token_klt import TokenKlt, model_of
 from kvpack.codecs.context import DecodeContext, StackHints
@@ -25,13 +28,13 @@ from kvpack.numerics.jit import njit
 
 CLASSES = 64
 UNIT_CLASS = 20
-"""The class of a scatter as wide as the step; a class is a quarter of an octave."""
+"""Class of coefficients whose scatter equals the step; a class is a quarter of an octave."""
 
 PRIOR = 60.0
-"""Weight of the Laplace distribution beside counts, in symbols a class."""
+"""Weight of the Laplace prior in the frequency tables, in symbols per class."""
 
 DEAD_ZONE = 0.37
-"""Of that distribution: magnitudes are rounded down after adding this."""
+"""Rounding offset of the prior: magnitudes are rounded down after this is added."""
 
 ROUNDS = 3
 
@@ -42,7 +45,7 @@ Arrays = dict[str, Array]
 
 
 def part_of(sample: Sample, sequence: int, cached: int, profile: Mapping[str, NDArray[Any]]) -> Part:
-    """The part that a capture of the sequence's first ``cached`` tokens would be."""
+    """Return the part that a capture of the sequence's first ``cached`` tokens would give."""
     rows = 2 * sample.layers * (sample.channels // _dims(profile))
     context = DecodeContext(profile, sample.tokens[sequence][:cached])
     return Part("F32", (rows, cached, _dims(profile)), 0, cached, context=context)
@@ -53,17 +56,17 @@ def _dims(profile: Mapping[str, NDArray[Any]]) -> int:
 
 
 def coefficients(sample: Sample, sequence: int, part: Part) -> Floats:
-    """``[T, R]`` of a sequence, as :class:`TokenKlt` has them."""
+    """Return the coefficients ``[T, R]`` of a sequence as :class:`TokenKlt` computes them."""
     model = model_of(part, SECTION)
     rows = rows_of(sample, sequence, "cpu").numpy()[: part.shape[1]]
     return model.coordinates(rows, part)
 
 
 def scatter(sample: Sample, sequences: list[int], profile: Mapping[str, NDArray[Any]]) -> Arrays:
-    """``columns`` ``[R]``, ``tables`` ``[K, 63]`` and ``centroids`` ``[K, 4]`` from sequences held back.
+    """Return ``columns`` ``[R]``, ``tables`` ``[K, 63]`` and ``centroids`` ``[K, 4]`` from ``sequences``.
 
-    What an encoder decides depends on the tables: they start as Laplace distributions, and are counted
-    :data:`ROUNDS` times.
+    The encoder's decisions depend on the tables. Therefore the tables start as Laplace distributions and are counted
+    anew :data:`ROUNDS` times.
     """
     parts = [part_of(sample, s, sample.tokens.shape[1], profile) for s in sequences]
     found = [coefficients(sample, s, part) for s, part in zip(sequences, parts, strict=True)]
@@ -90,11 +93,11 @@ def scatter(sample: Sample, sequences: list[int], profile: Mapping[str, NDArray[
 def _trial(
     job: tuple[int, Floats, Part, Floats], columns: NDArray[np.int32], learnt: NDArray[np.int32], centroids: Floats
 ) -> tuple[Array, Array]:
-    """What an encoder's choices for coefficients ``[T, R]`` at a level add to the counts and offsets."""
+    """Return the counts ``[K, 32]`` and offsets ``[K, 4]`` of an encoder's choices for one sequence and level."""
     level, z, part, mass = job
     quantizer, levels = _quantizer(level), token_levels(part, FISHER_IMPORTANCE, mass)
     scales, steps = Scales(columns, quantizer.rows(levels), learnt), quantizer.steps(levels)
-    shifts, codes = quantise(z, steps, scales, centroids)
+    shifts, codes = quantize(z, steps, scales, centroids)
     magnitude = np.abs(unzigzag(codes))
     classes = Scales(columns, scales.rows - 8 * shifts, learnt).classes()
     counts, offsets, skip = np.zeros((CLASSES, len(SMALLEST))), np.zeros((CLASSES, 4)), slice(SKIPPED, None)
@@ -106,7 +109,10 @@ def _trial(
 def _tally(
     z: Floats, steps: Floats, classes: Array, magnitude: Array, buckets: Array, counts: Array, offsets: Array
 ) -> None:
-    """Count buckets into ``counts`` ``[K, 32]``; add to ``offsets`` ``[K, 4]`` how far above magnitudes values lie."""
+    """Add the number of codes in each bucket to ``counts`` ``[K, 32]``.
+
+    The distances of scaled values above their magnitudes are added to ``offsets`` ``[K, 4]``.
+    """
     for t in range(len(z)):
         for d in range(z.shape[1]):
             k, m = classes[t, d], magnitude[t, d]
@@ -119,7 +125,7 @@ def _quantizer(level: int) -> DeadZone:
 
 
 def laplace(width: float) -> NDArray[np.float64]:
-    """Probabilities of the buckets for a Laplace distribution of that deviation over the step, ``[32]``."""
+    """Return the probabilities of the buckets, ``[32]``, for a Laplace distribution of deviation ``width`` in steps."""
     rate = np.sqrt(2) / width
     edges = np.concatenate([[0.0], np.append(SMALLEST[1:], 2.0 * SMALLEST[-1]) - DEAD_ZONE])
     found: NDArray[np.float64] = np.diff(-np.exp(-rate * edges))
@@ -127,9 +133,10 @@ def laplace(width: float) -> NDArray[np.float64]:
 
 
 def tables(counts: NDArray[np.float64]) -> NDArray[np.int32]:
-    """Frequencies of symbols ``[K, 63]`` that sum to ``2**PRECISION``, each at least 1.
+    """Return symbol frequencies ``[K, 63]``, each at least 1; each row sums to ``2**PRECISION``.
 
-    ``counts`` of buckets ``[K, 32]`` are split evenly between the signs, and smoothed towards a Laplace distribution.
+    The ``counts`` of buckets ``[K, 32]`` are split evenly between the signs and smoothed towards a Laplace
+    distribution.
     """
     total = 1 << PRECISION
     out = np.empty((len(counts), ALPHABET), np.int32)
@@ -144,8 +151,10 @@ def tables(counts: NDArray[np.float64]) -> NDArray[np.int32]:
 
 @dataclass(frozen=True)
 class _Case:
-    """A continuation behind a cache: ``mass`` ``[T]`` of its tokens, coefficients ``z`` ``[T, R]``, and the
-    model's exact log-probabilities ``[N, V]``.
+    """A continuation after a cache, to measure the KL of quantized caches.
+
+    ``z`` ``[T, R]`` are the coefficients of the cache, and ``exact`` ``[N, V]`` the model's log-probabilities with the
+    original cache.
     """
 
     follow: Continuation
@@ -163,7 +172,7 @@ class _Case:
         follow: Continuation,
         profile: Mapping[str, NDArray[Any]],
     ) -> _Case:
-        """Of a sequence's first ``follow.cached`` tokens."""
+        """Return the case whose cache is the sequence's first ``follow.cached`` tokens."""
         part = part_of(sample, sequence, follow.cached, profile)
         with torch.inference_mode():
             exact = network.logits(rows_of(sample, sequence, network.device), follow).log_softmax(-1)
@@ -171,14 +180,14 @@ class _Case:
         return cls(follow, part, mass, coefficients(sample, sequence, part), exact)
 
     def rows(self, quantizer: DeadZone) -> Floats:
-        """The quantised cache ``[T, P]``."""
+        """Return the rows ``[T, P]`` of the quantized cache."""
         small = KLT.output(self.part)
         codes = quantizer.encode(self.z[None], small, StackHints(self.mass))
         back = quantizer.decode(codes, small)[0]
         return model_of(self.part, SECTION).rows(back, self.part)
 
     def kl(self, network: Network, rows: Floats) -> float:
-        """Next-token KL behind a cache ``[T, P]``, nats a token."""
+        """Return the next-token KL with the cache ``rows`` ``[T, P]``, in nats per token."""
         with torch.inference_mode():
             other = network.logits(torch.from_numpy(rows).to(network.device), self.follow).log_softmax(-1)
         p = self.exact.double()
@@ -188,7 +197,11 @@ class _Case:
 def curve(
     network: Network, sample: Sample, sequences: list[int], profile: Mapping[str, NDArray[Any]]
 ) -> Iterator[tuple[int, list[float]]]:
-    """Of each level a row: log_step, and next-token KL (plain: mean, largest; repeat: mean, largest), nats a token."""
+    """Yield each level with its row of the curve.
+
+    A row is log_step, then mean and maximum of the next-token KL of plain continuations, then the same of repeated
+    passages. KL is in nats per token.
+    """
     cases = [
         _Case.of(network, sample, s, follow, profile)
         for s in sequences

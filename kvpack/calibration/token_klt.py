@@ -1,7 +1,7 @@
-"""What ``token_klt`` learns: means, a whitening, common and local directions (derived in ``docs/fisher.md``).
+"""Learns the basis of ``token_klt``: means, whitening, common directions and directions of layer groups.
 
-Everything large is streamed a sequence at a time; for P elements a token, R coordinates and N tokens, memory is
-N * P halves and O(P R), time O(N P R).
+``docs/fisher.md`` derives the method. Data are processed one sequence at a time. For P elements per token, R
+coordinates and N tokens, this takes N * P float16 numbers and O(P R) memory, and O(N P R) time.
 """
 
 from __future__ import annotations
@@ -18,50 +18,58 @@ from kvpack.calibration.corpus import SKIPPED, Sample
 from kvpack.calibration.gradients import rows_of
 from kvpack.calibration.prediction import Arrays, Ridge, embedded, pack, unpack
 from kvpack.codecs.chain.base import Floats
-from kvpack.codecs.chain.transforms.token_klt.model import dual, local_of
+from kvpack.codecs.chain.transforms.token_klt.model import dual, layer_group_basis
 
 DAMPING = 0.1
-"""Of F's mean diagonal, added to it: directions without a measured gradient still matter a little."""
+"""Damping of F, relative to its mean diagonal; directions without a measured gradient still matter a little."""
 
 BASIS_TOKENS = 65536
 ITERATIONS = 3
 OVERSAMPLED = 64
 
 GROUPS = 6
-"""Groups of layers that have directions of their own."""
+"""Number of layer groups that have their own directions."""
 
 LOCAL_SHARE = 7 / 15
-"""How many those of a group are, of the common ones."""
+"""Number of directions of a group relative to the number of common directions."""
 
 BASIS_STEP = 0.01
-"""Rounding of an element's share in a direction, of the element's standard deviation. Noise is bounded where it would
-be seen, in the elements themselves: in whitened space it would fall on directions that no cache goes in.
+"""Rounding step of an element's share in a direction, relative to the element's standard deviation.
+
+This bounds the noise in the elements themselves. A bound in whitened space would allow noise in directions in which
+caches do not vary.
 """
 
 
 @dataclass(frozen=True)
 class Whitened:
-    """Means ``[S + 1, P]``: of each sink, and of the other tokens; whitening ``[B, D, D]``."""
+    """Centres and whitens rows.
+
+    Attributes:
+        mean: mean of each of the S sinks, then the mean of all other tokens, ``[S + 1, P]``.
+        whiten: whitening matrix of each block of D elements, ``[B, D, D]``.
+
+    """
 
     mean: torch.Tensor
     whiten: torch.Tensor
 
     def rows(self, sample: Sample, sequence: int) -> torch.Tensor:
-        """Whitened rows ``[T - SKIPPED, P]`` of a sequence."""
+        """Return the whitened rows ``[T - SKIPPED, P]`` of a sequence."""
         return self.whitened(self.centred(sample, sequence))
 
     def whitened(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows ``[n, P]`` whitened."""
+        """Return the whitened form of centred rows ``[n, P]``."""
         blocks, dims, _ = self.whiten.shape
         rows: torch.Tensor = torch.einsum("tbd,bde->tbe", x.reshape(-1, blocks, dims), self.whiten)
         return rows.reshape(x.shape)
 
     def centred(self, sample: Sample, sequence: int) -> torch.Tensor:
-        """The same, not whitened."""
+        """Return the centred rows ``[T - SKIPPED, P]`` of a sequence, not whitened."""
         return rows_of(sample, sequence, self.mean.device)[SKIPPED:] - self.mean[-1]
 
     def unwhitened(self, rows: torch.Tensor) -> torch.Tensor:
-        """Of whitened rows ``[n, P]`` what they were."""
+        """Undo :meth:`whitened` for rows ``[n, P]``."""
         blocks, dims, _ = self.whiten.shape
         inverse = torch.linalg.inv(self.whiten.double()).float()
         found: torch.Tensor = torch.einsum("tbd,bde->tbe", rows.reshape(-1, blocks, dims), inverse)
@@ -69,7 +77,7 @@ class Whitened:
 
 
 def whitening(sample: Sample, sequences: list[int], fisher: torch.Tensor, sinks: int) -> Whitened:
-    """Means of the sequences, and the symmetric square root of the damped F."""
+    """Return the means of the sequences, and the symmetric square root of the damped F as whitening."""
     device = fisher.device
     size = sample.size
     total = torch.zeros(sinks + 1, size, dtype=torch.float64, device=device)
@@ -87,10 +95,10 @@ def whitening(sample: Sample, sequences: list[int], fisher: torch.Tensor, sinks:
 def leading_directions(
     spread: Callable[[torch.Tensor], torch.Tensor], size: int, rank: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Leading eigenvectors ``[P, R]`` and eigenvalues ``[R]`` of a covariance that ``spread`` multiplies ``[P, n]`` by.
+    """Return the leading eigenvectors ``[P, R]`` and eigenvalues ``[R]`` of a covariance.
 
-    Subspace iteration from a random start (Halko, Martinsson & Tropp, arXiv 0909.4061, algorithm 4.4): O(N P R) time
-    without a P x P matrix.
+    ``spread`` multiplies a matrix ``[P, n]`` by the covariance. The method is subspace iteration from a random start
+    (Halko, Martinsson & Tropp, arXiv 0909.4061, algorithm 4.4), which takes O(N P R) time and no P x P matrix.
     """
     rank = min(rank, size)
     width = min(size, rank + OVERSAMPLED)
@@ -107,7 +115,7 @@ def leading_directions(
 def learn(
     sample: Sample, sequences: list[int], fisher: torch.Tensor, sinks: int, table: torch.Tensor, rank: int
 ) -> Iterator[tuple[str, Arrays]]:
-    """The arrays of a profile's section but for the prediction: what has been found, and arrays by their names."""
+    """Yield the arrays of a profile's section, except the prediction: a description of the step, and arrays by name."""
     white = whitening(sample, sequences, fisher, sinks)
     dims = white.whiten.shape[1]
     step = (white.whiten.abs().amax(1) / 127).clamp_min(1e-30).cpu().numpy()
@@ -126,13 +134,14 @@ def learn(
 
 
 def coordinates(sample: Sample, sequences: list[int], arrays: Arrays, device: torch.device) -> list[torch.Tensor]:
-    """Of each sequence ``[T - SKIPPED, R]`` bfloat16 what a :class:`TokenModel` of :func:`learn`'s arrays would have,
-    but for the prediction.
+    """Return the coordinates ``[T - SKIPPED, R]`` bfloat16 of each sequence, before the prediction is subtracted.
+
+    They are those of a :class:`TokenModel` with the ``arrays`` of :func:`learn`.
     """
     spread, whiten = arrays["spread"], unpack(arrays, "whiten")
     synthesis = np.ascontiguousarray(unpack(arrays, "basis").T * spread)
     blocks = whiten.reshape(-1, whiten.shape[1], whiten.shape[1])
-    local = local_of(blocks, synthesis, unpack(arrays, "local") * spread[:, None], arrays["groups"])
+    local = layer_group_basis(blocks, synthesis, unpack(arrays, "local") * spread[:, None], arrays["groups"])
     common, half, at = dual(blocks, synthesis), sample.size // 2, len(synthesis)
     analysis = np.zeros((sample.size, at + local.width), np.float32)
     analysis[:, :at] = common
@@ -146,11 +155,11 @@ def coordinates(sample: Sample, sequences: list[int], arrays: Arrays, device: to
 
 
 Axes = tuple[torch.Tensor, torch.Tensor]
-"""Directions in whitened space ``[P, R]``, and the root mean squares ``[R]`` of what goes along them."""
+"""Directions in whitened space ``[P, R]``, and the root mean squares ``[R]`` of the data's coordinates along them."""
 
 
 def _axes(sample: Sample, sequences: list[int], white: Whitened, table: torch.Tensor, rank: int) -> Axes:
-    """The ``rank`` leading directions of what a linear prediction from token ids leaves."""
+    """Return the ``rank`` leading directions of the residual of a linear prediction from token ids."""
     first = Ridge()
     for s in sequences:
         first.add(embedded(table, sample.tokens[s]), white.rows(sample, s))
@@ -178,7 +187,10 @@ def _axes(sample: Sample, sequences: list[int], white: Whitened, table: torch.Te
 
 
 def _directions(axes: Axes, white: Whitened, spread: Floats) -> tuple[Floats, Floats]:
-    """Shares ``[P, R]`` of each element, over ``spread``, and steps ``[1, R]``, the finer the more goes along them."""
+    """Return each element's share of the directions ``[P, R]``, in units of ``spread``, and rounding steps ``[1, R]``.
+
+    Directions with larger coordinates have finer steps.
+    """
     directions, deviations = axes
     shares = np.asarray(white.unwhitened(directions.T).T.cpu().numpy() / spread[:, None], np.float32)
     step = np.maximum(BASIS_STEP / deviations.clamp_min(1e-15).cpu().numpy(), np.abs(shares).max(0) / 127)
@@ -194,7 +206,10 @@ def _local(
     width: int,
     spread: Floats,
 ) -> tuple[Floats, Floats]:
-    """Of each group the ``width`` leading directions of what ``synthesis`` ``[R, P]`` leaves: as ``_directions``."""
+    """Return the ``width`` leading directions of each layer group, in the form of :func:`_directions`.
+
+    They are the directions of what the common ``synthesis`` ``[R, P]`` leaves.
+    """
     device, half = white.mean.device, sample.size // 2
     layer = half // len(groups)
     analysis = torch.from_numpy(dual(white.whiten.cpu().numpy(), synthesis)).to(device)
@@ -217,8 +232,10 @@ def _local(
 
 
 def _spread(sample: Sample, sequences: list[int], fisher: torch.Tensor) -> Floats:
-    """The unit ``[P]`` that shares are rounded in: an element's standard deviation, over the fourth root of the harm
-    that rounding does where it lies, mean over its head. Noise goes where it harms less, within bounds.
+    """Return the unit ``[P]`` in which each element's share is rounded.
+
+    It is the element's standard deviation, divided by the fourth root of the mean harm of rounding errors in its head.
+    This moves noise to where it does less harm, within bounds.
     """
     total, power = (torch.zeros(sample.size, dtype=torch.float64, device=fisher.device) for _ in range(2))
     for s in sequences:

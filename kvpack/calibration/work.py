@@ -1,4 +1,4 @@
-"""What a calibration has found so far, in a folder beside the profile: an interrupted one goes on from there."""
+"""Keeps intermediate results of a calibration in a folder beside the profile, so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ Arrays = dict[str, NDArray[Any]]
 
 
 class Work:
-    """Arrays by name in ``folder``, or in memory where that is None; of one ``key``, the settings they depend on."""
+    """Named arrays in ``folder``, or in memory if ``folder`` is None.
+
+    ``key`` holds the settings that the arrays depend on.
+    """
 
     def __init__(self, folder: Path | None = None, key: object = None) -> None:
-        """Open the folder; what another key left there is removed."""
+        """Open the folder; results of another key in it are removed."""
         self._folder = folder
         if folder is None:
             return
@@ -31,7 +34,10 @@ class Work:
         note.write_text(digest)
 
     def growing(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-        """An array that keeps what is written to it, zeros at first: on disk, and so not in main memory as a whole."""
+        """Return an array whose contents persist; it is zero at first.
+
+        With a folder, the array is mapped from disk and need not fit in main memory.
+        """
         if self._folder is None:
             return np.zeros(shape, dtype)
         path = self._folder / f"{name}.npy"
@@ -40,7 +46,7 @@ class Work:
         return found
 
     def once(self, name: str, find: Callable[[], Arrays]) -> Arrays:
-        """What ``find`` gives, or gave before an interruption."""
+        """Return the result of ``find``, or its stored result from before an interruption."""
         if self._folder is None:
             return find()
         path = self._folder / f"{name}.npz"
@@ -53,6 +59,6 @@ class Work:
         return found
 
     def remove(self) -> None:
-        """Nothing more is to be found: remove the folder, if it is one of these."""
+        """Remove the folder, if it was made by this class."""
         if self._folder is not None and (self._folder / "key").exists():
             shutil.rmtree(self._folder)

@@ -4,7 +4,7 @@ import os
 
 from kvpack.errors import KvpackError
 
-for _variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # read when transformers is imported
+for _variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # transformers reads them on import.
     os.environ.setdefault(_variable, "1")
 
 try:

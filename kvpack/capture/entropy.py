@@ -1,4 +1,4 @@
-"""The entropy of a text under a model: the sequence bound of a KV cache, in bits a token."""
+"""Measures the entropy of a text under a model in bits per token, which is the sequence bound of its KV cache."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ CHUNK = 256
 def token_bits(
     model: Model, tokens: Sequence[int], progress: Callable[[int, int], None] | None = None
 ) -> tuple[float, int]:
-    """Mean of -log2 p(token | all before it) over a text's tokens, and how many were predicted.
+    """Return the mean of -log2 p(token | all tokens before it), and the number of predicted tokens.
 
-    The first token is not predicted. Logits are taken in float32, ``CHUNK`` positions at a time.
+    The first token is not predicted. Logits are computed for ``CHUNK`` positions at a time and converted to float32.
 
     Raises:
-        UsageError: fewer than two tokens, or more than the model has positions.
+        UsageError: There are fewer than two tokens, or more than the model has positions.
 
     """
     ids = torch.tensor([tokens], device=model.network.device)

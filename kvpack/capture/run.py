@@ -1,4 +1,4 @@
-"""Runs a schedule of prefill chunks and decode steps, and collects the cache."""
+"""Runs prefill chunks and decode steps of a model and collects its KV cache."""
 
 from __future__ import annotations
 
@@ -23,10 +23,16 @@ MASS_WINDOW = 256
 
 @dataclass(frozen=True)
 class CaptureOptions:
-    """``queries`` probes, prefill in chunks of ``chunk`` tokens (None: one), ``generate`` decode steps.
+    """Options of a capture.
 
-    ``continuation``: how many tokens of the text beyond ``max_tokens`` are noted for judging predictions;
-    ``needles``: how many facts are planted in the text.
+    Attributes:
+        max_tokens: largest number of tokens of the prompt, or None for the whole text.
+        queries: number of probe queries.
+        chunk: number of tokens per prefill chunk, or None for one chunk.
+        generate: number of greedy decode steps.
+        continuation: number of tokens of the text after the prompt that are stored to judge predictions.
+        needles: number of facts that are planted in the text.
+
     """
 
     max_tokens: int | None = None
@@ -39,7 +45,7 @@ class CaptureOptions:
 
 @dataclass(frozen=True)
 class CapturedCache:
-    """A cache on the CPU: per layer keys and values ``[H_kv, T, D]``; see ``docs/capture-format.md``."""
+    """A cache on the CPU, with keys and values ``[H_kv, T, D]`` of each layer; see ``docs/capture-format.md``."""
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
@@ -54,11 +60,11 @@ class CapturedCache:
 def run(
     model: Model, text: str, options: CaptureOptions, progress: Callable[[int, int], None] | None = None
 ) -> CapturedCache:
-    """Prefill ``text``, decode greedily if asked to, and return the cache.
+    """Prefill ``text``, decode greedily if the options say so, and return the cache.
 
     Raises:
-        UsageError: empty text, more tokens than the model has positions, or options out of range.
-        UnsupportedError: layers that hold something else than plain keys and values.
+        UsageError: The text is empty, it has more tokens than the model has positions, or an option is out of range.
+        UnsupportedError: A layer holds something other than plain keys and values.
 
     """
     ids, continuation, needles = _tokenize(model, text, options)
@@ -73,7 +79,7 @@ def run_tokens(
     continuation: Sequence[int] = (),
     needles: Sequence[Needle] = (),
 ) -> CapturedCache:
-    """:func:`run` for token ids."""
+    """Do what :func:`run` does, for token ids instead of a text."""
     ids = torch.tensor([prompt_ids], device=model.network.device)
     prompt = ids.shape[1]
     total = prompt + options.generate
@@ -112,7 +118,10 @@ def run_tokens(
 
 
 def prefill(model: Model, ids: list[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Keys and values ``[H, T, D]`` of every layer, on the model's device, of one pass over ``ids``; no probes."""
+    """Return the keys and values ``[H, T, D]`` of every layer from one pass over ``ids``, on the model's device.
+
+    No probe queries are recorded.
+    """
     cache = DynamicCache(config=model.network.config)
     with torch.inference_mode():
         model.logits(torch.tensor([ids], device=model.network.device), cache, logits_to_keep=1)
@@ -120,14 +129,14 @@ def prefill(model: Model, ids: list[int]) -> tuple[list[torch.Tensor], list[torc
 
 
 def probe_positions(total: int, count: int) -> list[int]:
-    """``count`` positions spread evenly over the second half of ``total`` tokens, the last one included."""
+    """Return ``count`` positions spread evenly over the second half of ``total`` tokens, including the last token."""
     first = total // 2
     count = min(count, total - first)
     return [total - 1 - (total - 1 - first) * i // max(count - 1, 1) for i in reversed(range(count))]
 
 
 def _tokenize(model: Model, text: str, options: CaptureOptions) -> tuple[list[int], list[int], list[Needle]]:
-    """The prompt's tokens, those that continue it, and the facts planted in the prompt."""
+    """Return the tokens of the prompt, the tokens that continue it, and the facts planted in it."""
     for name in ("queries", "generate", "continuation", "needles"):
         if getattr(options, name) < 0:
             raise UsageError(f"--{name} cannot be negative")
@@ -143,7 +152,7 @@ def _tokenize(model: Model, text: str, options: CaptureOptions) -> tuple[list[in
 
 
 def _refuse_unknown_layers(model: Model, cache: Any) -> None:
-    """Only layers that keep every token's keys and values can be represented."""
+    """Raise an UnsupportedError unless every layer keeps the keys and values of every token."""
     for i, layer in enumerate(cache.layers):
         name = type(layer).__name__
         if name != "DynamicLayer":
@@ -155,7 +164,7 @@ def _refuse_unknown_layers(model: Model, cache: Any) -> None:
 
 
 def _check_recorded(cache: Any, probe: Probe) -> None:
-    """Attention must have read exactly what the cache holds."""
+    """Raise an UnsupportedError unless attention has read exactly what the cache holds."""
     for i, layer in enumerate(cache.layers):
         if i not in probe.key_shapes:
             raise UnsupportedError(f"layer {i} does not attend through transformers' attention interface")

@@ -1,4 +1,4 @@
-"""Writes a captured cache as safetensors, the same bytes for the same cache."""
+"""Writes a captured cache as safetensors; the same cache gives the same bytes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _DTYPES = {
 
 
 def write_capture(cache: CapturedCache, output: BinaryIO) -> int:
-    """Write ``cache`` to ``output``; returns the size in bytes.
+    """Write ``cache`` to ``output`` and return the size in bytes.
 
     Raises:
-        UnsupportedError: a dtype that the format does not have.
+        UnsupportedError: The format does not have the dtype of a tensor.
 
     """
     tensors = list(_tensors(cache))

@@ -1,1 +1,1 @@
-"""The command line: one file a command, no work of its own. typer and rich live here alone."""
+"""The command line, with one file per command; other packages do the work. Only this package imports typer and rich."""

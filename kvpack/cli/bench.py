@@ -1,4 +1,4 @@
-"""``kvpack bench``."""
+"""The command ``kvpack bench``."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 def bench(
     captures: Annotated[
-        list[Path] | None, typer.Argument(help="Captures to judge codecs on.", show_default=False)
+        list[Path] | None, typer.Argument(help="Captures on which codecs are judged.", show_default=False)
     ] = None,
     model: Annotated[
         str,
-        typer.Option("-m", "--model", help="The judge: hub id, directory, .gguf file, 'embedded', or 'none'."),
+        typer.Option("-m", "--model", help="Judging model: hub id, directory, .gguf file, 'embedded' or 'none'."),
     ] = "embedded",
-    codecs: Annotated[str, typer.Option(help="Codecs or families, with commas: kivi,turboquant-3; or 'all'.")] = "all",
+    codecs: Annotated[str, typer.Option(help="Codecs or families, as in kivi,turboquant-3; or 'all'.")] = "all",
     profile: common.ProfileFile = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A handful of codecs, one seed, no bounds.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds a codec with random matrices is run with.")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="Run few codecs with one seed and no bounds.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds for codecs with random matrices.")] = 3,
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Results, as JSON; a file found there is continued.")
+        Path, typer.Option("-o", "--output", help="Results as JSON; an existing file is continued.")
     ] = Path("kvpack-bench.json"),
     report: Annotated[
         Path | None, typer.Option(help="Also write a Markdown report.", show_default=False, metavar="FILE")
@@ -39,23 +39,19 @@ def bench(
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(
-            help="Say what moved between two results, and run nothing.", metavar="OLD NEW", show_default=False
-        ),
+        typer.Option(help="Only list what differs between two results.", metavar="OLD NEW", show_default=False),
     ] = None,
-    speed: Annotated[
-        bool, typer.Option("--speed", help="Measure GB/s on a GPU, stage by stage, and judge no codec.")
-    ] = False,
-    gib: Annotated[float, typer.Option(min=0.01, help="GiB of cache that --speed makes of the captures.")] = 1.0,
+    speed: Annotated[bool, typer.Option("--speed", help="Only measure GB/s on a GPU, stage by stage.")] = False,
+    gib: Annotated[float, typer.Option(min=0.01, help="GiB of cache for --speed, from repeated captures.")] = 1.0,
     dtype: common.Dtype = "auto",
     device: common.Device = "auto",
     force: common.Force = False,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
-    """Run every codec over captures and measure rate and fidelity: tables and curves, with confidence intervals.
+    """Run codecs over captures and measure rate and fidelity; show tables and curves with confidence intervals.
 
-    Make captures with `kvpack capture --max-tokens 1792 --needles 8`. An interrupted run goes on where it stopped.
+    Make captures with `kvpack capture --max-tokens 1792 --needles 8`. The same command resumes an interrupted run.
     """
     if compare is not None:
         _compare(*compare, as_json=as_json)

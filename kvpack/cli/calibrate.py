@@ -1,4 +1,4 @@
-"""``kvpack calibrate``."""
+"""The command ``kvpack calibrate``."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from kvpack.formats.output import atomic_output, check_output
 
 def calibrate(
     text: Annotated[
-        list[Path], typer.Option("--text", help="UTF-8 text to learn from; repeatable.", show_default=False)
+        list[Path], typer.Option("--text", help="UTF-8 text file to learn from; repeatable.", show_default=False)
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Profile to write.")],
     model: Model = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to run in all, shared evenly by the texts.")] = 65536,
-    context: Annotated[int, typer.Option(min=1, help="Tokens a sequence.")] = 2048,
+    tokens: Annotated[int, typer.Option(min=1, help="Total number of tokens, split evenly between texts.")] = 65536,
+    context: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 2048,
     codecs: Annotated[
-        str, typer.Option(help="Whose needs, with commas: fisher, kvtc, aquakv; or 'all'.", metavar="FAMILIES")
+        str, typer.Option(help="Codec families, comma-separated: fisher, kvtc, aquakv; or 'all'.", metavar="FAMILIES")
     ] = "fisher",
     rank: Annotated[
         int,
         typer.Option(
-            min=1, max=8192, help="Common directions of fisher; each of 6 groups of layers has nearly half as many."
+            min=1, max=8192, help="Common directions of fisher; each of 6 layer groups adds nearly half as many."
         ),
     ] = 960,
     gradients: Annotated[int, typer.Option(min=1, help="Sequences that fisher back-propagates through.")] = 12,
     units: Annotated[int, typer.Option(min=1, max=16384, help="Units of fisher's prediction from token ids.")] = 512,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of those units; a GPU takes thousands.")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of those units; use thousands on a GPU.")] = 100,
     dtype: common.Dtype = "auto",
     device: common.Device = "auto",
     force: common.Force = False,
     quiet: common.Quiet = False,
 ) -> None:
-    """Learn from texts what calibrated codecs need to know of a model; give it to compress and decompress with -D.
+    """Learn what calibrated codecs need about a model; compress and decompress take the profile with -D.
 
-    Choose texts like those to compress, several kinds of them, and none that a codec will be judged on. Until it is
-    done, what has been found is kept beside the output in OUTPUT.partial: the same command goes on from there.
+    Choose texts like those to compress, of several kinds, and none on which a codec will be judged. Intermediate
+    results are kept in OUTPUT.partial until the command is done; the same command resumes from them.
     """
     contents = [(str(path), read_text(path)) for path in text]
     check_output(output, force=force)

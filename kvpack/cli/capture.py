@@ -1,4 +1,4 @@
-"""``kvpack capture``."""
+"""The command ``kvpack capture``."""
 
 from __future__ import annotations
 
@@ -28,21 +28,19 @@ def capture(
     output: Annotated[Path, typer.Option("-o", "--output", help="Capture to write; - is standard output.")],
     model: Model = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Use at most so many tokens of the text.", show_default=False)
+        int | None, typer.Option(min=1, help="Use at most this many tokens of the text.", show_default=False)
     ] = None,
     dtype: common.Dtype = "auto",
     device: common.Device = "auto",
-    queries: Annotated[int, typer.Option(min=0, help="Probe queries to save, for verify's attention fidelity.")] = 32,
+    queries: Annotated[int, typer.Option(min=0, help="Probe queries to save for verify's attention errors.")] = 32,
     chunk: Annotated[
-        int | None, typer.Option(min=1, help="Prefill in chunks of so many tokens (default: one).", show_default=False)
+        int | None, typer.Option(min=1, help="Tokens per prefill chunk (default: one chunk).", show_default=False)
     ] = None,
-    generate: Annotated[int, typer.Option(min=0, help="Decode so many tokens greedily after the prefill.")] = 0,
+    generate: Annotated[int, typer.Option(min=0, help="Tokens to decode greedily after the prefill.")] = 0,
     continuation: Annotated[
-        int, typer.Option(min=0, help="Tokens of the text beyond --max-tokens to note, for verify --model.")
+        int, typer.Option(min=0, help="Tokens of the text beyond --max-tokens to save for verify --model.")
     ] = 256,
-    needles: Annotated[
-        int, typer.Option(min=0, help="Facts to plant in the text, that verify --model will ask for.")
-    ] = 0,
+    needles: Annotated[int, typer.Option(min=0, help="Facts to plant in the text, which verify --model asks for.")] = 0,
     force: common.Force = False,
     quiet: common.Quiet = False,
 ) -> None:
@@ -64,7 +62,12 @@ def capture(
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file, or standard input."""
+    """Return the text of a UTF-8 file, or of standard input for ``-``.
+
+    Raises:
+        KvpackError: The data are not UTF-8.
+
+    """
     try:
         data = sys.stdin.buffer.read() if path == common.STDIO else path.read_bytes()
         return data.decode()

@@ -1,4 +1,4 @@
-"""``kvpack claims``."""
+"""The command ``kvpack claims``."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from kvpack.errors import UsageError
 
 def claims(
     config: Annotated[Path, typer.Option("--config", help="A model's config.json.", show_default=False)],
-    bits: Annotated[float, typer.Option(min=0.1, help="TurboQuant's bits an element.")] = 3.0,
-    norm_bits: Annotated[float, typer.Option(min=0, help="Bits of a norm in TurboQuant; the paper has 0.")] = 0,
-    token_bits: Annotated[float, typer.Option(min=0.001, help="Assumed entropy of a token, bits.")] = 4.3,
+    bits: Annotated[float, typer.Option(min=0.1, help="TurboQuant's bits per element.")] = 3.0,
+    norm_bits: Annotated[float, typer.Option(min=0, help="Bits of a norm in TurboQuant; 0 in the paper.")] = 0,
+    token_bits: Annotated[float, typer.Option(min=0.001, help="Assumed entropy of a token in bits.")] = 4.3,
     text: Annotated[
         Path | None, typer.Option(help="Measure the entropy on this text instead of assuming it.", show_default=False)
     ] = None,
     model: Model = None,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Use at most so many tokens of the text.")] = 2048,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Use at most this many tokens of the text.")] = 2048,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
-    """Work out what arXiv 2604.15356 claims for a model: bits a token raw, in TurboQuant, and by the token's entropy.
+    """Compute what arXiv 2604.15356 claims for a model: bits per token raw, with TurboQuant, and a token's entropy.
 
-    With --text the entropy is measured under --model (default: the embedded one). The bound is a cache's information,
-    not a codec: reaching it means to store tokens and compute the cache again.
+    With --text, the entropy is measured under --model (default: the embedded model). The bound is the information in a
+    cache and not a codec: to reach it is to store the tokens and compute the cache again.
     """
     from kvpack.bench.claims import Shape, claim
 

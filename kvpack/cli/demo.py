@@ -1,4 +1,4 @@
-"""``kvpack demo``."""
+"""The command ``kvpack demo``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLUMNS = ("codec", "bits/elem", "ratio", "K nmse", "V nmse", "attn err", "in, s
 
 
 def demo(
-    folder: Annotated[Path, typer.Option("-o", "--output", help="Folder for the files; made if need be.")] = Path(
+    folder: Annotated[Path, typer.Option("-o", "--output", help="Folder for the files; created if missing.")] = Path(
         "kvpack-demo"
     ),
     svg: Annotated[
@@ -29,9 +29,9 @@ def demo(
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
-    """See it work: capture the embedded model's cache, run the codecs that need no calibration, measure each.
+    """Show kvpack at work: capture the embedded model's cache, run the codecs without calibration and measure each.
 
-    The text is from Python's own language reference. Files are kept; a capture found there is used again.
+    The text comes from Python's language reference. All files are kept, and an existing capture is used again.
     """
     from kvpack.bench import demo as work
 

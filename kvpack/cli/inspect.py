@@ -1,4 +1,4 @@
-"""``kvpack inspect``."""
+"""The command ``kvpack inspect``."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 def inspect(
     inputs: common.Inputs,
-    check: Annotated[bool, typer.Option("--check", help="Verify the checksum of every stream as well.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Also verify the checksum of every stream.")] = False,
     as_json: common.Json = False,
     verbose: common.Verbose = False,
 ) -> None:
-    """Show what a capture or a .kvp file holds, and where its bytes went."""
+    """Show what a capture or a .kvp file holds and how many bytes each stream takes."""
     from kvpack.kvp.inspection import inspect as look
 
     reports = []

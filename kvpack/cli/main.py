@@ -1,4 +1,4 @@
-"""The entry point: commands, exit codes, and errors as one line on stderr."""
+"""The entry point of the command line; it registers the commands and turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from kvpack.errors import KvpackError
 
 app = typer.Typer(
     name="kvpack",
-    help="Compress saved KV caches of language models; measure what was lost.",
-    epilog="Exit codes: 0 fine, 1 error, 2 usage, 3 quality below a threshold, 4 corrupt or truncated input, "
+    help="Compress saved KV caches of language models and measure what was lost.",
+    epilog="Exit codes: 0 success, 1 error, 2 wrong usage, 3 quality below a threshold, 4 corrupt or truncated input, "
     "5 wrong model, profile or original, 6 needs a newer kvpack or an unsupported model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -49,7 +49,7 @@ def _main(
 
 
 def main() -> None:
-    """Run the command line; every expected failure ends in one line and its own exit code."""
+    """Run the command line; an expected failure prints one line to stderr and exits with its own code."""
     try:
         app()
     except KvpackError as error:
@@ -61,7 +61,7 @@ def main() -> None:
         sys.exit(1)
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
-    except Exception as error:  # a bug: say so in one line, show where on request
+    except Exception as error:  # This is a bug: print one line, or a traceback on request.
         if os.environ.get("KVPACK_DEBUG"):
             raise
         _fail(f"internal error: {error!r}; set KVPACK_DEBUG=1 to see where, and please report it", 1)

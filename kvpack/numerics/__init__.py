@@ -1,1 +1,1 @@
-"""What everything computes with: bit patterns of floats, the checksum, the compiler of loops."""
+"""Numerical helpers of all other packages: bit patterns of floats, the checksum, and compilation by numba."""

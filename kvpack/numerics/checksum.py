@@ -1,12 +1,12 @@
-"""The 64-bit checksum of streams and of original tensors: a sum, so that any number of threads can share it.
+"""The 64-bit checksum of streams and original tensors; it is a sum, so that threads can share the work.
 
-For bytes padded with zeros to 64-bit little-endian words w_0 … w_{n-1}, the checksum is
+The bytes are padded with zeros to 64-bit little-endian words w_0 … w_{n-1}. The checksum is
 ``sum(mix(w_i + (i + 1) * G)) + length`` modulo 2**64, where ``mix`` and ``G`` are SplitMix64's finaliser and
-increment (Steele, Lea, Flood 2014). ``mix`` is a bijection, so that a change within one word is always seen,
-and any other change but with probability 2**-64. It guards against accidents, not against forgery.
+increment (Steele, Lea, Flood 2014). ``mix`` is a bijection, so a change within one word is always detected. Any other
+change is missed with probability 2**-64. The checksum detects accidents, not forgery.
 
-A CRC or SHA-256 would do as well, but neither is a sum that threads can share, and SHA-256 would be a large part of
-decoding on a CPU.
+A CRC or SHA-256 would detect accidents as well. However, neither is a sum that threads can share, and SHA-256 would
+take a large part of the decoding time on a CPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kvpack.numerics.jit import njit
 
 
 def checksum(data: bytes | memoryview | NDArray[Any]) -> int:
-    """The checksum of bytes, or of a contiguous array's little-endian bytes, as an integer below 2**64."""
+    """Return the checksum of bytes, or of a contiguous array's little-endian bytes, as an integer below 2**64."""
     octets = np.frombuffer(data, np.uint8) if not isinstance(data, np.ndarray) else data.reshape(-1).view(np.uint8)
     whole = len(octets) // 8 * 8
     words = octets[:whole]

@@ -1,4 +1,4 @@
-"""Floats as bit patterns and back, in numpy, which has no bf16; and as torch's, which has."""
+"""Converts bit patterns of floats to float32 and back in numpy, which has no bf16, and to torch tensors."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ if TYPE_CHECKING:
     import torch
 
 FLOAT_BITS = {"BF16": (8, 7), "F16": (5, 10), "F32": (8, 23)}
-"""Exponent bits and mantissa bits of each dtype (safetensors spelling)."""
+"""Numbers of exponent bits and mantissa bits of each dtype (safetensors spelling)."""
 
 UINT: dict[str, type[np.unsignedinteger[Any]]] = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
-"""The unsigned dtype that holds each dtype's bit patterns."""
+"""Unsigned dtype that holds the bit patterns of each dtype."""
 
 Bits = NDArray[np.unsignedinteger[Any]]
 
 _BLOCK = 1 << 16
-"""Values that are rounded at once, so that what is in between stays in a core's cache."""
+"""Number of values that are rounded at once; intermediate arrays of this size stay in a core's cache."""
 
 
 def to_float32(bits: Bits, dtype: str) -> NDArray[np.float32]:
-    """Bit patterns of ``dtype`` to float32 values of the same shape, exactly (NaN payloads kept)."""
+    """Convert bit patterns of ``dtype`` to float32 values of the same shape, exactly; NaN payloads are kept."""
     if dtype == "F32":
         return np.ascontiguousarray(bits, np.uint32).view(np.float32)
     if dtype == "F16":
@@ -35,7 +35,7 @@ def to_float32(bits: Bits, dtype: str) -> NDArray[np.float32]:
 
 
 def from_float32(values: NDArray[np.float32], dtype: str) -> Bits:
-    """Float32 values to bit patterns of ``dtype``, to nearest, ties to even; NaN stays NaN."""
+    """Round float32 values to bit patterns of ``dtype``, to nearest with ties to even; NaN stays NaN."""
     values = np.ascontiguousarray(values, np.float32)
     if dtype == "F32":
         return values.view(np.uint32)
@@ -59,7 +59,7 @@ def from_float32(values: NDArray[np.float32], dtype: str) -> Bits:
 
 
 def to_torch(bits: Bits, dtype: str) -> torch.Tensor:
-    """A copy of BF16, F16 or F32 bit patterns as a torch tensor of that dtype, in main memory."""
+    """Return a copy of BF16, F16 or F32 bit patterns as a torch tensor of that dtype in main memory."""
     import torch
 
     dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

@@ -1,4 +1,4 @@
-"""Numba's ``njit`` with kvpack's settings and a type: cached on disk, without the interpreter's lock."""
+"""Numba's ``njit`` with kvpack's settings and type hints."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def njit(function: F) -> F:
-    """Compile on the first call (then from numba's cache on disk); runs without the GIL."""
+    """Compile ``function`` on its first call, or load it from numba's cache on disk; it runs without the GIL."""
     try:
         return cast(F, numba.njit(function, cache=True, nogil=True))
-    except RuntimeError:  # nowhere to write a cache: compile every time
+    except RuntimeError:  # Numba has no folder for its cache, so it compiles in every process.
         return cast(F, numba.njit(function, nogil=True))

@@ -1,4 +1,4 @@
-"""The ``.kvprofile`` file: what calibration learnt about a model."""
+"""Reads and writes ``.kvprofile`` files, which hold what calibration learnt about a model."""
 
 from kvpack.profiles.file import Profile, write_profile
 

@@ -1,4 +1,7 @@
-"""The ``.kvprofile`` file: what calibration learnt about a model; ``docs/profile-format.md`` specifies it."""
+"""Reads and writes ``.kvprofile`` files, which hold what calibration learnt about a model.
+
+``docs/profile-format.md`` specifies the format.
+"""
 
 from __future__ import annotations
 
@@ -21,20 +24,23 @@ _NAMES = {np.dtype(dtype): name for name, dtype in _NUMPY.items()}
 
 
 class Profile(Mapping[str, NDArray[Any]]):
-    """An open profile: arrays by name, halves read as float32; ``sha256`` of the whole file is its identity."""
+    """An open profile: a mapping from names to arrays, where F16 arrays are read as float32.
+
+    ``sha256`` is the digest of the whole file and identifies the profile.
+    """
 
     def __init__(self, file: TensorFile, name: str, sha256: str) -> None:
-        """Over an open file.
+        """Wrap an open file.
 
         Raises:
-            FormatError: not a profile, or of a version this kvpack does not read.
+            FormatError: The file is not a profile, or this kvpack does not read its version.
 
         """
         if file.metadata.get("kvpack_profile_version") != str(PROFILE_VERSION):
             raise FormatError("not a .kvprofile of version 1")
-        odd = next((spec.name for spec in file.tensors.values() if spec.dtype not in _NUMPY), None)
-        if odd is not None:
-            raise FormatError(f"{odd}: a profile's tensors are F16, F32, I32 or U8")
+        unsupported = next((spec.name for spec in file.tensors.values() if spec.dtype not in _NUMPY), None)
+        if unsupported is not None:
+            raise FormatError(f"{unsupported}: a profile's tensors are F16, F32, I32 or U8")
         self.name, self.sha256 = name, sha256
         self.metadata = file.metadata
         self._file = file
@@ -42,10 +48,10 @@ class Profile(Mapping[str, NDArray[Any]]):
 
     @classmethod
     def open(cls, path: Path) -> Profile:
-        """Open ``path``; errors carry the path.
+        """Open the profile ``path``; error messages start with the path.
 
         Raises:
-            FormatError: not a profile, or damaged.
+            FormatError: The file is not a profile, or it is damaged.
 
         """
         file = TensorFile.open(path)
@@ -58,16 +64,16 @@ class Profile(Mapping[str, NDArray[Any]]):
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
+        """Size of the file in bytes."""
         return self._file.header.file_size
 
     @cached_property
     def model(self) -> dict[str, Any]:
-        """The model it was made for, as in a capture's metadata; empty where unknown."""
+        """Model that the profile was made for, as in a capture's metadata; empty if unknown."""
         return _model(self.metadata)
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        """The array of that name; F16 as float32."""
+        """Return the array of this name; F16 arrays become float32."""
         if name not in self._read:
             spec = self._file.tensors[name]
             array = np.frombuffer(self._file.data(spec), _NUMPY[spec.dtype]).reshape(spec.shape)
@@ -75,22 +81,22 @@ class Profile(Mapping[str, NDArray[Any]]):
         return self._read[name]
 
     def __iter__(self) -> Iterator[str]:
-        """Names of arrays."""
+        """Iterate over the names of the arrays."""
         return iter(self._file.tensors)
 
     def __len__(self) -> int:
-        """Number of arrays."""
+        """Return the number of arrays."""
         return len(self._file.tensors)
 
     def identity(self) -> dict[str, str]:
-        """What a ``.kvp`` file says of the profile it needs."""
+        """Return the name and the digest that a ``.kvp`` file stores for the profile that it needs."""
         return {"name": self.name, "sha256": self.sha256}
 
     def require_model(self, metadata: Mapping[str, str]) -> None:
-        """Check that a capture is of the profile's model.
+        """Check that the capture with this metadata comes from the profile's model.
 
         Raises:
-            MismatchError: both name their weights, and they differ.
+            MismatchError: Both state the digest of the model's weights, and the digests differ.
 
         """
         other = _model(metadata)
@@ -111,7 +117,7 @@ def _model(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def write_profile(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any], output: BinaryIO) -> int:
-    """Write arrays (float16, float32, int32, uint8) and JSON metadata; returns the size in bytes.
+    """Write arrays (float16, float32, int32 or uint8) and JSON metadata; return the size in bytes.
 
     The same arguments give the same bytes.
     """

@@ -12,7 +12,7 @@ from profiles import VOCABULARY, arrays_for
 
 from kvpack.codecs.chain.base import Part, Scales
 from kvpack.codecs.chain.quantizers.dead_zone import MIDDLE, DeadZone, reference
-from kvpack.codecs.chain.quantizers.dead_zone.reference import MOST_SHIFT, magnitude_costs, thresholds
+from kvpack.codecs.chain.quantizers.dead_zone.reference import MAX_SHIFT, magnitude_costs, thresholds
 from kvpack.codecs.chain.symbols import zigzag
 from kvpack.codecs.chain.transforms.token_klt import TokenKlt
 from kvpack.codecs.context import DecodeContext
@@ -101,7 +101,7 @@ def test_codes_are_the_cpus_for_the_same_coordinates(gpu: Any) -> None:
     expected = QUANTIZER.encode(z, inner)
     levels, shifts = (plane.reshape(-1).astype(np.int32) for plane in expected[:2])
     assert len(set(shifts)) > 3
-    scales = QUANTIZER.scaled(QUANTIZER.planes(inner)[2], plane_codes(levels, 0 * shifts + MOST_SHIFT), inner).scales
+    scales = QUANTIZER.scaled(QUANTIZER.planes(inner)[2], plane_codes(levels, 0 * shifts + MAX_SHIFT), inner).scales
     assert scales is not None
     steps, columns, rows = (
         torch.from_numpy(a).to(gpu.device)
@@ -112,7 +112,7 @@ def test_codes_are_the_cpus_for_the_same_coordinates(gpu: Any) -> None:
     given = torch.from_numpy(z[0]).to(gpu.device)
     codes, found, shifted = dead_zone.quantize(gpu, given, steps, columns, rows, choices, faults)
     assert not faults.any()
-    assert (found.cpu().numpy() == shifts - MOST_SHIFT).all()
+    assert (found.cpu().numpy() == shifts - MAX_SHIFT).all()
     assert (codes.cpu().numpy().view(np.uint16) == expected[2][0]).all()
     exact = QUANTIZER.decode(expected, inner)[0].astype(np.float16)
     for common, groups in ((exact.shape[1], 1), (exact.shape[1] - 6, 3)):
@@ -176,11 +176,11 @@ def test_there_and_back(gpu: Any, tokens: int, units: int, ids: bool) -> None:
     out = torch.full_like(memory, 0x7FFF)
     back = addresses - memory.data_ptr() + out.data_ptr()
     arena = torch.cat([coded.arena, torch.zeros(1 << 16, dtype=torch.uint8, device=gpu.device)])
-    unsound, sums, odd = joint.decompress(
+    unsound, sums, nonfinite = joint.decompress(
         coded.places[:-1] + arena.data_ptr(), coded.sizes, 400, back, shape, units * tokens * DIMS, 0, levels, shifts
     )
     assert not unsound.any()
-    assert not odd.any()
+    assert not nonfinite.any()
     assert torch.equal(sums, coded.checksums)
     mine = to_float32(out.cpu().numpy().view(np.uint16).reshape(bits.shape), "BF16")
     host = coded.arena.cpu().numpy()
@@ -188,7 +188,7 @@ def test_there_and_back(gpu: Any, tokens: int, units: int, ids: bool) -> None:
         piece = cut(part, u * tokens, tokens)
         inner = CODEC.keys.transforms[0].output(piece)
         plane = QUANTIZER.planes(inner)[2]
-        side = plane_codes((levels[u] + MIDDLE).reshape(1, -1, 1), (shifts[u] + MOST_SHIFT).reshape(1, -1, 1))
+        side = plane_codes((levels[u] + MIDDLE).reshape(1, -1, 1), (shifts[u] + MAX_SHIFT).reshape(1, -1, 1))
         scaled = QUANTIZER.scaled(plane, side, inner)
         place, size = int(coded.places[u]), int(coded.sizes[u])
         stream = memoryview(host[place : place + size].tobytes())

@@ -1,8 +1,9 @@
-"""``kvpack bench --speed``: GB/s of raw cache through every stage on a GPU, beside what the machine can do.
+"""``kvpack bench --speed``: measures GB/s of raw cache in every stage on a GPU, and the limits of the machine.
 
-Device to device: bf16 parts in device memory to streams in device memory and back, timed by events around calls that
-follow each other without a wait. Host to host: from and to pinned memory. File to file: as ``kvpack compress`` and
-``decompress`` do it, on whatever disk the temporary folder is. Copies count bytes read and written, all else raw cache.
+Device to device means from bf16 parts in device memory to streams in device memory and back; calls follow each other
+without waits and are timed by events between them. Host to host means from and to pinned memory. File to file means
+what ``kvpack compress`` and ``decompress`` do, on the disk of the temporary folder. Device copies count the bytes read
+and written; everything else counts the bytes of the raw cache.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from kvpack.profiles import Profile
 
 
 def ceilings(device: str) -> Iterator[Speed]:
-    """What the machine can do: copies within the device and over the link, and a bf16 matrix product."""
+    """Yield the limits of the machine: copies within the device and over the host link, and a bf16 matrix product."""
     size = 1 << 30
     one = torch.empty(size, dtype=torch.uint8, device=device).random_()
     two, host = torch.empty_like(one), torch.empty(size // 4, dtype=torch.uint8, pin_memory=True)
@@ -49,7 +50,7 @@ def ceilings(device: str) -> Iterator[Speed]:
 
 
 def _both_ways(device: torch.Tensor, host: torch.Tensor) -> Iterator[Speed]:
-    """The link with copies in both directions at once, counted once."""
+    """Yield the speed of the host link with copies in both directions at once; bytes of one direction are counted."""
     cuda: Any = torch.cuda
     back, there = torch.empty_like(host, pin_memory=True), torch.empty_like(device)
     side = cuda.Stream(device.device)
@@ -65,7 +66,10 @@ def _both_ways(device: torch.Tensor, host: torch.Tensor) -> Iterator[Speed]:
 
 
 def tiled(captures: list[Path], size: int, folder: Path) -> tuple[Path, np.ndarray]:
-    """A file of at least ``size`` bytes that repeats the captures' bf16 keys and values; those ``[N, H, T, D]``."""
+    """Write a file of at least ``size`` bytes that repeats the captures' bf16 keys and values.
+
+    Returns its path, and the keys and values ``[N, H, T, D]``.
+    """
     arrays = []
     for path in captures:
         cache = KvpFile.open(path) if path.suffix == ".kvp" else Capture.open(path)
@@ -86,7 +90,7 @@ def tiled(captures: list[Path], size: int, folder: Path) -> tuple[Path, np.ndarr
 
 
 def wide(arrays: np.ndarray) -> np.ndarray:
-    """The shape of an 8B model's layers, ``[64, 8, T, 128]``, of real channels of keys and of values."""
+    """Rearrange real channels of keys and of values into the shape of an 8B model's layers, ``[64, 8, T, 128]``."""
     kinds = [arrays[kind::2].reshape(-1, *arrays.shape[2:]) for kind in (0, 1)]
     layers = []
     for layer in range(64):
@@ -97,7 +101,10 @@ def wide(arrays: np.ndarray) -> np.ndarray:
 
 
 def measure(captures: list[Path], gib: float, profile: Profile | None = None) -> Iterator[Speed]:
-    """Every line, on the first GPU, over ``gib`` GiB or a little more; ``fisher`` on captures needs their profile."""
+    """Yield every line, measured on the first GPU with ``gib`` GiB of cache or slightly more.
+
+    ``fisher`` is measured on captures only with their model's profile.
+    """
     if not torch.cuda.is_available():
         raise UsageError("--speed measures a GPU, and torch sees none")
     gpu, size = Timed(), int(gib * (1 << 30))
@@ -132,7 +139,7 @@ def measure(captures: list[Path], gib: float, profile: Profile | None = None) ->
 
 
 def to_json(lines: list[Speed]) -> dict[str, Any]:
-    """The lines with the machine's and the programs' names."""
+    """Return the lines with the device's name and the versions of the programs."""
     import kvpack
 
     return {

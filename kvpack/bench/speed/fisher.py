@@ -37,10 +37,10 @@ def rows(gpu: Timed, one: Given) -> Iterator[Speed]:
             streams, coded.sizes, groups, offsets + out.data_ptr(), shape, stride, 0, levels, shifts
         )
 
-    unsound, sums, odd = decompress()
+    unsound, sums, nonfinite = decompress()
     error = float((out - given).float().square().mean() / given.float().square().mean())
     unlike = not torch.equal(sums, coded.checksums) or not error < one.worst
-    if done.faults.any() or unsound.any() or odd.any() or unlike:
+    if done.faults.any() or unsound.any() or nonfinite.any() or unlike:
         raise RuntimeError(f"{one.name}: what comes back is not near what went in ({error}, at most {one.worst})")
     label = f"{one.name}, {units} x {chunk}, R {kernels.rank}"
     bits = 8 * int(coded.sizes.sum()) / given.numel()

@@ -1,4 +1,4 @@
-"""Long captures in device memory for the bench: a real one over and over, or a made one."""
+"""Provides long captures in device memory for the speed bench: a repeated real one, or a synthetic one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Given:
     """A long capture in device memory, bf16 ``[S, H, T, D]``; ``chunk`` tokens are coded at a time.
     ``mass`` ``[T]`` is the attention mass of its tokens, if known.
 
-    What comes back must have no more than ``worst`` of the squares that went in as squared errors.
+    The squared error after decompression, relative to the squares of the original, must be below ``worst``.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Given:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
-        """As a capture."""
+        """Write it to ``path`` as a capture."""
         tokens = self.part.context.tokens
         assert tokens is not None
         entries = [(name, "BF16", tuple(self.tensors.shape[1:])) for name in self.names]
@@ -62,7 +62,7 @@ class Given:
 
 
 def made(gpu: Timed, shape: Shape, nbytes: int) -> Given:
-    """At least ``nbytes`` of a made cache, in chunks of :data:`CHUNK`."""
+    """Return a synthetic cache of about ``nbytes`` bytes, a multiple of :data:`CHUNK` tokens."""
     tokens = max(1, nbytes // (2 * shape.size * CHUNK)) * CHUNK
     ids = np.random.default_rng(1).integers(0, making.VOCABULARY, tokens).astype(np.int32)
     whole = (2 * shape.layers * shape.heads, tokens, shape.dims)
@@ -72,9 +72,9 @@ def made(gpu: Timed, shape: Shape, nbytes: int) -> Given:
 
 
 def real(gpu: Timed, source: Capture | KvpFile, profile: Profile, nbytes: int) -> Given:
-    """A capture's keys and values over and over, keys turned on to the places where they come to stand.
+    """Return the keys and values of a capture, repeated to at least ``nbytes`` bytes.
 
-    ``worst`` is the CPU's error for the first of them, and a hundredth.
+    Keys of each copy are rotated to their new positions. ``worst`` is 1.01 times the CPU's error on the first copy.
     """
     profile.require_model(source.metadata)
     layers = sorted({layer for spec in source.tensors.values() if (layer := layer_of(spec)) is not None})
@@ -99,7 +99,7 @@ def real(gpu: Timed, source: Capture | KvpFile, profile: Profile, nbytes: int) -
 
 
 def error_of(bits: NDArray[np.uint16], part: Part, hints: StackHints) -> float:
-    """Squared errors over squares of what the CPU makes of a part."""
+    """Return the CPU's squared error for a part, relative to the squares of its elements."""
     streams, _ = pipeline.encode(CODEC.keys, bits, part, hints)
     back, _ = pipeline.decode(CODEC.keys, [(name, memoryview(data)) for name, data in streams], part)
     before, after = (to_float32(array, "BF16") for array in (bits, back))
@@ -107,7 +107,10 @@ def error_of(bits: NDArray[np.uint16], part: Part, hints: StackHints) -> float:
 
 
 def turned_on(tensors: torch.Tensor, part: Part, copies: int) -> torch.Tensor:
-    """Tensors ``[S, H, T, D]`` so many times, ``[S, H, copies * T, D]``, keys (the first half) turned by RoPE."""
+    """Return tensors ``[S, H, T, D]`` repeated to ``[S, H, copies * T, D]``.
+
+    Keys, the first half, are rotated by RoPE to their new positions.
+    """
     klt: Any = CODEC.keys.transforms[0]
     steps = torch.from_numpy(klt.model(part).frequencies.astype(np.float64)).to(tensors.device)
     out = tensors.repeat(1, 1, copies, 1)

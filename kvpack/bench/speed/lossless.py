@@ -1,4 +1,4 @@
-"""The lossless codec and its coder, from device to device."""
+"""Measures the lossless codec and its entropy coder from device to device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvpack.gpu.kernels import rans as cuda
 
 
 def _parts(tensors: torch.Tensor) -> cuda.Parts:
-    """Parts ``[P, H, T, D]`` of bf16 bit patterns as the kernels take them."""
+    """Describe ``tensors`` ``[P, H, T, D]`` of bf16 bit patterns as parts for the kernels."""
     count, *shape = tensors.shape
     addresses = torch.arange(count, device=tensors.device) * tensors[0].numel() * 2 + tensors.data_ptr()
     heads, tokens, dims = shape
@@ -21,7 +21,7 @@ def _parts(tensors: torch.Tensor) -> cuda.Parts:
 
 
 def rows(gpu: Timed, tensors: torch.Tensor, data: str) -> Iterator[Speed]:
-    """The lossless codec from device to device, whole and kernel by kernel; what comes back is compared."""
+    """Yield the speeds of the lossless codec in total and for each kernel, after checking that it restores the data."""
     parts, size = _parts(tensors), 2 * tensors.numel()
     coded = cuda.encode(gpu, parts)
     assert coded.mantissas is not None
@@ -50,7 +50,7 @@ def rows(gpu: Timed, tensors: torch.Tensor, data: str) -> Iterator[Speed]:
 
 
 def _symbols(gpu: Timed, symbols: torch.Tensor, data: str) -> Iterator[Speed]:
-    """RANS alone on 8-bit symbols (exponents), into and out of the file's layout, tables known."""
+    """Yield the speeds of rANS alone on 8-bit symbols (exponents), to and from the file's layout, with known tables."""
     count, heads, tokens, dims = symbols.shape
     addresses = torch.arange(count, device=gpu.device) * symbols[0].numel()
     parts = cuda.Parts(addresses + symbols.data_ptr(), (heads, tokens, dims), tokens * dims)

@@ -1,4 +1,4 @@
-"""A made profile, and a cache that scatters as it says: shapes of models that are not at hand."""
+"""Generates a synthetic profile, and a cache that is distributed accordingly, to measure the shapes of other models."""
 
 from __future__ import annotations
 
@@ -18,18 +18,30 @@ from kvpack.codecs.recipes import fisher, fisher_log_step
 
 CODEC = fisher(fisher_log_step(4), name="fisher-4")
 CLASSES, UNIT_CLASS = 64, 20
-"""Classes of the made profile, and the one of a scatter as wide as the step."""
+"""Number of classes in the synthetic profile, and the class of coefficients whose scatter equals the step."""
 ROUNDING = 0.4
-"""Magnitudes that the made tables count are rounded down after adding it."""
+"""Rounding offset of the synthetic tables: magnitudes are rounded down after this is added."""
 VOCABULARY = 49152
 THETA = 500_000.0
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's cache and a profile: ``common`` directions and ``local`` ones of each of ``groups`` groups of layers,
-    ``embedded`` elements of a token's vector, ``reach`` of which tell of others, ``units`` of the prediction.
-    """  # fmt: skip
+    """Shape of a model's cache and of a profile for it.
+
+    Attributes:
+        name: name in the results.
+        layers: number of layers.
+        heads: number of KV heads.
+        dims: head dimension.
+        common: number of common directions.
+        groups: number of layer groups.
+        local: number of directions of each layer group.
+        embedded: elements of a token's vector.
+        reach: number of those elements from which later tokens are predicted.
+        units: number of rectified units of the prediction.
+
+    """
 
     name: str
     layers: int
@@ -44,12 +56,12 @@ class Shape:
 
     @property
     def size(self) -> int:
-        """P."""
+        """Number of elements per token, P."""
         return 2 * self.layers * self.heads * self.dims
 
     @property
     def rank(self) -> int:
-        """Coordinates a token."""
+        """Number of coordinates per token."""
         return self.common + self.groups * self.local
 
 
@@ -57,14 +69,14 @@ EIGHT_B = Shape("8B shape", 32, 8, 128, 1792, 8, 32, 1024)
 
 
 def deviations(shape: Shape) -> NDArray[np.float64]:
-    """Of the coordinates ``[R]``: from 64 steps down to a quarter of one, evenly in octaves."""
+    """Return the standard deviations of the coordinates, ``[R]``: 64 steps down to a quarter step, even in octaves."""
     quantizer: Any = CODEC.keys.quantizer
     sigma: NDArray[np.float64] = np.exp2(quantizer.log_step / 32 + np.linspace(6, -2, shape.rank))
     return sigma
 
 
 def tables(rng: np.random.Generator) -> NDArray[np.int32]:
-    """Frequencies ``[K, 63]`` of the symbols of Laplace's distribution, counted, a quarter of an octave a class."""
+    """Return symbol frequencies ``[K, 63]``, counted on samples of Laplace distributions a quarter octave apart."""
     out = np.empty((CLASSES, ALPHABET), np.int32)
     for k in range(CLASSES):
         scaled = rng.laplace(size=1 << 16) * 2.0 ** ((k + 0.5 - UNIT_CLASS) / 4 - 0.5)
@@ -77,13 +89,17 @@ def tables(rng: np.random.Generator) -> NDArray[np.int32]:
 
 
 def profile(shape: Shape, device: str) -> dict[str, NDArray[Any]]:
-    """Random orthonormal directions, random predictions half as large as what they leave, Laplace's tables."""
+    """Return the arrays of a synthetic profile.
+
+    It has random orthonormal directions, random predictions of half the deviation of their residual, and tables of
+    Laplace distributions.
+    """
     rng = np.random.default_rng(0)
     sigma = deviations(shape)
     linear: Any = torch.linalg
     basis = linear.qr(torch.randn(shape.size, shape.common, device=device)).Q.cpu().numpy()
     groups = np.arange(shape.layers, dtype=np.int32) * shape.groups // shape.layers
-    member = np.tile(np.repeat(groups, shape.size // (2 * shape.layers)), 2)  # of each element
+    member = np.tile(np.repeat(groups, shape.size // (2 * shape.layers)), 2)  # This is the group of each element.
     local = np.empty((shape.size, shape.local))
     for group in range(shape.groups):
         mine = np.flatnonzero(member == group)
@@ -117,7 +133,10 @@ def profile(shape: Shape, device: str) -> dict[str, NDArray[Any]]:
 
 
 def cache(shape: Shape, part: Part, device: str) -> torch.Tensor:
-    """bf16 tensors ``[S, H, T, D]``: coordinates scatter as the profile says, and a little beside its directions."""
+    """Return bf16 tensors ``[S, H, T, D]`` whose coordinates scatter as in the profile.
+
+    A little noise outside the profile's directions is added.
+    """
     klt: Any = CODEC.keys.transforms[0]
     model, tokens = klt.model(part), part.shape[1]
     sigma = torch.from_numpy(deviations(shape).astype(np.float32)).to(device)
@@ -143,6 +162,9 @@ def cache(shape: Shape, part: Part, device: str) -> torch.Tensor:
 
 
 def turned(keys: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Keys ``[..., D]`` turned by RoPE, pairs (i, i + D / 2), by angles of these cosines and sines ``[..., D / 2]``."""
+    """Return keys ``[..., D]`` whose pairs (i, i + D / 2) are rotated, as by RoPE.
+
+    The angles have the ``cosines`` and ``sines`` ``[..., D / 2]``.
+    """
     left, right = keys.chunk(2, -1)
     return torch.cat([left * cosines - right * sines, right * cosines + left * sines], -1)

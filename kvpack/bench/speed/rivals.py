@@ -1,4 +1,4 @@
-"""Other people's codecs on the same data: TurboQuant's and KIVI's kernels here, nvCOMP's where it is installed."""
+"""Measures other codecs on the same data: kvpack's kernels of TurboQuant and KIVI, and nvCOMP if it is installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvpack.gpu.runtime.launch import Gpu
 
 
 def turboquant_3(gpu: Gpu, tensors: torch.Tensor, data: str) -> Iterator[Speed]:
-    """TurboQuant's rotation and packed 3-bit codes, and back."""
+    """Yield the speeds of TurboQuant with rotation and packed 3-bit codes, in both directions."""
     vectors = torch.nan_to_num(tensors.view(torch.bfloat16), 0, 0, 0).reshape(-1, tensors.shape[-1])
     codes, norms = turboquant.compress(gpu, vectors, seed=1)
     size = 2 * vectors.numel()
@@ -22,20 +22,23 @@ def turboquant_3(gpu: Gpu, tensors: torch.Tensor, data: str) -> Iterator[Speed]:
 
 
 def kivi(gpu: Gpu, tensors: torch.Tensor, data: str) -> Iterator[Speed]:
-    """KIVI's packed codes: keys grouped along tokens, values along dimensions, and back."""
+    """Yield the speeds of KIVI with packed codes in both directions.
+
+    Keys are grouped along tokens, and values along dimensions.
+    """
     vectors = torch.nan_to_num(tensors.view(torch.bfloat16), 0, 0, 0).reshape(-1, *tensors.shape[-2:])
     size = 2 * vectors.numel()
     for bits in (4, 2):
         for axis, kind in (("token", "keys"), ("channel", "values")):
             packed = affine.compress(gpu, vectors, bits, axis, step=bits)
-            there = seconds(lambda: affine.compress(gpu, vectors, bits, axis, step=bits))  # noqa: B023 (used at once)
+            there = seconds(lambda: affine.compress(gpu, vectors, bits, axis, step=bits))  # noqa: B023 (It is called at once.)
             back = seconds(lambda: affine.decompress(gpu, *packed, bits, axis, step=bits))  # noqa: B023
             yield speed(f"kivi-{bits} {kind} compress", data, size, there)
             yield speed(f"kivi-{bits} {kind} decompress", data, size, back)
 
 
 def nvcomp(tensors: torch.Tensor, data: str) -> Iterator[Speed]:
-    """NVIDIA's ANS on the same bytes, where its package is installed (``pip install kvpack[nvcomp]``)."""
+    """Yield the speeds of NVIDIA's ANS on the same bytes, if nvCOMP is installed (``pip install kvpack[nvcomp]``)."""
     try:
         from nvidia import nvcomp as library
     except ImportError:

@@ -1,4 +1,4 @@
-"""How lines are timed: by device events around calls that follow each other, or by the wall clock."""
+"""Times functions on a GPU, by device events between successive calls or by the wall clock."""
 
 from __future__ import annotations
 
@@ -17,7 +17,17 @@ ROUNDS = 20
 
 @dataclass(frozen=True)
 class Speed:
-    """One line: what, of which data, GB/s at the median and at the 10th and 90th percentile of times, and a remark."""
+    """One line of results.
+
+    Attributes:
+        what: name of the operation.
+        data: name of the data.
+        gb_per_s: speed at the median time.
+        slow: speed at the 90th percentile of times.
+        fast: speed at the 10th percentile of times.
+        remark: further figures as text.
+
+    """
 
     what: str
     data: str
@@ -28,18 +38,18 @@ class Speed:
 
 
 def event() -> Any:
-    """A device event that takes time."""
+    """Return a device event that records its time."""
     cuda: Any = torch.cuda
     return cuda.Event(enable_timing=True)
 
 
 class Timed(Gpu):
-    """A GPU that notes how long each kernel takes, while asked to."""
+    """A GPU that logs two events around each kernel while ``log`` is a list."""
 
     log: list[tuple[str, Any, Any]] | None = None
 
     def launch(self, name: str, *rest: Any) -> None:
-        """Launch, between two events."""
+        """Launch a kernel; if ``log`` is a list, record events before and after it."""
         if self.log is None:
             super().launch(name, *rest)
             return
@@ -51,9 +61,10 @@ class Timed(Gpu):
 
 
 def seconds(function: Callable[[], object], streams: int = 1) -> list[float]:
-    """Times of calls that follow each other, on so many streams by turns, by device events, ascending.
+    """Return the times of successive calls in seconds by device events, ascending.
 
-    On several, calls end in uneven steps: a time is that of as many calls as there are streams, shared.
+    The calls alternate between ``streams`` streams. With several streams, calls end at uneven intervals; therefore each
+    time is that of as many calls as there are streams, divided by their number.
     """
     cuda: Any = torch.cuda
     turns = [cuda.current_stream()] if streams == 1 else [cuda.Stream() for _ in range(streams)]
@@ -70,14 +81,14 @@ def seconds(function: Callable[[], object], streams: int = 1) -> list[float]:
 
 
 def speed(what: str, data: str, size: int, times: list[float], remark: str = "") -> Speed:
-    """The line for ``size`` bytes in ascending ``times``."""
+    """Return the line for an operation on ``size`` bytes that took ``times`` in seconds, ascending."""
     tenth = len(times) // 10
     middle, slow, fast = median(times), times[-1 - tenth], times[tenth]
     return Speed(what, data, size / middle / 1e9, size / slow / 1e9, size / fast / 1e9, remark)
 
 
 def by_kernel(gpu: Timed, function: Callable[[], object]) -> dict[str, list[float]]:
-    """Times of each kernel within a call, ascending."""
+    """Return the times of each kernel within a call of ``function`` in seconds, ascending."""
     gpu.log = []
     for _ in range(ROUNDS // 2):
         function()
@@ -94,7 +105,10 @@ def by_kernel(gpu: Timed, function: Callable[[], object]) -> dict[str, list[floa
 
 
 def waited(function: Callable[[Any], Any], argument: Any) -> list[float]:
-    """Times of calls that are waited for, ascending: for code that works on a stream of its own."""
+    """Return the wall-clock times of calls, each waited for, in seconds, ascending.
+
+    This is for code that uses its own stream.
+    """
     times = []
     for _ in range(2 + ROUNDS // 2):
         torch.cuda.synchronize()

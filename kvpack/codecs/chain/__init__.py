@@ -1,1 +1,1 @@
-"""The stages of the pipeline: transforms, quantizers and entropy coders, each a folder of its own."""
+"""The stages of the pipeline: transforms, predictors, quantizers and entropy coders, each in its own folder."""

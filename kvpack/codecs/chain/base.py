@@ -1,9 +1,12 @@
-"""What a stage is: a small frozen dataclass with a wire name, a version and a JSON form.
+"""Base classes of all stages, and the types that stages exchange.
 
-A wire name and version are a promise: two stages share them only if each decodes the other's bytes.
-A **part** is what the pipeline codes at a time: one tensor over one range of tokens, or the keys (or the values)
-of all layers stacked along heads; ``[H, T, D]`` either way. Transforms may give it another shape. A quantizer
-turns it into **planes** of integer codes; an entropy coder turns each plane into a stream.
+A stage is a small frozen dataclass with a wire name (its name in the file), a version and a JSON form. Two stages
+may share a wire name and version only if each decodes the bytes that the other wrote.
+
+A **part** is what the pipeline codes at a time: one tensor over one range of tokens, or the keys (or the values) of
+all layers stacked along the head axis. Its shape is ``[H, T, D]`` in both cases; transforms may change that shape.
+A quantizer turns a part into **planes**, which are arrays of integer codes. An entropy coder turns each plane into
+a stream of bytes.
 """
 
 from __future__ import annotations
@@ -20,14 +23,14 @@ from kvpack.codecs.protocol import Hint, Need, Scope
 from kvpack.errors import FormatError, MismatchError
 
 Codes = NDArray[np.unsignedinteger[Any]]
-"""Integer codes of a plane, ``[H, T, D]``, any unsigned dtype."""
+"""Integer codes of a plane, ``[H, T, D]``, of any unsigned dtype."""
 
 Floats = NDArray[np.float32]
 """Values of a part, ``[H, T, D]``."""
 
 
 class UnrepresentableError(ValueError):
-    """A lossy quantizer met values it cannot represent; the pipeline carries that part losslessly instead."""
+    """A lossy quantizer met values that it cannot represent; the pipeline then stores that part losslessly."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,10 @@ class Part:
         return self.origin + self.first
 
     def array(self, name: str) -> NDArray[Any]:
-        """An array of the profile.
+        """Return the profile's array of this name.
 
         Raises:
-            MismatchError: no profile, or it has no such array.
+            MismatchError: There is no profile, or it has no such array.
 
         """
         profile = self.context.profile
@@ -73,10 +76,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Scales:
-    """How widely each code of a plane ``[1, T, D]`` is expected to scatter, all integers.
+    """Expected scale of each code of a plane ``[1, T, D]``, all in integers.
 
-    Code (t, d) is of class ``(columns[d] - rows[t]) >> 3``, clipped to the rows of ``tables`` ``[K, A]``: frequencies
-    of the symbols of ``scaled_rans``, each at least 1. ``columns`` and ``rows`` are 32nds of an octave.
+    The class of code (t, d) is ``(columns[d] - rows[t]) >> 3``, clipped to the row indices of ``tables``.
+
+    Attributes:
+        columns: scale of each column in 32nds of an octave, ``[D]``.
+        rows: scale of each row in 32nds of an octave, ``[T]``.
+        tables: for each class, the frequencies of the symbols of ``scaled_rans``, each at least 1, ``[K, A]``.
+
     """
 
     columns: NDArray[np.int32]
@@ -84,7 +92,7 @@ class Scales:
     tables: NDArray[np.int32]
 
     def classes(self) -> NDArray[np.int32]:
-        """The class of every code, ``[T, D]``."""
+        """Return the class of every code, ``[T, D]``."""
         found = (self.columns[None, :] - self.rows[:, None]) >> 3
         classes: NDArray[np.int32] = np.clip(found, 0, len(self.tables) - 1)
         return classes
@@ -92,7 +100,16 @@ class Scales:
 
 @dataclass(frozen=True)
 class PlaneSpec:
-    """A plane's name, shape ``(H, T, D)``, bits a code, whether an entropy model can pay for it, and its scales."""
+    """Description of a plane.
+
+    Attributes:
+        name: name of the plane, unique within its part.
+        shape: ``(H, T, D)``.
+        width: bits per code.
+        modelled: whether an entropy model can save bits on this plane.
+        scales: expected scales of the codes, or None.
+
+    """
 
     name: str
     shape: tuple[int, int, int]
@@ -102,12 +119,12 @@ class PlaneSpec:
 
     @property
     def size(self) -> int:
-        """Number of codes."""
+        """Number of codes in the plane."""
         return self.shape[0] * self.shape[1] * self.shape[2]
 
     @property
     def code_dtype(self) -> np.dtype[np.unsignedinteger[Any]]:
-        """The smallest unsigned dtype that holds ``width`` bits."""
+        """Smallest unsigned dtype that holds ``width`` bits."""
         for dtype in (np.uint8, np.uint16, np.uint32):
             if self.width <= np.dtype(dtype).itemsize * 8:
                 return np.dtype(dtype)
@@ -116,7 +133,16 @@ class PlaneSpec:
 
 @dataclass(frozen=True)
 class Stage:
-    """Base of all stages; subclasses set ``name`` and ``version`` and add their configuration as fields.
+    """Base class of all stages; subclasses set ``name`` and ``version`` and add their configuration as fields.
+
+    Attributes:
+        name: wire name.
+        version: wire version.
+        profiled: the stage needs a calibration profile.
+        stacked: the stage takes a stack of all layers.
+        joint: the stage takes a stack of all layers' keys followed by all layers' values.
+        adaptive: the stage learns what it needs from the stack itself. It takes one stack for each distinct layer
+            shape, and its encoder is given the weights that the capture's probe queries yield.
 
     ``scope`` is what a stage must see as one array; ``needs`` are what it cannot work without;
     ``hints`` are what its encoder gains from.
@@ -134,16 +160,16 @@ class Stage:
         return True
 
     def to_json(self) -> dict[str, Any]:
-        """``{"name", "version", "configuration"}``, JSON types only."""
+        """Return ``{"name", "version", "configuration"}``, with JSON types only."""
         configuration = {f.name: getattr(self, f.name) for f in fields(self)}
         return {"name": self.name, "version": self.version, "configuration": configuration}
 
     @classmethod
     def from_configuration(cls, configuration: dict[str, Any]) -> Self:
-        """Rebuild from a file's JSON.
+        """Build the stage from the configuration that a file holds as JSON.
 
         Raises:
-            FormatError: unknown, missing or invalid configuration.
+            FormatError: A field is unknown, missing or invalid.
 
         """
         if set(configuration) != {f.name for f in fields(cls)}:
@@ -158,79 +184,80 @@ class Stage:
 
 
 class Transform(Stage):
-    """Float to float: ``[H, T, D]`` float32 to an array of the same tokens, T, and maybe other H and D."""
+    """Base class of transforms: float32 ``[H, T, D]`` to float32 with the same T, where H and D may change."""
 
     def output(self, part: Part) -> Part:
-        """The part that :meth:`forward` gives: the same, unless it changes the shape."""
+        """Return the description of what :meth:`forward` returns: ``part``, unless the transform changes the shape."""
         return part
 
     def forward(self, values: Floats, part: Part) -> Floats:
-        """Into the transformed domain; ``part`` describes ``values``."""
+        """Transform ``values``, which ``part`` describes."""
         raise NotImplementedError
 
     def inverse(self, values: Floats, part: Part) -> Floats:
-        """Back from it; ``part`` describes what comes out."""
+        """Undo :meth:`forward`; ``part`` describes the result."""
         raise NotImplementedError
 
 
 class Predictor(Stage):
-    """Says what each row (first axis) is expected to be, from rows already decoded; only the rest is coded.
+    """Base class of predictors, which predict each row (first axis) from rows that are already decoded.
 
-    Behind a predictor, the quantizer codes one row at a time and its planes are joined along their first axis.
+    Only the difference from the prediction is coded. After a predictor, the quantizer codes one row at a time, and
+    the planes of all rows are concatenated along their first axis.
     """
 
     def predict(self, row: int, rows: Floats, reference: Floats | None, part: Part) -> Floats:
-        """The expected row ``[1, T, D]``.
+        """Return the prediction of row ``row``, ``[1, T, D]``.
 
-        ``rows`` ``[H, T, D]`` are decoded before ``row``; ``reference`` is the keys' decoded array, where the
-        values of a stack are predicted.
+        The rows before ``row`` of ``rows`` ``[H, T, D]`` are decoded already. ``reference`` is the decoded array of
+        the keys when the values of a stack are predicted, and otherwise None.
         """
         raise NotImplementedError
 
 
 class Quantizer(Stage):
-    """A part to planes of integer codes and back.
+    """Base class of quantizers, which turn a part into planes of integer codes and back.
 
-    An ``exact`` quantizer is given and gives bit patterns (unsigned integers of the tensor's item size); the
-    others float32 values.
+    An ``exact`` quantizer takes and returns bit patterns (unsigned integers of the tensor's item size). All others
+    take and return float32 values.
     """
 
     exact: ClassVar[bool]
 
     def planes(self, part: Part) -> list[PlaneSpec]:
-        """The planes of a part: a function of the part's description alone, so that nothing is stored."""
+        """Return the planes of a part; they follow from its description alone, so the file need not store them."""
         raise NotImplementedError
 
     def scaled(self, plane: PlaneSpec, before: Mapping[str, Codes], part: Part) -> PlaneSpec:
-        """The plane with its scales, where its entropy model follows from planes ``before`` it."""
+        """Return the plane with its scales, where they follow from the codes of the planes ``before`` it."""
         return plane
 
     def encode(self, data: NDArray[Any], part: Part, hints: StackHints = NO_HINTS) -> list[Codes]:
-        """One array a plane, in the order of :meth:`planes`.
+        """Return one array of codes for each plane, in the order of :meth:`planes`.
 
         Raises:
-            UnrepresentableError: values this quantizer cannot represent (NaN, Inf, out of range).
+            UnrepresentableError: The quantizer cannot represent some values (NaN, Inf or out of range).
 
         """
         raise NotImplementedError
 
     def decode(self, codes: list[Codes], part: Part) -> NDArray[Any]:
-        """The inverse: bit patterns or float32 values ``[H, T, D]``."""
+        """Undo :meth:`encode`; return bit patterns or float32 values, ``[H, T, D]``."""
         raise NotImplementedError
 
 
 class EntropyCoder(Stage):
-    """One plane of integer codes to bytes and back, exactly."""
+    """Base class of entropy coders, which turn one plane of integer codes into bytes and back, exactly."""
 
     def encode(self, codes: Codes, spec: PlaneSpec) -> bytes:
-        """Bytes for ``codes`` of shape ``spec.shape``, every code below ``2**spec.width``."""
+        """Return the bytes for ``codes`` of shape ``spec.shape``; every code is below ``2**spec.width``."""
         raise NotImplementedError
 
     def decode(self, data: memoryview, spec: PlaneSpec) -> Codes:
-        """The codes again, ``spec.shape``.
+        """Return the codes that ``data`` holds, of shape ``spec.shape``.
 
         Raises:
-            CorruptError: the bytes do not decode to such a plane.
+            CorruptError: The bytes do not decode to such a plane.
 
         """
         raise NotImplementedError

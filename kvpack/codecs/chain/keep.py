@@ -1,4 +1,4 @@
-"""``keep``: tokens that a lossy codec leaves whole: the first (attention sinks) and the last."""
+"""``keep``: the first tokens (attention sinks) and the last tokens, which a lossy codec stores uncoded and exactly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from kvpack.codecs.chain.base import Part, Stage
 
 @dataclass(frozen=True)
 class Keep(Stage):
-    """The first ``first`` tokens, and at least the last ``last``; what lies between is a multiple of ``group``."""
+    """Keeps the first ``first`` tokens and at least the last ``last`` tokens exactly.
+
+    The number of tokens between them, which are coded, is a multiple of ``group``.
+    """
 
     name: ClassVar[str] = "keep"
     version: ClassVar[int] = 1
@@ -30,7 +33,7 @@ class Keep(Stage):
         return self.last == 0 and self.group == 1
 
     def coded(self, part: Part) -> tuple[int, int]:
-        """The part's tokens ``[start, stop)`` that are coded; the others stay whole."""
+        """Return the range ``[start, stop)`` of the part's tokens that are coded; the others are kept exactly."""
         last = 0 if part.length is None else self.last
         length = part.first + part.shape[1] if part.length is None else part.length
         end = self.first + max(0, length - self.first - last) // self.group * self.group

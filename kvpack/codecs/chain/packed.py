@@ -1,7 +1,8 @@
-"""Matrices of a profile as ``rans`` streams: what a codec learns is itself quantised and entropy-coded.
+"""Packs a profile's matrices as ``rans`` streams: the profile itself is quantised and entropy-coded.
 
-``{name}.step`` ``[G, C]`` float32 and ``{name}.codes`` uint8 bytes: groups of consecutive rows, each with a step a
-column; values are ``(code - 128) * step``, rows ``[G * S, C]``.
+The G * S rows of a matrix are split into G groups of S consecutive rows, and each group has one step per column. The
+profile holds ``{name}.step`` ``[G, C]`` float32, ``{name}.codes`` (a ``rans`` stream as uint8) and ``{name}.rows``
+(the number of rows). The values are ``(code - 128) * step``, ``[G * S, C]``.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ _ROUNDS = 2
 
 
 def pack_matrix(matrix: Floats, step: Floats, price: float = 0.0) -> dict[str, NDArray[Any]]:
-    """``step`` ``[G, C]`` of positive numbers; ``matrix`` ``[G * S, C]``. Codes are clipped to a byte.
+    """Pack ``matrix`` ``[G * S, C]`` with positive steps ``step`` ``[G, C]``; codes are clipped to a byte.
 
-    Of the nearest code and the next one towards zero the one is taken whose squared error, in steps, plus ``price`` a
-    bit is less; bits are those of each column's codes so far in each group.
+    Each value gets either the nearest code or the next one towards zero: the one with the lower cost. The cost is the
+    squared error in steps plus ``price`` per bit. Bits are estimated from the current codes of the same column and
+    group.
     """
     groups, columns = step.shape
     blocks = matrix.reshape(groups, -1, columns) / step[:, None]
@@ -37,7 +39,7 @@ def pack_matrix(matrix: Floats, step: Floats, price: float = 0.0) -> dict[str, N
 
 @njit
 def _towards_zero(blocks: Floats, codes: NDArray[np.uint8], price: float) -> None:
-    """One round of :func:`pack_matrix`'s choice over ``[G, S, C]``."""
+    """Run one round of the choice that :func:`pack_matrix` makes, over ``[G, S, C]``; updates ``codes``."""
     groups, rows, columns = codes.shape
     for g in range(groups):
         counts = np.full((columns, 256), 0.02)
@@ -61,10 +63,10 @@ def _ints(*values: int) -> NDArray[np.int32]:
 
 
 def unpack_matrix(part: Part, name: str) -> Floats:
-    """The matrix of the part's profile of that name.
+    """Return the matrix ``name`` of the part's profile, ``[G * S, C]`` float32.
 
     Raises:
-        MismatchError: it is not there, or does not decode.
+        MismatchError: The profile does not have it, or it does not decode.
 
     """
     step, codes, rows = (part.array(f"{name}.{field}") for field in ("step", "codes", "rows"))

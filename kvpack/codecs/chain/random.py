@@ -1,6 +1,7 @@
-"""Seeded random matrices that a file's reader makes again, by a recipe of ``docs/format.md``.
+"""Seeded random matrices, which the reader of a file generates again as ``docs/format.md`` specifies.
 
-Not ``numpy.random``: its streams may change between releases (NEP 19), and a file must outlive them.
+This module does not use ``numpy.random``, whose streams may change between releases (NEP 19): files must stay
+readable.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from numpy.typing import NDArray
 from kvpack.codecs.chain.base import Floats, UnrepresentableError
 
 MAX_DIMS = 4096
-"""Cap on a matrix's dimensions: head dimensions are 64 to 576, and a file must not ask for terabytes."""
+"""Upper bound of a matrix's dimensions: head dimensions are 64 to 576, and a file must not request terabytes."""
 
 
 def _splitmix64(seed: int, count: int) -> NDArray[np.uint64]:
-    """The first ``count`` outputs of SplitMix64 (Steele, Lea, Flood 2014)."""
+    """Return the first ``count`` outputs of SplitMix64 (Steele, Lea, Flood 2014)."""
     with np.errstate(over="ignore"):
         z = np.uint64(seed) + np.uint64(0x9E3779B97F4A7C15) * np.arange(1, count + 1, dtype=np.uint64)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -26,7 +27,7 @@ def _splitmix64(seed: int, count: int) -> NDArray[np.uint64]:
 
 
 def _gaussian(dims: int, seed: int) -> NDArray[np.float64]:
-    """``[dims, dims]`` of N(0, 1) by Box-Muller: pairs of uniforms, the cosine branch."""
+    """Return samples of N(0, 1), ``[dims, dims]``, by the cosine branch of Box-Muller on pairs of uniforms."""
     if dims > MAX_DIMS:
         raise UnrepresentableError(f"random matrices have at most {MAX_DIMS} dimensions, not {dims}")
     uniform = ((_splitmix64(seed, 2 * dims * dims) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
@@ -36,7 +37,7 @@ def _gaussian(dims: int, seed: int) -> NDArray[np.float64]:
 
 @lru_cache(maxsize=16)
 def gaussian_matrix(dims: int, seed: int) -> Floats:
-    """``[dims, dims]`` of independent N(0, 1), float32, read-only."""
+    """Return a matrix ``[dims, dims]`` of independent samples of N(0, 1), float32, read-only."""
     matrix = _gaussian(dims, seed).astype(np.float32)
     matrix.flags.writeable = False
     return matrix
@@ -44,9 +45,9 @@ def gaussian_matrix(dims: int, seed: int) -> Floats:
 
 @lru_cache(maxsize=16)
 def rotation_matrix(dims: int, seed: int) -> Floats:
-    """A Haar-random orthogonal matrix ``[dims, dims]``, float32, read-only.
+    """Return a Haar-random orthogonal matrix ``[dims, dims]``, float32, read-only.
 
-    Gram-Schmidt on the rows of a Gaussian matrix, in float64, each row orthogonalised twice.
+    It comes from Gram-Schmidt on the rows of a Gaussian matrix, in float64; each row is orthogonalised twice.
     """
     rows = _gaussian(dims, seed)
     for i in range(dims):

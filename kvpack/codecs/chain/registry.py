@@ -1,4 +1,4 @@
-"""Stages by wire name and version. To add a stage: write its folder, name it here."""
+"""Lists all stages by wire name. To add a stage, write its folder and add its class here."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ STAGES = _index(
     *(FloatSplit, BytePlanes, Affine, LloydMax, AnchorDelta, ComponentGroups, Higgs, DeadZone, LowRank),
     *(BitPack, Rans, ScaledRans, Zstd, Deflate),
 )
-"""Every stage there is, by wire name."""
+"""All stages by wire name."""
 
 
 def stage_from_json(document: Any) -> Stage:
-    """The stage that a file's ``{"name", "version", "configuration"}`` describes.
+    """Return the stage that ``{"name", "version", "configuration"}`` from a file describes.
 
     Raises:
-        FormatError: not such a document, or its configuration is invalid.
-        UnsupportedError: a stage or version this kvpack does not have.
+        FormatError: The document does not have this form, or its configuration is invalid.
+        UnsupportedError: This kvpack does not have the stage or its version.
 
     """
     if not isinstance(document, dict) or set(document) != {"name", "version", "configuration"}:

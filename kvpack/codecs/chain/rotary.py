@@ -8,9 +8,9 @@ from kvpack.codecs.chain.base import Floats
 
 
 def turns(inverse_frequencies: Floats, first: int, tokens: int) -> tuple[Floats, Floats]:
-    """Cosines and sines ``[tokens, R / 2]`` of position times frequency, positions ``first ..``.
+    """Return the cosines and sines of position times frequency, ``[tokens, R / 2]``, for positions from ``first`` on.
 
-    ``inverse_frequencies`` is ``[R / 2]``, radians a position. Angles are taken in float64.
+    ``inverse_frequencies`` ``[R / 2]`` is in radians per position. Angles are computed in float64.
     """
     positions = np.arange(first, first + tokens, dtype=np.float64)
     angles = positions[:, None] * inverse_frequencies.astype(np.float64)
@@ -18,9 +18,9 @@ def turns(inverse_frequencies: Floats, first: int, tokens: int) -> tuple[Floats,
 
 
 def rotate(values: Floats, inverse_frequencies: Floats, first: int, sign: int) -> Floats:
-    """Turn the pairs (i, i + R/2) of each vector ``[..., T, D]`` by ``sign`` times the angles of :func:`turns`.
+    """Rotate the pairs (i, i + R / 2) of each vector ``[..., T, D]`` by ``sign`` times the angles of :func:`turns`.
 
-    They are the first R dimensions of D.
+    The pairs are the first R of the D dimensions; the others are copied unchanged.
     """
     half = len(inverse_frequencies)
     cos, sin = turns(inverse_frequencies, first, values.shape[-2])

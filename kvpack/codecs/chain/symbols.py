@@ -1,7 +1,7 @@
-"""Signed values as symbols of a small alphabet and raw bits, as in hybrid integers of JPEG XL (ISO 18181-1).
+"""Splits signed integers into symbols of a small alphabet and raw bits, like JPEG XL's hybrid integers (ISO 18181-1).
 
-Magnitudes below 8 are buckets of their own. Beyond, an octave is two buckets, and the bits below its leading two are
-stored as they are. A symbol is a bucket and a sign: 0, +1, -1, +2, -2, ...
+Each magnitude below 8 is a bucket of its own. Every octave above that is two buckets; the bits below the leading two
+are stored raw. A symbol is a bucket with a sign: 0, +1, -1, +2, -2, ...
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ Array = NDArray[Any]
 
 DIRECT = 8
 LARGEST = (1 << 15) - 1
-"""Largest magnitude."""
+"""Largest magnitude that can be coded."""
 
 ALPHABET = 63
 
 
 def _buckets() -> tuple[Array, Array]:
-    """Smallest magnitude and raw bits of each bucket, ``[32]``."""
+    """Return the smallest magnitude and the number of raw bits of each bucket, both ``[32]`` int64."""
     smallest, raw = list(range(DIRECT)), [0] * DIRECT
     for octave in range(3, 15):
         for half in (0, 1):
@@ -34,26 +34,29 @@ SMALLEST, RAW_BITS = _buckets()
 
 
 BUCKETS = np.searchsorted(SMALLEST, np.arange(LARGEST + 1), side="right").astype(np.uint8) - 1
-"""Of every magnitude its bucket."""
+"""Bucket of every magnitude from 0 to ``LARGEST``."""
 
 LONG = 2 * DIRECT - 1
-"""The first symbol that has raw bits."""
+"""First symbol that has raw bits."""
 
 
 def zigzag(values: Array) -> Array:
-    """Signed integers to codes 0, 1 (-1), 2 (+1), ...; uint16."""
+    """Map signed integers 0, -1, +1, ... to codes 0, 1, 2, ...; returns uint16."""
     wide = values.astype(np.int32)
     return ((wide << 1) ^ (wide >> 31)).astype(np.uint16)
 
 
 def unzigzag(codes: Array) -> Array:
-    """The inverse; int32."""
+    """Undo :func:`zigzag`; returns int32."""
     wide = codes.astype(np.int32)
     return (wide >> 1) ^ -(wide & 1)
 
 
 def _tables() -> tuple[Array, Array]:
-    """Of every code its symbol, ``[2 * LARGEST + 1]`` uint8, and of every symbol its first code, ``[63]`` uint16."""
+    """Return the lookup tables of :func:`split` and :func:`join`.
+
+    They are the symbol of every code, ``[2 * LARGEST + 1]`` uint8, and the first code of every symbol, ``[63]`` uint16.
+    """
     values = unzigzag(np.arange(2 * LARGEST + 1))
     buckets = 2 * BUCKETS[np.abs(values)].astype(np.int32)
     smallest = SMALLEST[(np.arange(ALPHABET) + 1) >> 1]
@@ -64,20 +67,23 @@ _SYMBOLS, _CODES = _tables()
 
 
 def split(codes: Array) -> tuple[Array, Array, Array]:
-    """Zigzag codes ``[N]`` to symbols ``[N]`` uint8, raw values and their widths (of symbols that have raw bits)."""
+    """Split zigzag codes ``[N]`` into symbols ``[N]`` uint8, raw values, and the widths of the raw values in bits.
+
+    Raw values and widths have one entry for each symbol that has raw bits.
+    """
     symbols = _SYMBOLS[codes]
     long, widths = raw_widths(symbols)
     return symbols, (codes[long].astype(np.int64) - _CODES[symbols[long]]) >> 1, widths
 
 
 def raw_widths(symbols: Array) -> tuple[Array, Array]:
-    """Positions of the symbols that have raw bits, and how many each has."""
+    """Return the positions of the symbols that have raw bits, and the number of raw bits of each."""
     long = np.flatnonzero(symbols >= LONG)
     return long, RAW_BITS[(symbols[long] + 1) >> 1]
 
 
 def join(symbols: Array, long: Array, raw: Array) -> Array:
-    """The zigzag codes again, uint16 ``[N]``."""
+    """Undo :func:`split`: return zigzag codes ``[N]`` uint16; ``long`` are the positions of symbols with raw bits."""
     codes: Array = _CODES[symbols]
     codes[long] += (2 * raw).astype(np.uint16)
     return codes

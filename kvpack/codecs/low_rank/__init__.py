@@ -1,9 +1,10 @@
-"""``low_rank``: all keys and values of a chunk as a product of two small factors, learnt from the chunk itself.
+"""``low_rank``: codes all keys and values of a chunk as a product of two factors that are learnt from the chunk.
 
-A stack is a matrix X ``[T, P]``, a row a token, a column an element of a layer's head. In units of a step chosen for
-each token and element, X = U S Vt; the file has coefficients U S and a basis V S, both rounded with step 1. An error
-of 1 in a number of either is an error of 1 in X, so one step for both is reverse water-filling over both (Cover &
-Thomas, 10.3.3), and what a learnt basis costs is weighed against what it saves. ``docs/fisher.md`` tells more.
+A stack is a matrix X ``[T, P]`` with one row per token and one column per element of a layer's head. X is scaled by a
+step for each token and each element, and decomposed as X = U S Vt. The file has coefficients U S and a basis V S, both
+rounded with step 1. An error of 1 in an entry of either factor is an error of 1 in X. Therefore one step for both is
+reverse water-filling over both (Cover & Thomas, 10.3.3), and the bits of a learnt basis are weighed against the bits
+that it saves. ``docs/fisher.md`` has the details.
 """
 
 from __future__ import annotations
@@ -28,15 +29,21 @@ from kvpack.codecs.protocol import Hint, Scope
 Array = NDArray[Any]
 
 TOKEN_MIDDLE, STEP_MIDDLE, SPREAD_MIDDLE = 16, 512, 32
-"""Codes that mean 0 of tokens' levels, elements' steps and elements' spreads."""
+"""Codes that stand for 0 in the tokens' levels, the elements' steps and the elements' spreads."""
 
 SINKS, SINK_LEVEL = 4, -16
-"""The first tokens, whose keys are far from all others' (attention sinks), have steps four octaves finer."""
+"""Number of attention sinks, and their largest level.
+
+The keys of these first tokens are far from all other keys, so their steps are four octaves finer.
+"""
 
 
 @dataclass(frozen=True)
 class LowRank(Quantizer):
-    """``log_step`` in 32nds of an octave; ``importance`` is the exponent of a token's weight, in hundredths."""
+    """Low-rank quantizer with step ``log_step`` in 32nds of an octave.
+
+    ``importance`` is the exponent of a token's weight in hundredths.
+    """
 
     name: ClassVar[str] = "low_rank"
     version: ClassVar[int] = 1
@@ -57,7 +64,7 @@ class LowRank(Quantizer):
         return self.importance == 0
 
     def planes(self, part: Part) -> list[PlaneSpec]:
-        """RoPE's frequencies; what each token, element and direction is like; the two factors."""
+        """Return the planes: RoPE's frequencies, scales of tokens, elements and directions, then the two factors."""
         rows, tokens, dims = part.shape
         most = min(tokens, rows * dims)
         return [
@@ -72,7 +79,7 @@ class LowRank(Quantizer):
         ]
 
     def scaled(self, plane: PlaneSpec, before: Mapping[str, Codes], part: Part) -> PlaneSpec:
-        """The factors have as many columns as there are live directions, and the scatter that classes say."""
+        """Return the plane; a factor has one column per active direction, and scales from the classes."""
         if plane.name == "basis":
             rows, columns = _signed(before["element_spreads"], SPREAD_MIDDLE), _live(before) - 1
         elif plane.name == "coefficients":
@@ -84,10 +91,10 @@ class LowRank(Quantizer):
         return replace(plane, shape=(1, len(rows), len(columns)), scales=scales)
 
     def encode(self, data: Floats, part: Part, hints: StackHints = NO_HINTS) -> list[Codes]:
-        """``[R, T, D]`` float32, keys after RoPE first, to the planes.
+        """Quantize float32 ``[R, T, D]``, whose first rows are keys after RoPE, to the planes.
 
         Raises:
-            UnrepresentableError: values too large for the step.
+            UnrepresentableError: Values are too large for the step.
 
         """
         rows, tokens, dims = part.shape
@@ -116,7 +123,11 @@ class LowRank(Quantizer):
         ]
 
     def decode(self, codes: list[Codes], part: Part) -> Floats:
-        """Coefficients times the basis, each column of which has norm 1, in the tokens' and elements' steps."""
+        """Return the values, float32 ``[R, T, D]``.
+
+        They are the product of coefficients and basis, whose columns have norm 1, times the steps of tokens and
+        elements.
+        """
         rows, tokens, dims = part.shape
         levels, steps = _signed(codes[1], TOKEN_MIDDLE), _signed(codes[2], STEP_MIDDLE)
         basis = factors.unit_columns(unzigzag(codes[6][0])) * _octaves(steps)[:, None]
@@ -128,9 +139,10 @@ class LowRank(Quantizer):
         return _turned(data, frequencies[:turning], part, 1)
 
     def _levels(self, rows: Floats, part: Part, hints: StackHints) -> Array:
-        """Each token's level ``[T]``: finer for what attention reads, finer still for the first tokens.
+        """Return the level of each token, ``[T]``: lower (finer) for tokens that attention reads, lowest for sinks.
 
-        ``rows`` ``[T, P]`` are in elements' steps; no level is so fine that coefficients would not fit their codes.
+        ``rows`` ``[T, P]`` are in units of the elements' steps. Levels are high enough that all coefficients fit their
+        codes.
         """
         levels = token_levels(part, self.importance, hints.mass).astype(np.int64)
         sinks = part.position + np.arange(len(levels)) < SINKS
@@ -141,7 +153,7 @@ class LowRank(Quantizer):
         return found
 
     def _token_steps(self, levels: Array) -> Floats:
-        """Each token's step ``[T, 1]``."""
+        """Return the step of each token, ``[T, 1]``."""
         steps: Floats = np.exp2(self.log_step / 32 + levels[:, None] / 4).astype(np.float32)
         return steps
 
@@ -155,20 +167,20 @@ def _signed(codes: Codes, middle: int) -> NDArray[np.int32]:
 
 
 def _live(before: Mapping[str, Codes]) -> NDArray[np.int32]:
-    """Class of each live direction of the basis, plus one: those before the first 0."""
+    """Return the class plus one of each active direction of the basis: the entries before the first 0."""
     classes = before["basis_classes"].reshape(-1).astype(np.int32)
     return classes[: int(np.argmin(np.append(classes != 0, False)))]
 
 
 def _frequencies(part: Part, hints: StackHints) -> Floats:
-    """RoPE's frequencies where the capture tells them and they fit keys of this width; else none."""
+    """Return RoPE's frequencies if they are known, positive and fit the keys' dimensions, and else an empty array."""
     found = hints.frequencies
     fits = found is not None and 2 * len(found) <= part.shape[2] and (found > 0).all()
     return found if fits and found is not None else np.zeros(0, np.float32)
 
 
 def _turned(data: Floats, frequencies: Floats, part: Part, sign: int) -> Floats:
-    """``data`` with its keys turned by RoPE, or back."""
+    """Return ``data`` with RoPE applied to its keys (``sign`` 1) or undone (-1)."""
     if not len(frequencies) or not part.keys:
         return data
     out = data.copy()

@@ -1,4 +1,4 @@
-"""The same as ``reference.py``, compiled by numba."""
+"""The functions of ``reference.py`` compiled by numba."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _bucket(magnitude: int) -> int:
 
 @njit
 def choose(values: Array, rows: Array, columns: Array, costs: Array, price: float) -> Array:
-    """Codes ``[N, K]``, as :func:`reference.choose`."""
+    """Return the codes ``[N, K]`` that :func:`reference.choose` returns."""
     top, rate = len(costs) - 1, float32(price)
     codes: Array = np.floor(np.abs(values) + float32(0.5)).astype(np.int32)
     for n in range(len(codes)):
@@ -44,7 +44,7 @@ def choose(values: Array, rows: Array, columns: Array, costs: Array, price: floa
 
 @njit
 def column_costs(codes: Array, rows: Array, costs: Array) -> Array:
-    """Bits ``[K, C]``, as :func:`reference.column_costs`."""
+    """Return the bits ``[K, C]`` that :func:`reference.column_costs` returns."""
     count, width = codes.shape
     classes = len(costs)
     low, high = rows.min(), rows.max()

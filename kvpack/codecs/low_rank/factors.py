@@ -1,4 +1,4 @@
-"""Finds the factors: a singular value decomposition, both sides rounded with the same step."""
+"""Finds the two factors by singular value decomposition and rounds both with the same step."""
 
 from __future__ import annotations
 
@@ -17,17 +17,24 @@ from kvpack.codecs.low_rank.tables import UNIT, tables
 Array = NDArray[Any]
 
 CUT = 1.0
-"""Directions whose coefficients scatter by less than this many steps are left out."""
+"""Least root mean square of a direction's coefficients, in steps; weaker directions are dropped."""
 
 BASIS_PRICE, COEFFICIENT_PRICE = 0.3, 0.0
-"""Squared steps that a bit must save, in either factor."""
+"""Price of a bit in squared steps, in the basis and in the coefficients."""
 
 RIDGE = 1e-4
 
 
 @dataclass(frozen=True)
 class Factor:
-    """Codes ``[N, K]`` int32, the class of each column ``[K]``, and how much each row adds to it ``[N]``."""
+    """One rounded factor.
+
+    Attributes:
+        codes: ``[N, K]`` int32.
+        columns: class of each column, ``[K]``.
+        rows: what each row adds to the class of a column, ``[N]``.
+
+    """
 
     codes: Array
     columns: Array
@@ -35,13 +42,14 @@ class Factor:
 
 
 def factorize(values: Floats, rows: Array, most: int) -> tuple[Factor, Factor]:
-    """Basis ``[P, K]`` and coefficients ``[T, K]`` for ``values`` ``[T, P]``, all in steps; K is at least 1.
+    """Return the basis ``[P, K]`` and the coefficients ``[T, K]`` of ``values`` ``[T, P]``; K is at least 1.
 
-    ``rows`` ``[T]`` is what each token adds to its coefficients' classes; the basis's own are within ``most``. The
-    basis is rounded first, and the coefficients are fitted to what it became.
+    All are in units of steps. ``rows`` ``[T]`` is what each token adds to the classes of its coefficients. What each
+    element adds to the classes of the basis is from ``-most`` to ``most - 1``. The basis is rounded first; then the
+    coefficients are fitted to the rounded basis.
 
     Raises:
-        UnrepresentableError: values too large for the step.
+        UnrepresentableError: Values are too large for the step.
 
     """
     with np.errstate(over="ignore", invalid="ignore"):
@@ -55,13 +63,13 @@ def factorize(values: Floats, rows: Array, most: int) -> tuple[Factor, Factor]:
 
 
 def unit_columns(codes: Array) -> Floats:
-    """``codes`` ``[P, K]`` as directions: each column divided by its norm."""
+    """Return ``codes`` ``[P, K]`` with each column divided by its norm."""
     norms = np.sqrt(np.square(codes.astype(np.float32)).sum(0, dtype=np.float64))
     return np.asarray(codes / np.maximum(norms, 1), np.float32)
 
 
 def _directions(values: Floats) -> Floats:
-    """``[P, K]``: the right singular vectors of ``values`` ``[T, P]`` times their singular values."""
+    """Return the right singular vectors of ``values`` ``[T, P]`` times their singular values, ``[P, K]``."""
     tokens, size = values.shape
     wide = tokens <= size
     gram = values @ values.T if wide else values.T @ values
@@ -76,7 +84,11 @@ def _directions(values: Floats) -> Floats:
 
 
 def _rounded(values: Floats, rows: Array, price: float) -> Factor:
-    """``values`` ``[N, K]`` as codes, chosen by the classes of their scatter; then classes by what they cost."""
+    """Round ``values`` ``[N, K]`` to a factor.
+
+    Codes are chosen with classes estimated from the scatter of each column. The class of a column is then the one that
+    codes it in fewest bits.
+    """
     if not (np.abs(values) <= LARGEST).all():
         raise UnrepresentableError("factors too large for the step")
     costs = bucket_costs(tables())
@@ -87,13 +99,13 @@ def _rounded(values: Floats, rows: Array, price: float) -> Factor:
 
 
 def _fitted(values: Floats, basis: Floats) -> Floats:
-    """Coefficients ``[T, K]`` whose product with ``basis`` ``[P, K]`` is nearest to ``values`` ``[T, P]``."""
+    """Return coefficients ``[T, K]`` whose product with ``basis`` ``[P, K]`` is nearest to ``values`` ``[T, P]``."""
     gram = basis.T @ basis + RIDGE * np.eye(basis.shape[1], dtype=np.float32)
     return np.ascontiguousarray(np.linalg.solve(gram, (values @ basis).T).T, np.float32)
 
 
 def _spreads(values: Floats) -> Array:
-    """How widely each row of ``values`` ``[N, K]`` scatters beside the others, in quarter octaves."""
+    """Return the scatter ``[N]`` of each row of ``values`` ``[N, K]`` relative to the others, in quarter octaves."""
     deviation = np.sqrt(np.maximum(np.mean(np.square(values), axis=0), 1e-30))
     own = np.sqrt(np.mean(np.square(values / deviation), axis=1))
     found: Array = np.rint(4 * np.log2(np.maximum(own, 1e-6))).astype(np.int64)

@@ -1,4 +1,4 @@
-"""What the kernels of ``cpu.py`` do, in plain numpy."""
+"""The kernels of ``cpu.py`` in plain numpy."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ Array = NDArray[Any]
 
 
 def choose(values: Array, rows: Array, columns: Array, costs: Array, price: float) -> Array:
-    """Codes ``[N, K]`` int32 for ``values`` in steps: the nearest integer, or the one towards zero if it saves more.
+    """Return codes ``[N, K]`` int32 for ``values`` in steps.
 
-    A code q costs ``(value - q) ** 2 + price * costs[class, bucket of q]``; its class is ``columns[k] + rows[n]``,
-    clipped to the rows of ``costs`` ``[C, 32]`` (bits).
+    Each code is the nearest integer or the next one towards zero, whichever has the lower cost. A code q costs
+    ``(value - q) ** 2 + price * costs[class, bucket of q]``. Its class is ``columns[k] + rows[n]``, clipped to the
+    rows of ``costs`` ``[C, 32]``, which are in bits.
     """
     classes = np.clip(columns[None, :] + rows[:, None], 0, len(costs) - 1)
     size = np.abs(values)
@@ -28,7 +29,7 @@ def choose(values: Array, rows: Array, columns: Array, costs: Array, price: floa
 
 
 def column_costs(codes: Array, rows: Array, costs: Array) -> Array:
-    """Bits ``[K, C]`` that each column of ``codes`` ``[N, K]`` takes if its class were 0, 1, ... C - 1."""
+    """Return the bits ``[K, C]`` that each column of ``codes`` ``[N, K]`` takes in each of the C classes."""
     buckets = BUCKETS[np.abs(codes)]
     found = np.zeros((codes.shape[1], len(costs)), np.float64)
     for column in range(len(costs)):
@@ -38,7 +39,7 @@ def column_costs(codes: Array, rows: Array, costs: Array) -> Array:
 
 
 def bucket_costs(tables: Array) -> Array:
-    """Bits of a code by class and bucket, ``[C, 32]`` float32: symbol and raw bits."""
+    """Return the bits of a code by class and bucket, including raw bits, ``[C, 32]`` float32."""
     frequencies = tables[:, [0, *range(1, tables.shape[1], 2)]]
     bits = np.log2(tables.sum(1, keepdims=True) / frequencies)
     return np.asarray(bits + RAW_BITS, np.float32)

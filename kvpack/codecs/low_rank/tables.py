@@ -1,7 +1,7 @@
-"""Frequency tables for codes of a known scale: a share of zeros, and magnitudes that fall off by a constant ratio.
+"""Frequency tables for codes of a known scale: a frequency of zero and a geometric distribution of magnitudes.
 
-Table k is for codes whose standard deviation is about ``2 ** ((k - UNIT) / 4)``. The two numbers of each were read off
-factors of SmolLM2-135M's caches, and are part of the format; from there on all is integers.
+Table k is for codes whose standard deviation is about ``2 ** ((k - UNIT) / 4)``. Each table follows from two numbers,
+which were measured on factors of SmolLM2-135M's caches and are part of the format. All arithmetic is in integers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kvpack.codecs.chain.symbols import ALPHABET, LARGEST, RAW_BITS, SMALLEST
 Ints = NDArray[np.int32]
 
 UNIT = 20
-"""The table for codes of standard deviation 1."""
+"""Index of the table for codes of standard deviation 1."""
 
 # fmt: off
 ZEROS = (
@@ -25,7 +25,7 @@ ZEROS = (
     1343, 1171, 1020, 887, 770, 665, 574, 495, 426, 365, 313, 268, 229, 196, 168, 144,
     123, 105, 90, 77, 66, 55, 46, 39, 33, 28, 23, 19, 16, 14, 13, 11,
 )
-"""Least frequency of code 0, of 16,384."""
+"""Least frequency of code 0 in each table, out of 16,384."""
 
 RATIOS = (
     262, 276, 290, 305, 321, 338, 355, 374, 393, 468, 556, 662, 786, 990, 1246, 1566,
@@ -33,7 +33,7 @@ RATIOS = (
     54067, 55637, 57026, 58246, 59310, 60166, 60914, 61564, 62128, 62665, 63121, 63506, 63832, 64102, 64330, 64522,
     64684, 64819, 64933, 65029, 65110, 65176, 65232, 65280, 65320, 65353, 65381, 65404, 65425, 65441, 65455, 65467,
 )
-"""Each magnitude's probability over that of the one before, in 65,536ths."""
+"""Ratio of the probabilities of successive magnitudes in each table, in 65,536ths."""
 # fmt: on
 
 PRECISION = 14
@@ -42,11 +42,11 @@ PRECISION = 14
 
 @lru_cache(maxsize=1)
 def tables() -> Ints:
-    """Frequencies ``[64, 63]`` of the symbols of :mod:`kvpack.codecs.chain.symbols`, read-only.
+    """Return the frequencies of the symbols of :mod:`kvpack.codecs.chain.symbols`, ``[64, 63]``, read-only.
 
-    With t(0) = 2**30 and t(i + 1) = (t(i) * ratio) >> 16, magnitudes a to b - 1 have the mass t(a - 1) - t(b - 1), and
-    either sign's symbol the frequency 1 + (mass * free >> 31), free being what zeros and these ones leave; the
-    symbol 0 has the rest.
+    Let t(0) = 2**30 and t(i + 1) = (t(i) * ratio) >> 16. The bucket of magnitudes a to b - 1 has the mass
+    t(a - 1) - t(b - 1). The symbol of either sign has the frequency 1 + (mass * free >> 31). Here, free is 16,384
+    minus the least frequency of 0 and minus 1 for every other symbol. The symbol 0 has the remaining frequency.
     """
     ratios, tail = np.array(RATIOS, np.int64), np.full(len(RATIOS), 1 << 30, np.int64)
     ends = SMALLEST + (1 << RAW_BITS) - 1

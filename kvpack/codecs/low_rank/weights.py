@@ -1,4 +1,4 @@
-"""How much an error of each element matters beside the others: what probes tell, else what the part itself does."""
+"""Relative weights of errors of the elements, from probe queries if there are any, else from the part itself."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from numpy.typing import NDArray
 from kvpack.codecs.chain.base import Floats, Part
 
 KEYS_BESIDE_VALUES = 2**0.5
-"""Without probes: an error relative to all keys beside one relative to a layer's values, by trial (docs/fisher.md)."""
+"""Without probes: weight of a relative error of the keys over that of a layer's values, by trial (docs/fisher.md)."""
 
 LEAST = 1e-90
 
 
 def element_weights(data: Floats, part: Part, weights: Floats | None) -> NDArray[np.float64]:
-    """Weights ``[R, D]`` of the elements of ``data`` ``[R, T, D]``; weighted, they have variance 1 on average.
+    """Return the weights ``[R, D]`` of the elements of ``data`` ``[R, T, D]``.
 
-    A part whose side has no weights gets one weight for all keys, because logits add up their errors as they are, and
-    one for each layer's values.
+    The weighted elements have variance 1 on average. If the side information of the part has no weights, all keys have
+    one weight, because logits add their errors without scaling, and the values of each layer have one weight.
     """
     tokens = max(part.shape[1], 1)
     mean = data.mean(1, dtype=np.float64)

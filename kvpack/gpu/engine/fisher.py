@@ -18,7 +18,7 @@ from kvpack.cache import WindowSpec
 from kvpack.codecs.chain.base import Part
 from kvpack.codecs.chain.codec import ChainCodec
 from kvpack.codecs.chain.quantizers.dead_zone import MIDDLE
-from kvpack.codecs.chain.quantizers.dead_zone.reference import MOST_SHIFT
+from kvpack.codecs.chain.quantizers.dead_zone.reference import MAX_SHIFT
 from kvpack.codecs.context import DecodeContext
 from kvpack.codecs.protocol import Codec, Scope
 from kvpack.engine import DecodeTask, Done, EncodeTask, Task
@@ -207,7 +207,7 @@ class FisherEncoding(_Windows):
 def _side_streams(codec: Any, levels: Any, shifts: Any) -> list[bytes]:
     """The streams of levels and shifts ``[T]``."""
     planes = codec.keys.quantizer.planes(Part("", (1, len(levels), 1), 0, 0))
-    codes = [levels + MIDDLE, shifts + MOST_SHIFT]
+    codes = [levels + MIDDLE, shifts + MAX_SHIFT]
     entropy = codec.keys.entropy
     return [entropy.encode(c.astype(np.uint8)[None, :, None], p) for c, p in zip(codes, planes[:2], strict=True)]
 
@@ -346,4 +346,4 @@ def _side_codes(task: DecodeTask) -> Any:
         except CorruptError as error:
             raise CorruptError(f"{label}: {error}") from None
         found.append(codes.reshape(-1).astype(np.int32))
-    return np.stack(found) - np.array([[MIDDLE], [MOST_SHIFT]], np.int32)
+    return np.stack(found) - np.array([[MIDDLE], [MAX_SHIFT]], np.int32)

@@ -18,7 +18,7 @@ from kvpack.codecs.chain.base import Part, Scales
 from kvpack.codecs.chain.chain import Chain
 from kvpack.codecs.chain.entropy.scaled_rans import ScaledRans, checked
 from kvpack.codecs.chain.quantizers.dead_zone import MIDDLE, DeadZone, token_levels
-from kvpack.codecs.chain.quantizers.dead_zone.reference import MOST_SHIFT
+from kvpack.codecs.chain.quantizers.dead_zone.reference import MAX_SHIFT
 from kvpack.codecs.chain.transforms.token_klt import TokenKlt
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class FisherKernels:
         tokens, rank = len(levels), self._coordinates.shape[2]
         part = replace(self._coordinates, shape=(1, tokens, rank))
         plane = self._quantizer.planes(part)[2]
-        before = {"levels": (levels + MIDDLE).astype(np.uint8), "shifts": (shifts + MOST_SHIFT).astype(np.uint8)}
+        before = {"levels": (levels + MIDDLE).astype(np.uint8), "shifts": (shifts + MAX_SHIFT).astype(np.uint8)}
         return checked(self._quantizer.scaled(plane, before, part))
 
     def levels(self, first: int, units: int, tokens: int, mass: NDArray[np.float32] | None) -> Levels:
@@ -197,6 +197,6 @@ class FisherKernels:
         z = restore(gpu, codes.view(levels.size, -1), sent(steps, gpu.device), classes.columns, classes.rows,
                     self._choices, predicted, matrices.prediction.weights_exponent, matrices.exponent, matrices.shared,
                     len(matrices.groups))  # fmt: skip
-        odd = torch.zeros(len(levels), dtype=torch.int32, device=gpu.device)
-        inverse(gpu, matrices, z, self._stacks(addresses, shape, head_stride, first), odd)
-        return unsound, sums, odd
+        nonfinite = torch.zeros(len(levels), dtype=torch.int32, device=gpu.device)
+        inverse(gpu, matrices, z, self._stacks(addresses, shape, head_stride, first), nonfinite)
+        return unsound, sums, nonfinite

@@ -1,1 +1,1 @@
-"""Entropy by name, one folder each."""
+"""Entropy coders, one folder for each wire name."""

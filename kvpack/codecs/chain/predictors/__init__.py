@@ -1,1 +1,1 @@
-"""Predictors: what a row is expected to be."""
+"""Predictors, one folder for each wire name."""

@@ -1,1 +1,1 @@
-"""Quantizers by name, one folder each."""
+"""Quantizers, one folder for each wire name."""

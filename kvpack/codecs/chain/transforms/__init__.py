@@ -1,1 +1,1 @@
-"""Transforms by name, one folder each."""
+"""Transforms, one folder for each wire name."""

@@ -152,8 +152,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) decode(
     i64 part = blockIdx.y;
     int *own = meta + part * META, bytes = own[SLOT_BYTES], warps = blockDim.x / 32;
     if (own[FAULT] || own[MODE] != CODED) return;
-    Stream s = {own, tables + part * heads * DIMS, slots + part * (i64)MOST_TABLES * MOST_SLOTS,
-                tails + part * MOST_TABLES, tails + (gridDim.y + part) * MOST_TABLES,
+    Stream s = {own, tables + part * heads * DIMS, slots + part * (i64)MAX_TABLES * MAX_SLOTS,
+                tails + part * MAX_TABLES, tails + (gridDim.y + part) * MAX_TABLES,
                 mantissas ? (const u32 *)mantissas[part] : 0, (Item *)targets[part], head_stride, (int)heads * DIMS,
                 (int)tokens};
     u32 *table = shared + warps * (RING / 4);

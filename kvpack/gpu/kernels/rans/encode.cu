@@ -73,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(256) encode(
     const int *own = meta + part * META;
     int tokens = (int)tokens_, channels = (int)heads_ * DIMS;
     int alphabet = own[ALPHABET], per_lane = own[PER_LANE], size = own[TABLES] * alphabet;
-    const u64 *table = entries + part * MOST_ENTRIES;
+    const u64 *table = entries + part * MAX_ENTRIES;
     if (own[MODE] != CODED) return;
     bool fits = size * 8 <= budget;
     for (int i = threadIdx.x; i < BINS; i += blockDim.x) map[i] = maps[part * BINS + i];

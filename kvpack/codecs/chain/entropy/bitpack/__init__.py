@@ -1,4 +1,4 @@
-"""``bitpack``: codes of ``width`` bits, one after another, no model."""
+"""``bitpack``: stores codes of ``width`` bits one after another, without an entropy model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvpack.errors import CorruptError
 
 
 def packed_size(count: int, width: int) -> int:
-    """Bytes that ``count`` codes of ``width`` bits take."""
+    """Return the number of bytes that ``count`` codes of ``width`` bits take."""
     return (count * width + 7) // 8
 
 
@@ -23,10 +23,10 @@ def pack(codes: Codes, width: int) -> bytes:
 
 
 def unpack(data: memoryview, count: int, width: int) -> Codes:
-    """Unpack ``count`` codes; ``[count]``.
+    """Unpack ``count`` codes of ``width`` bits; returns ``[count]``.
 
     Raises:
-        CorruptError: the length or the spare bits are not those of such a plane.
+        CorruptError: The length is wrong, or spare bits of the last byte are not zero.
 
     """
     if len(data) != packed_size(count, width):
@@ -45,9 +45,9 @@ class BitPack(EntropyCoder):
     version: ClassVar[int] = 1
 
     def encode(self, codes: Codes, spec: PlaneSpec) -> bytes:
-        """See :func:`pack`."""
+        """Pack the codes; see :func:`pack`."""
         return pack(codes, spec.width)
 
     def decode(self, data: memoryview, spec: PlaneSpec) -> Codes:
-        """See :func:`unpack`."""
+        """Unpack the codes; see :func:`unpack`."""
         return np.reshape(unpack(data, spec.size, spec.width), spec.shape)

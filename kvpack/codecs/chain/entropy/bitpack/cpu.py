@@ -1,4 +1,4 @@
-"""Bit packing compiled for the CPU; the same bytes as ``reference.py``."""
+"""Bit packing compiled by numba; it writes the same bytes as ``reference.py``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvpack.numerics.jit import njit
 
 
 def pack(codes: Codes, width: int) -> bytes:
-    """``codes`` ``[N]`` to bytes; ``width`` from 0 to 32."""
+    """Pack ``codes`` ``[N]`` into bytes; ``width`` is 0 to 32."""
     whole = codes.size // 8 * 8 if width == 7 else 0
     head, rest = codes[:whole], codes[whole:]
     octets = np.empty(whole * width // 8, np.uint8)
@@ -24,7 +24,7 @@ def pack(codes: Codes, width: int) -> bytes:
 
 
 def unpack(data: memoryview, count: int, width: int, dtype: np.dtype[Any]) -> Codes:
-    """The inverse of :func:`pack`; ``[count]`` of ``dtype``."""
+    """Undo :func:`pack`; returns ``[count]`` of ``dtype``."""
     codes = np.empty(count, dtype)
     whole = count // 8 * 8 if width == 7 else 0
     octets = np.frombuffer(data, np.uint8)
@@ -54,7 +54,7 @@ def _pack(codes: NDArray[Any], width: int, words: NDArray[np.uint32]) -> None:
 
 @njit
 def _pack_sevens(codes: NDArray[Any], octets: NDArray[np.uint8]) -> None:
-    """Eight codes of 7 bits (bf16 mantissas) into seven bytes at a time, unrolled."""
+    """Pack eight codes of 7 bits (bf16 mantissas) into seven bytes at a time, with unrolled loops."""
     for i in range(codes.size // 8):
         c = 8 * i
         a = uint64(codes[c]) | (uint64(codes[c + 1]) << uint64(7)) | (uint64(codes[c + 2]) << uint64(14))
@@ -85,7 +85,7 @@ def _unpack(words: NDArray[np.uint64], width: int, codes: NDArray[Any]) -> None:
 
 @njit
 def _unpack_sevens(octets: NDArray[np.uint8], codes: NDArray[Any]) -> None:
-    """Eight codes of 7 bits (bf16 mantissas) from seven bytes at a time: unrolled, four times as fast."""
+    """Unpack eight codes of 7 bits (bf16 mantissas) from seven bytes at a time; unrolling makes it 4 times as fast."""
     for i in range(codes.size // 8):
         b = 7 * i
         low = uint64(octets[b]) | (uint64(octets[b + 1]) << uint64(8)) | (uint64(octets[b + 2]) << uint64(16))

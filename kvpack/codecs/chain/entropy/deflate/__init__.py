@@ -1,4 +1,4 @@
-"""``deflate``: a plane's codes, bit-packed, in one zlib stream (RFC 1950)."""
+"""``deflate``: codes a plane as bit-packed codes in one zlib stream (RFC 1950)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvpack.errors import CorruptError
 
 @dataclass(frozen=True)
 class Deflate(EntropyCoder):
-    """Packs each code in ``width`` bits, then DEFLATE at ``level`` (1 to 9), as KVTC does (arXiv 2511.01815)."""
+    """Packs each code in ``width`` bits and applies DEFLATE at ``level`` (1 to 9), as KVTC does (arXiv 2511.01815)."""
 
     name: ClassVar[str] = "deflate"
     version: ClassVar[int] = 1
@@ -26,14 +26,14 @@ class Deflate(EntropyCoder):
             raise ValueError(f"deflate's level is 1 to 9, not {self.level}")
 
     def encode(self, codes: Codes, spec: PlaneSpec) -> bytes:
-        """Pack and compress."""
+        """Pack the codes and compress them."""
         return zlib.compress(pack(codes, spec.width), self.level)
 
     def decode(self, data: memoryview, spec: PlaneSpec) -> Codes:
-        """Inflate exactly the plane's size, no more.
+        """Decompress a stream whose content size must be exactly the plane's packed size.
 
         Raises:
-            CorruptError: not a zlib stream of that size.
+            CorruptError: It is not a zlib stream of that content size.
 
         """
         size = packed_size(spec.size, spec.width)

@@ -1,8 +1,8 @@
-"""``rans``: interleaved range asymmetric numeral systems over a bank of 12-bit frequency tables.
+"""``rans``: interleaved range asymmetric numeral systems (rANS) over a bank of 12-bit frequency tables.
 
-A **channel** is one (head, dimension) of a plane over its tokens; a **lane** is a rANS state that walks
-channels; a **group** is 32 lanes that step together and share one stream of words, a warp of a GPU. The number of
-lanes follows from the payload, so that a lane's own cost stays near one percent.
+A **channel** is one (head, dimension) of a plane over all its tokens. A **lane** is a rANS state that codes one channel
+after another. A **group** is 32 lanes that step together and share one stream of words; on a GPU it is a warp. The
+number of lanes depends on the size of the payload, so that the states take about one percent of it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Array = NDArray[Any]
 
 PACKED, CODED = 0, 1
 LANE_BYTES = 400
-"""Payload bytes a lane aims at: its state costs 4."""
+"""Target size of a lane's payload in bytes; its state takes 4 bytes more."""
 
 GROUP = 32
-"""Lanes that share a stream of words."""
+"""Number of lanes that share a stream of words."""
 
 MAX_WIDTH = 12
 MAX_SYMBOLS = 256
@@ -35,13 +35,13 @@ _HEAD = struct.Struct("<BBBBIII")
 
 @dataclass(frozen=True)
 class Rans(EntropyCoder):
-    """rANS for planes with a model, bit packing for the others and wherever packing is smaller."""
+    """Codes planes with rANS, or with bit packing if that is smaller or the plane is not to be modelled."""
 
     name: ClassVar[str] = "rans"
     version: ClassVar[int] = 2
 
     def encode(self, codes: Codes, spec: PlaneSpec) -> bytes:
-        """One mode byte, then packed codes or lanes, whichever is smaller."""
+        """Return one mode byte, then packed codes or rANS lanes, whichever is smaller."""
         if spec.modelled and spec.size and spec.width <= MAX_WIDTH:
             coded = _encode(codes, spec)
             if coded is not None and len(coded) <= packed_size(spec.size, spec.width):
@@ -49,7 +49,7 @@ class Rans(EntropyCoder):
         return bytes([PACKED]) + pack(codes, spec.width)
 
     def decode(self, data: memoryview, spec: PlaneSpec) -> Codes:
-        """The inverse of :meth:`encode`."""
+        """Undo :meth:`encode`."""
         if len(data) and data[0] == PACKED:
             return unpack(data[1:], spec.size, spec.width).reshape(spec.shape)
         if len(data) < _HEAD.size or data[0] != CODED or spec.width > MAX_WIDTH or not spec.size:
@@ -89,7 +89,7 @@ def _encode(codes: Codes, spec: PlaneSpec) -> bytes | None:
 
 
 def _layout(channels: int, per_lane: int) -> tuple[int, int]:
-    """Groups and lanes of a plane of so many channels."""
+    """Return the numbers of groups and of lanes for this many channels, with ``per_lane`` channels per lane."""
     groups = -(-channels // (GROUP * per_lane))
     return groups, (groups - 1) * GROUP + min(GROUP, channels - (groups - 1) * GROUP * per_lane)
 
@@ -123,7 +123,7 @@ def _decode(data: memoryview, spec: PlaneSpec) -> Codes:
 
 
 class _Fields:
-    """Takes a stream's sections one after another, never beyond its end."""
+    """Reads the sections of a stream one after another and never beyond its end."""
 
     def __init__(self, data: memoryview) -> None:
         self._data, self._at = data, _HEAD.size

@@ -1,9 +1,9 @@
-"""rANS lanes compiled for the CPU; the same words and states as ``reference.py``.
+"""rANS lanes compiled by numba; they give the same words and states as ``reference.py``.
 
-The lanes of a group run side by side in one loop: each lane is a chain of dependent steps, and the chains of 32
-fill the processor; only where to read or write the next word passes from one to the next. Indices are unsigned,
-because numba checks signed ones for being negative. Division by a frequency is a multiplication by its rounded-up
-reciprocal, exact for states below 2**31 (Alverson 1991; Giesen, https://github.com/rygorous/ryg_rans).
+The lanes of a group run in one loop. Each lane is a chain of dependent steps, and the 32 independent chains keep the
+processor busy; only the position of the next word passes from lane to lane. Indices are unsigned, because numba checks
+whether signed ones are negative. Division by a frequency is a multiplication by its rounded-up reciprocal, which is
+exact for states below 2**31 (Alverson 1991; Giesen, https://github.com/rygorous/ryg_rans).
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ _SHIFT = np.array([max(f - 1, 0).bit_length() for f in range(4097)])
 
 @njit
 def histogram(codes: Array, counts: Array, totals: Array) -> None:
-    """Count the codes ``[H, T, D]`` by channel ``[H, D, 2**width]`` and in all ``[2**width]``; zeros before."""
+    """Count ``codes`` ``[H, T, D]`` in each channel and in the whole plane.
+
+    ``counts`` ``[H, D, 2**width]`` and ``totals`` ``[2**width]`` must be zero at first.
+    """
     heads, tokens, dims = codes.shape
     for h in range(heads):
-        for block in range(0, dims, 16):  # counts of 16 channels stay in the first-level cache
+        for block in range(0, dims, 16):  # The counts of 16 channels fit the first-level cache.
             for t in range(tokens):
                 for d in range(block, min(block + 16, dims)):
                     counts[h, d, codes[h, t, d]] += 1
@@ -36,7 +39,7 @@ def histogram(codes: Array, counts: Array, totals: Array) -> None:
 
 
 def encode_entries(frequencies: Array, symbols: Array, width: int) -> Array:
-    """Per table and code: reciprocal (32 bits), start (12), frequency (13), shift (4) in one uint64."""
+    """Return one uint64 for each table and code: reciprocal (32 bits), start (12), frequency (13) and shift (4)."""
     f = np.maximum(frequencies, 1).astype(np.int64)
     starts = starts_of(frequencies).astype(np.uint64)
     shift = _SHIFT[f]
@@ -48,10 +51,10 @@ def encode_entries(frequencies: Array, symbols: Array, width: int) -> Array:
 
 
 def decode_tables(frequencies: Array, codes: Array) -> tuple[Array, Array]:
-    """Per table: the symbol of each slot ``[K, 4096]``, and of each symbol code << 32 | frequency << 16 | start.
+    """Return the symbol of each slot ``[K, 4096]``, and code << 32 | frequency << 16 | start of each symbol.
 
-    Two small tables, not one of slots that holds all: both stay in the first-level cache (measured: 1.8 times
-    as fast).
+    Two small tables fit the first-level cache. This was measured to be 1.8 times as fast as one table of slots with
+    everything in it.
     """
     slots = np.empty((len(frequencies), 4096), np.uint8)
     entries = np.zeros((len(frequencies), 256), np.uint64)
@@ -70,7 +73,7 @@ def _fill_tables(frequencies: Array, starts: Array, codes: Array, slots: Array, 
 
 @njit
 def _put(state: Any, entry: Any, words: Array, at: Any) -> Any:
-    """One symbol: renormalise (the word is written always, kept only if due), then encode."""
+    """Renormalise a state and encode one symbol; the word is always written, but kept only if it is due."""
     frequency = (entry >> uint64(44)) & uint64(0x1FFF)
     words[at] = state & uint64(0xFFFF)
     full = state >= (frequency << uint64(19))
@@ -83,7 +86,7 @@ def _put(state: Any, entry: Any, words: Array, at: Any) -> Any:
 
 @njit
 def _places(first: int, count: int, tokens: int, dims: int, places: Array) -> None:
-    """Where the first codes of ``count`` channels from ``first`` on lie."""
+    """Write the positions of the first codes of ``count`` channels from ``first`` on into ``places``."""
     for i in range(count):
         places[i] = ((first + i) // dims) * tokens * dims + (first + i) % dims
 
@@ -91,9 +94,9 @@ def _places(first: int, count: int, tokens: int, dims: int, places: Array) -> No
 @njit
 def encode(codes: Array, per_lane: int, tables: Array, entries: Array,
            words: Array, lengths: Array, states: Array) -> int:  # fmt: skip
-    """Encode ``codes`` ``[H, T, D]``; fills ``words``, ``lengths`` ``[G]`` and ``states`` ``[N]``.
+    """Encode ``codes`` ``[H, T, D]`` into ``words``, ``lengths`` ``[G]`` and ``states`` ``[N]``.
 
-    ``words`` has room for one word a symbol. Returns the number of words.
+    ``words`` has room for one word per symbol. Returns the number of words.
     """
     heads, tokens, dims = codes.shape
     channels = heads * dims
@@ -113,7 +116,7 @@ def encode(codes: Array, per_lane: int, tables: Array, entries: Array,
                 table[i] = uint64(tables[first + i]) * width
             for t in range((tokens - 1) * dims, -1, -dims):
                 for i in range(count):
-                    lane = uint64(count - 1 - i)  # unsigned, because numba checks signed indices
+                    lane = uint64(count - 1 - i)  # It is unsigned, because numba checks signed indices.
                     code = flat[places[lane] + uint64(t)]
                     x[lane], at = _put(x[lane], flat_entries[table[lane] + uint64(code)], scratch, at)
         length = scratch.size - 1 - int(at)
@@ -127,7 +130,7 @@ def encode(codes: Array, per_lane: int, tables: Array, entries: Array,
 
 @njit
 def _get(state: Any, slots: Array, slot_at: Any, entries: Array, entry_at: Any, words: Array, at: Any) -> Any:
-    """One code: decode, then renormalise (the word is read always, used only if due)."""
+    """Decode one code and renormalise the state; the word is always read, but used only if it is due."""
     slot = state & uint32(0xFFF)
     entry = entries[entry_at + uint64(slots[slot_at + uint64(slot)])]
     range_ = uint32(entry)
@@ -140,11 +143,11 @@ def _get(state: Any, slots: Array, slot_at: Any, entries: Array, entry_at: Any, 
 @njit
 def decode(codes: Array, per_lane: int, tables: Array, slots: Array, entries: Array,
            words: Array, starts: Array, states: Array) -> bool:  # fmt: skip
-    """Decode into ``codes`` ``[H, T, D]``; False where a group does not end where and as it must.
+    """Decode into ``codes`` ``[H, T, D]``; return False if a group does not end correctly.
 
-    ``slots`` and ``entries`` are :func:`decode_tables`.
-
-    ``words`` is padded by one word a symbol of a group, so that none can read beyond it; ``starts`` ``[G + 1]``.
+    A group must use exactly its words and end in the initial states. ``slots`` and ``entries`` come from
+    :func:`decode_tables`. ``starts`` ``[G + 1]`` is where each group's words begin. ``words`` is padded by one word
+    for each symbol of a group, so that no read goes beyond it.
     """
     heads, tokens, dims = codes.shape
     channels = heads * dims
@@ -164,7 +167,7 @@ def decode(codes: Array, per_lane: int, tables: Array, slots: Array, entries: Ar
                 entry_table[i] = uint64(tables[first + i]) * uint64(entries.shape[1])
             for t in range(0, tokens * dims, dims):
                 for i in range(count):
-                    lane = uint64(i)  # unsigned, because numba checks signed indices
+                    lane = uint64(i)  # It is unsigned, because numba checks signed indices.
                     code, x[lane], at = _get(
                         x[lane], flat_slots, slot_table[lane], flat_entries, entry_table[lane], words, at
                     )

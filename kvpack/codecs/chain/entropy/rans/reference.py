@@ -1,8 +1,8 @@
-"""rANS lanes in plain numpy, in the words of ``docs/format.md``: the lanes of a group step together.
+"""rANS lanes in plain numpy, as ``docs/format.md`` describes them: the lanes of a group step together.
 
-Duda, "Asymmetric numeral systems", arXiv 1311.2540; interleaving after Giesen, arXiv 1402.3392; 32 lanes to a
-stream of words as in DietGPU, https://github.com/facebookresearch/dietgpu. A state lies in [2**15, 2**31) and is
-renormalised by 16-bit words.
+The coder is that of Duda, "Asymmetric numeral systems", arXiv 1311.2540. Interleaving follows Giesen, arXiv
+1402.3392. As in DietGPU (https://github.com/facebookresearch/dietgpu), 32 lanes share a stream of words. A state lies
+in [2**15, 2**31) and is renormalised by 16-bit words.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GROUP = 32
 
 
 def _steps(shape: tuple[int, int, int], per_lane: int, group: int) -> Iterator[tuple[Array, Array]]:
-    """Of a group, step by step in decoding order: the channels of its live lanes, and their places in the plane."""
+    """Yield for each step of a group, in decoding order, the channels of its active lanes and their code positions."""
     heads, tokens, dims = shape
     for row in range(per_lane):
         first = (group * per_lane + row) * GROUP
@@ -31,7 +31,10 @@ def _steps(shape: tuple[int, int, int], per_lane: int, group: int) -> Iterator[t
 
 
 def encode(codes: Array, per_lane: int, tables: Array, frequencies: Array) -> tuple[Array, Array, Array]:
-    """``codes`` are symbol indices ``[H, T, D]``; returns words, words a group ``[G]``, final states ``[N]``."""
+    """Encode ``codes``, which are symbol indices ``[H, T, D]``.
+
+    Returns the words, the number of words of each group ``[G]`` and the final states ``[N]``.
+    """
     heads, _, dims = codes.shape
     starts = starts_of(frequencies)
     words: list[int] = []
@@ -56,10 +59,10 @@ def encode(codes: Array, per_lane: int, tables: Array, frequencies: Array) -> tu
 
 def decode(shape: tuple[int, int, int], per_lane: int, tables: Array, frequencies: Array,
            words: Array, starts: Array, states: Array) -> Array:  # fmt: skip
-    """The symbol indices ``[H, T, D]``; ``starts`` ``[G + 1]`` is where each group's words begin.
+    """Return the symbol indices ``[H, T, D]``; ``starts`` ``[G + 1]`` is where each group's words begin.
 
     Raises:
-        ValueError: a group does not end where and as it must.
+        ValueError: A group does not use exactly its words, or does not end in the initial states.
 
     """
     symbols = np.zeros(int(np.prod(shape)), np.int64)

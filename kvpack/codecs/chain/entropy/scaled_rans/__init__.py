@@ -1,7 +1,7 @@
-"""``scaled_rans``: rANS whose table for a code follows from its column's and its row's expected scale.
+"""``scaled_rans``: rANS whose frequency table for a code depends on the expected scales of its column and row.
 
-The tables are the calibration profile's, so a file carries none; a code's context is side information and never its
-neighbours, so that lanes run side by side. Planes without scales are coded by ``rans``.
+The calibration profile holds the tables, so the file need not. The context of a code is side information and never a
+neighbouring code, so that lanes can run in parallel. Planes without scales are coded by ``rans``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kvpack.errors import CorruptError, MismatchError
 Array = NDArray[Any]
 
 GROUP_BYTES = 12288
-"""Payload bytes a group aims at: its states and length cost 132."""
+"""Target size of a group's payload in bytes; its states and its length take 132 bytes more."""
 
 _HEAD = struct.Struct("<II")
 _RANS = Rans()
@@ -32,13 +32,13 @@ _RANS = Rans()
 
 @dataclass(frozen=True)
 class ScaledRans(EntropyCoder):
-    """For planes with :class:`Scales` the coder above; ``rans`` for the others."""
+    """Codes planes that have :class:`Scales` with their tables, and other planes with ``rans``."""
 
     name: ClassVar[str] = "scaled_rans"
     version: ClassVar[int] = 1
 
     def encode(self, codes: Codes, spec: PlaneSpec) -> bytes:
-        """Span and raw bytes, then of each group its words' number and states, all words, and the raw bits."""
+        """Return the bytes: span, number of raw bytes, each group's number of words, states, words and raw bits."""
         if spec.scales is None:
             return _RANS.encode(codes, spec)
         scales = checked(spec)
@@ -55,7 +55,7 @@ class ScaledRans(EntropyCoder):
         return b"".join((head, lengths.tobytes(), states.tobytes(), words[:used].tobytes(), tail))
 
     def decode(self, data: memoryview, spec: PlaneSpec) -> Codes:
-        """The inverse of :meth:`encode`."""
+        """Undo :meth:`encode`."""
         if spec.scales is None:
             return _RANS.decode(data, spec)
         scales = checked(spec)
@@ -85,10 +85,10 @@ class ScaledRans(EntropyCoder):
 
 
 def checked(spec: PlaneSpec) -> Scales:
-    """A plane's scales, if they are sound.
+    """Return the scales of a plane after checking them.
 
     Raises:
-        MismatchError: they are not.
+        MismatchError: The frequency tables are invalid, or the scales do not have the plane's shape.
 
     """
     scales = spec.scales
@@ -103,21 +103,24 @@ def checked(spec: PlaneSpec) -> Scales:
 
 
 def costs(frequencies: NDArray[np.int32]) -> NDArray[np.int64]:
-    """What each symbol of each table takes, in 64ths of a bit, with log2 linear between powers of two; ``[K, 63]``."""
+    """Return the cost of each symbol of each table in 64ths of a bit, ``[K, 63]``.
+
+    The logarithm is interpolated linearly between powers of two.
+    """
     octave = np.frexp(frequencies.astype(np.float64))[1].astype(np.int64) - 1
     found: NDArray[np.int64] = 64 * (PRECISION - octave) - ((64 * (frequencies - (1 << octave))) >> octave)
     return found
 
 
 def _span(coded: Array, scales: Scales) -> int:
-    """Symbols a group: by the payload, estimated in 64ths of a bit."""
+    """Return the number of symbols per group, from an estimate of the payload."""
     payload = cpu.total(coded, scales.columns, scales.rows, costs(scales.tables)) // (64 * 8)
     groups = max(1, payload // GROUP_BYTES)
     return -(-len(coded) // (groups * GROUP)) * GROUP
 
 
 def _pack_raw(values: Array, widths: Array) -> bytes:
-    """Values of varying widths, least significant bit first, one after another."""
+    """Pack values of varying widths one after another, least significant bit first."""
     ends = np.cumsum(widths)
     bits = np.zeros(int(ends[-1]) if len(ends) else 0, np.uint8)
     for bit in range(int(widths.max(initial=0))):

@@ -1,4 +1,4 @@
-"""The lanes compiled by numba: a group's 32 states step together and share a stream of words."""
+"""The coder of ``reference.py`` compiled by numba: the 32 states of a group step together and share their words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MASK = (1 << PRECISION) - 1
 
 @njit
 def total(symbols: Array, columns: Array, rows: Array, costs: Array) -> int:
-    """Sum of what ``symbols`` ``[T * D]`` take, by the ``costs`` ``[K, A]`` of their classes' symbols."""
+    """Return the total cost of ``symbols`` ``[T * D]``, given the ``costs`` ``[K, A]`` of each class's symbols."""
     dims, top, found = len(columns), len(costs) - 1, 0
     for row in range(len(rows)):
         for column in range(dims):
@@ -29,9 +29,9 @@ def total(symbols: Array, columns: Array, rows: Array, costs: Array) -> int:
 @njit
 def encode(symbols: Array, columns: Array, rows: Array, frequencies: Array, starts: Array, span: int,
            words: Array, lengths: Array, states: Array) -> int:  # fmt: skip
-    """Encode ``symbols`` ``[T * D]``; fills ``words``, ``lengths`` ``[G]``, ``states`` ``[G, 32]``.
+    """Encode ``symbols`` ``[T * D]`` into ``words``, ``lengths`` ``[G]`` and ``states`` ``[G, 32]``.
 
-    A group codes ``span`` consecutive symbols. ``words`` has room for one word a symbol. Returns their number.
+    A group codes ``span`` consecutive symbols. ``words`` has room for one word per symbol. Returns the number of words.
     """
     dims, top, used = len(columns), len(frequencies) - 1, 0
     x = np.empty(GROUP, np.uint32)
@@ -62,7 +62,7 @@ def encode(symbols: Array, columns: Array, rows: Array, frequencies: Array, star
 
 @njit
 def slots(frequencies: Array) -> Array:
-    """The symbol of every slot, ``[K, 2**PRECISION]`` uint8."""
+    """Return the symbol of every slot of each table, ``[K, 2**PRECISION]`` uint8."""
     table = np.empty((len(frequencies), 1 << PRECISION), np.uint8)
     for k in range(len(frequencies)):
         at = 0
@@ -76,9 +76,10 @@ def slots(frequencies: Array) -> Array:
 @njit
 def decode(symbols: Array, columns: Array, rows: Array, frequencies: Array, starts: Array, table: Array, span: int,
            words: Array, ends: Array, states: Array) -> bool:  # fmt: skip
-    """Decode into ``symbols``; False where a group does not end where and as it must.
+    """Decode into ``symbols`` ``[T * D]``; return False if a group does not end correctly.
 
-    ``words`` is padded by one word a symbol of a group; group g's are those before ``ends[g]``.
+    A group must use exactly its words and end in the initial states. The words of group g end before ``ends[g]``.
+    ``words`` is padded by one word for each symbol of a group, so that no read goes beyond it.
     """
     dims, top, start = len(columns), len(frequencies) - 1, 0
     x = np.empty(GROUP, np.uint32)

@@ -1,6 +1,6 @@
-"""The coder in plain Python integers, in the words of ``docs/format.md``.
+"""The coder in plain Python integers, as ``docs/format.md`` describes it.
 
-rANS after Duda, arXiv 1311.2540, interleaved after Giesen, arXiv 1402.3392: 32 states in [2**16, 2**32) step
+It is rANS (Duda, arXiv 1311.2540), interleaved as by Giesen (arXiv 1402.3392): 32 states in [2**16, 2**32) step
 together and share a stream of 16-bit words.
 """
 
@@ -21,7 +21,10 @@ LOW = 1 << 16
 
 
 def encode(symbols: Array, classes: Array, frequencies: Array, span: int) -> tuple[Array, Array, Array]:
-    """Words, words a group ``[G]``, final states ``[G, 32]``, of ``symbols`` and their ``classes`` ``[N]``."""
+    """Encode ``symbols`` ``[N]`` with ``classes`` ``[N]``; a group codes ``span`` consecutive symbols.
+
+    Returns the words, the number of words of each group ``[G]`` and the final states ``[G, 32]``.
+    """
     starts = np.cumsum(frequencies, 1) - frequencies
     words: list[int] = []
     lengths, states = [], []
@@ -41,10 +44,10 @@ def encode(symbols: Array, classes: Array, frequencies: Array, span: int) -> tup
 
 
 def decode(classes: Array, frequencies: Array, span: int, words: Array, ends: Array, states: Array) -> Array:
-    """The symbols ``[N]``; group g's words are those before ``ends[g]``.
+    """Return the symbols ``[N]``; the words of group g end before ``ends[g]``.
 
     Raises:
-        ValueError: a group does not end where and as it must.
+        ValueError: A group does not use exactly its words, or does not end in the initial states.
 
     """
     bounds = np.cumsum(frequencies, 1)

@@ -1,4 +1,4 @@
-"""``zstd``: a plane's codes as little-endian integers in one Zstandard frame (RFC 8878)."""
+"""``zstd``: codes a plane as little-endian integers in one Zstandard frame (RFC 8878)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvpack.errors import CorruptError
 
 @dataclass(frozen=True)
 class Zstd(EntropyCoder):
-    """One Zstandard frame a plane, with its content size, at ``level`` (1 to 22)."""
+    """Writes one Zstandard frame per plane, with its content size, at ``level`` (1 to 22)."""
 
     name: ClassVar[str] = "zstd"
     version: ClassVar[int] = 1
@@ -32,10 +32,10 @@ class Zstd(EntropyCoder):
         return zstandard.ZstdCompressor(level=self.level).compress(data.tobytes())
 
     def decode(self, data: memoryview, spec: PlaneSpec) -> Codes:
-        """Decompress exactly the plane's size, no more.
+        """Decompress a frame whose content size must be exactly the plane's size.
 
         Raises:
-            CorruptError: not a frame of that content size, or codes beyond the plane's width.
+            CorruptError: It is not a frame of that content size, or a code exceeds the plane's width.
 
         """
         size = spec.size * spec.code_dtype.itemsize

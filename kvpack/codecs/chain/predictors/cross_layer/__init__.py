@@ -1,7 +1,8 @@
-"""``cross_layer``: each layer from what was decoded of others, by linear regression (AQUA-KV, arXiv 2501.19392).
+"""``cross_layer``: predicts each layer from decoded data by linear regression (AQUA-KV, arXiv 2501.19392).
 
-Keys of a layer from the previous layer's keys; values from this layer's keys and the previous layer's values.
-Inputs are the decoder's own reconstructions, so that errors do not pile up unseen (the paper, section 3.2).
+The keys of a layer are predicted from the keys of the previous layer. Its values are predicted from its keys and
+from the values of the previous layer. The inputs are the decoder's own reconstructions, so that the encoder sees
+errors accumulate (section 3.2 of the paper).
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from kvpack.errors import MismatchError
 
 @dataclass(frozen=True)
 class CrossLayer(Predictor):
-    """With the profile's ``{section}.weight`` ``[L - 1, I, C]`` and ``{section}.bias`` ``[L - 1, C]``.
+    """Linear prediction of each layer.
 
-    I is C for keys and 2 C for values (keys first). Layer 0 is predicted to be zero.
+    It uses the profile's ``{section}.weight`` ``[L - 1, I, C]`` and ``{section}.bias`` ``[L - 1, C]``. The number of
+    inputs I is C for keys and 2 * C for values (keys first). The prediction of layer 0 is zero.
     """
 
     name: ClassVar[str] = "cross_layer"
@@ -31,7 +33,7 @@ class CrossLayer(Predictor):
     section: str
 
     def predict(self, row: int, rows: Floats, reference: Floats | None, part: Part) -> Floats:
-        """``inputs @ weight + bias``; ``[1, T, C]``."""
+        """Return ``inputs @ weight + bias``, ``[1, T, C]``."""
         layers, tokens, channels = part.shape
         weight, bias = part.array(f"{self.section}.weight"), part.array(f"{self.section}.bias")
         inputs = channels if reference is None else 2 * channels

@@ -1,8 +1,8 @@
-"""``affine``: asymmetric integers with a scale and a zero a group, as KIVI (arXiv 2402.02750, section 3).
+"""``affine``: quantizes to asymmetric integers with one scale and one zero per group, as KIVI does.
 
-A group is a run of tokens of one channel (``axis="token"`` groups along tokens: KIVI's keys) or a run of
-dimensions of one token (``axis="channel"`` groups along channels: KIVI's values). Scale and zero are stored
-in fp16.
+See arXiv 2402.02750, section 3. With ``axis="token"`` a group is a run of tokens of one channel, as for KIVI's keys.
+With ``axis="channel"`` a group is a run of channels of one token, as for KIVI's values. Scale and zero are stored in
+fp16.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kvpack.codecs.context import NO_HINTS, StackHints
 
 @dataclass(frozen=True)
 class Affine(Quantizer):
-    """``bits`` (1 to 8) a code, ``group`` elements along ``axis``."""
+    """Affine quantizer with ``bits`` bits (1 to 8) per code and groups of ``group`` elements along ``axis``."""
 
     name: ClassVar[str] = "affine"
     version: ClassVar[int] = 1
@@ -39,7 +39,7 @@ class Affine(Quantizer):
             raise ValueError("group is 1 to 65536")
 
     def planes(self, part: Part) -> list[PlaneSpec]:
-        """``codes``, then scale and zero as sign-exponent and mantissa planes."""
+        """Return the plane ``codes``, then scale and zero as planes of sign and exponent and of mantissa."""
         heads, tokens, dims = part.shape
         groups = (
             (heads, -(-tokens // self.group), dims) if self.axis == "token" else (heads, tokens, -(-dims // self.group))
@@ -51,10 +51,10 @@ class Affine(Quantizer):
         ]
 
     def encode(self, data: NDArray[Any], part: Part, hints: StackHints = NO_HINTS) -> list[Codes]:
-        """Float32 values ``[H, T, D]`` to planes.
+        """Quantize float32 values ``[H, T, D]`` to planes.
 
         Raises:
-            UnrepresentableError: a scale or zero beyond fp16.
+            UnrepresentableError: A scale or zero is beyond the range of fp16.
 
         """
         codes, scale, zero = quantize(data, self.bits, 1 if self.axis == "token" else 2, self.group)
@@ -63,7 +63,7 @@ class Affine(Quantizer):
         return [codes, *split(scale.view(np.uint16), "F16"), *split(zero.view(np.uint16), "F16")]
 
     def decode(self, codes: list[Codes], part: Part) -> Floats:
-        """Values ``code * scale + zero``, float32 ``[H, T, D]``."""
+        """Return the values ``code * scale + zero``, float32 ``[H, T, D]``."""
         scale = join(codes[1:3], "F16").view(np.float16)
         zero = join(codes[3:5], "F16").view(np.float16)
         return dequantize(codes[0], scale, zero, 1 if self.axis == "token" else 2, self.group)

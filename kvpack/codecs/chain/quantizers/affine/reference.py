@@ -1,4 +1,4 @@
-"""Affine quantisation of groups along an axis, in numpy."""
+"""Affine quantisation of groups along an axis in numpy."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ Halves = NDArray[np.float16]
 
 
 def quantize(values: Floats, bits: int, axis: int, group: int) -> tuple[Codes, Halves, Halves]:
-    """``values`` ``[H, T, D]`` to codes ``[H, T, D]`` and scale, zero with ``axis`` divided by ``group``.
+    """Quantize ``values`` ``[H, T, D]`` to codes of the same shape, a scale per group and a zero per group.
 
-    zero = min, scale = (max - min) / (2**bits - 1), code = round((x - zero) / scale), with scale and zero
-    rounded to fp16 first. A last group may be shorter.
+    Scales and zeros have the shape of ``values`` with ``axis`` divided by ``group``; the last group may be shorter.
+    zero = min, scale = (max - min) / (2**bits - 1), and code = round((x - zero) / scale). Scale and zero are rounded
+    to fp16 before codes are computed.
     """
     size = values.shape[axis]
     if values.size == 0:
@@ -28,7 +29,7 @@ def quantize(values: Floats, bits: int, axis: int, group: int) -> tuple[Codes, H
     high = np.maximum.reduceat(values, starts, axis=axis)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         scale = ((high - low) / np.float32(2**bits - 1)).astype(np.float16)
-        zero = (low + np.float32(0)).astype(np.float16)  # of zeros of both signs the least is 0, never -0
+        zero = (low + np.float32(0)).astype(np.float16)  # Adding 0 turns -0 into 0.
         steps = _spread(scale, axis, group, size)
         steps = np.where(steps > 0, steps, np.float32(np.inf))
         codes = np.rint((values - _spread(zero, axis, group, size)) / steps)
@@ -36,13 +37,13 @@ def quantize(values: Floats, bits: int, axis: int, group: int) -> tuple[Codes, H
 
 
 def dequantize(codes: Codes, scale: Halves, zero: Halves, axis: int, group: int) -> Floats:
-    """The inverse; float32 ``[H, T, D]``."""
+    """Undo :func:`quantize`; returns float32 ``[H, T, D]``."""
     size = codes.shape[axis]
     with np.errstate(over="ignore", invalid="ignore"):
         return codes.astype(np.float32) * _spread(scale, axis, group, size) + _spread(zero, axis, group, size)
 
 
 def _spread(parameters: NDArray[Any], axis: int, group: int, size: int) -> Floats:
-    """One parameter a group to one an element."""
+    """Repeat the parameter of each group along ``axis`` for each of its elements."""
     index = np.arange(size) // group
     return np.take(parameters, index, axis=axis).astype(np.float32)

@@ -1,7 +1,8 @@
-"""``anchor_delta``: an anchor every few tokens, the others as differences from it (CacheGen, arXiv 2310.07240, 5.2).
+"""``anchor_delta``: codes an anchor every few tokens, and other tokens as differences from their anchor.
 
-One row is one layer. Each vector is scaled by its largest magnitude, stored in fp16: anchors to 8 bits,
-differences to a number of bins that is larger in the leading layers.
+This is the quantizer of CacheGen (arXiv 2310.07240, section 5.2). One row is one layer. Each vector is scaled by its
+largest magnitude, which is stored in fp16. Anchors have 8 bits per element. The number of bins of the differences is
+larger in the leading layers.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from kvpack.codecs.context import NO_HINTS, StackHints
 from kvpack.codecs.protocol import Scope
 
 ANCHOR_LEVELS = 127
-"""Anchors are codes -127 .. 127."""
+"""Largest code of an anchor: codes are -127 to 127."""
 
 
 def quantize(values: Floats, levels: NDArray[np.int64]) -> tuple[Codes, NDArray[np.float16]]:
-    """``values`` ``[L, T, C]`` to codes 0 .. 2 * levels and scales ``[L, T, 1]``; ``levels`` is ``[L]``.
+    """Quantize ``values`` ``[L, T, C]`` to codes from 0 to 2 * levels and scales ``[L, T, 1]``; ``levels`` is ``[L]``.
 
-    code = round(x / scale * levels) + levels, scale the vector's largest magnitude.
+    The scale is the vector's largest magnitude, and code = round(x / scale * levels) + levels.
     """
     with np.errstate(over="ignore"):
         scale: NDArray[np.float16] = np.abs(values).max(axis=2, keepdims=True, initial=0).astype(np.float16)
@@ -34,7 +35,7 @@ def quantize(values: Floats, levels: NDArray[np.int64]) -> tuple[Codes, NDArray[
 
 
 def dequantize(codes: Codes, scale: NDArray[np.float16], levels: NDArray[np.int64]) -> Floats:
-    """The inverse; float32 ``[L, T, C]``."""
+    """Undo :func:`quantize`; returns float32 ``[L, T, C]``."""
     most = levels.astype(np.float32)[:, None, None]
     unit = (codes.astype(np.float32) - most) / np.maximum(most, np.float32(1))
     return np.asarray(unit * scale.astype(np.float32), np.float32)
@@ -42,9 +43,10 @@ def dequantize(codes: Codes, scale: NDArray[np.float16], levels: NDArray[np.int6
 
 @dataclass(frozen=True)
 class AnchorDelta(Quantizer):
-    """Anchors every ``group`` tokens; ``bins`` (3 to 256) a difference, ``leading_bins`` in the leading layers.
+    """Quantizer with an anchor every ``group`` tokens and ``bins`` bins (3 to 256) per difference.
 
-    ``leading`` is the number of leading layers out of 32, scaled to the model's depth and rounded.
+    The leading layers have ``leading_bins`` bins instead. ``leading`` is the number of leading layers of a model with
+    32 layers; it is scaled to the model's depth and rounded.
     """
 
     name: ClassVar[str] = "anchor_delta"
@@ -65,14 +67,14 @@ class AnchorDelta(Quantizer):
             raise ValueError("leading is 0 to 32 and group is 2 to 65536")
 
     def _levels(self, layers: int) -> NDArray[np.int64]:
-        """Largest code of each layer, ``[L]``: bins // 2 - 1 as in the authors' code, at least 1."""
+        """Return the largest code of each layer, ``[L]``: bins // 2 - 1 as in the authors' code, at least 1."""
         leading = (layers * self.leading + 16) // 32
         bins = np.where(np.arange(layers) < leading, self.leading_bins, self.bins)
         levels: NDArray[np.int64] = np.maximum(bins // 2 - 1, 1)
         return levels
 
     def planes(self, part: Part) -> list[PlaneSpec]:
-        """``anchors`` and ``deltas``, each with its scales."""
+        """Return the planes ``anchors`` and ``deltas``, each followed by its scales."""
         layers, tokens, channels = part.shape
         anchors = -(-tokens // self.group)
         most = 2 * int(self._levels(layers).max(initial=1))
@@ -84,10 +86,10 @@ class AnchorDelta(Quantizer):
         ]
 
     def encode(self, data: NDArray[Any], part: Part, hints: StackHints = NO_HINTS) -> list[Codes]:
-        """Float32 values ``[L, T, C]`` to planes.
+        """Quantize float32 values ``[L, T, C]`` to planes.
 
         Raises:
-            UnrepresentableError: a vector beyond fp16.
+            UnrepresentableError: The scale of a vector is beyond the range of fp16.
 
         """
         layers, tokens, _ = part.shape
@@ -109,7 +111,7 @@ class AnchorDelta(Quantizer):
         ]
 
     def decode(self, codes: list[Codes], part: Part) -> Floats:
-        """Anchors, and anchor + difference for the tokens after each."""
+        """Return the values ``[L, T, C]``: anchors, and anchor plus difference for the tokens after each anchor."""
         layers, tokens, _ = part.shape
         owner, others = self._tokens(tokens)
         values = np.empty(part.shape, np.float32)
@@ -122,7 +124,7 @@ class AnchorDelta(Quantizer):
         return values
 
     def _tokens(self, tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Tokens that are not anchors, and the number of the anchor of each."""
+        """Return the index of each other token's anchor, and the positions of the tokens that are not anchors."""
         token = np.arange(tokens)
         others = token[token % self.group != 0]
         return others // self.group, others

@@ -1,4 +1,4 @@
-"""``byte_planes``: elements of any dtype to their bytes, one plane for each byte position."""
+"""``byte_planes``: splits elements of any dtype into bytes, one plane for each byte position."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from kvpack.formats.safetensors import ITEM_BITS
 
 @dataclass(frozen=True)
 class BytePlanes(Quantizer):
-    """Lossless for every dtype; plane ``byte.0`` holds the least significant bytes."""
+    """Lossless quantizer for every dtype; plane ``byte.0`` holds the least significant bytes."""
 
     name: ClassVar[str] = "byte_planes"
     version: ClassVar[int] = 1
     exact: ClassVar[bool] = True
 
     def planes(self, part: Part) -> list[PlaneSpec]:
-        """One plane of 8 bits a code for each byte of an element."""
+        """Return one plane of 8 bits per code for each byte of an element."""
         return [PlaneSpec(f"byte.{i}", part.shape, 8) for i in range(ITEM_BITS[part.dtype] // 8)]
 
     def encode(self, data: NDArray[Any], part: Part, hints: StackHints = NO_HINTS) -> list[Codes]:
-        """Bit patterns ``[H, T, D]`` to bytes."""
+        """Split bit patterns ``[H, T, D]`` into planes of bytes."""
         octets = np.ascontiguousarray(data).view(np.uint8).reshape(*part.shape, ITEM_BITS[part.dtype] // 8)
         return [np.ascontiguousarray(octets[..., i]) for i in range(octets.shape[-1])]
 
     def decode(self, codes: list[Codes], part: Part) -> NDArray[np.unsignedinteger[Any]]:
-        """The bit patterns again."""
+        """Return the bit patterns, ``[H, T, D]``."""
         octets = np.stack(codes, axis=-1).astype(np.uint8)
         return octets.view(np.dtype(f"<u{len(codes)}"))[..., 0]

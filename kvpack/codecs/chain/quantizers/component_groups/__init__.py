@@ -1,8 +1,8 @@
-"""``component_groups``: transform coefficients in groups, each with a type and, a token, a shift and a scale.
+"""``component_groups``: quantizes groups of transform coefficients, each group with its own number type.
 
-KVTC's quantizer (arXiv 2511.01815, section 3): groups of neighbouring components, each dropped or stored as int2,
-int4 or fp8 (E4M3), chosen once by dynamic programming on calibration data; 16 bits of shift and 16 of scale for
-every group and token.
+This is KVTC's quantizer (arXiv 2511.01815, section 3). Neighbouring components form groups; each group is dropped or
+stored as int2, int4 or fp8 (E4M3). Dynamic programming on calibration data chooses groups and types once. Every group
+and token has a shift of 16 bits and a scale of 16 bits.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from kvpack.errors import MismatchError
 
 Halves = NDArray[np.float16]
 TYPES = {2: "int2", 4: "int4", 8: "fp8"}
-"""Bits of a group's codes to the name of its type; 0 bits: dropped."""
+"""Name of a group's type by its bits per code; a group of 0 bits is dropped."""
 
 
 def _e4m3() -> Floats:
-    """The finite magnitudes of E4M3 (OCP FP8), ascending: codes 0 to 126."""
+    """Return the finite magnitudes of E4M3 (OCP FP8), those of codes 0 to 126, ascending."""
     code = np.arange(127)
     exponent, mantissa = code >> 3, code & 7
     normal = (1 + mantissa / 8) * 2.0 ** (exponent - 7)
@@ -37,10 +37,10 @@ _MIDDLES = (E4M3[1:] + E4M3[:-1]) / 2
 
 
 def quantize(block: Floats, bits: int) -> tuple[Codes, Halves, Halves]:
-    """A group ``[T, S]`` to codes ``[T, S]``, shift and scale ``[T]``.
+    """Quantize a group ``[T, S]`` to codes ``[T, S]``, shifts ``[T]`` and scales ``[T]``.
 
-    Integers: shift = min, scale = (max - min) / (2**bits - 1). fp8: shift = middle of the range, scale such that
-    its ends are E4M3's largest magnitude.
+    For integers, shift = min and scale = (max - min) / (2**bits - 1). For fp8, the shift is the middle of the range,
+    and the scale maps the ends of the range to E4M3's largest magnitude.
     """
     low, high = block.min(axis=1), block.max(axis=1)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -59,7 +59,7 @@ def quantize(block: Floats, bits: int) -> tuple[Codes, Halves, Halves]:
 
 
 def dequantize(codes: Codes, shift: Halves, scale: Halves, bits: int) -> Floats:
-    """The inverse; float32 ``[T, S]``."""
+    """Undo :func:`quantize`; returns float32 ``[T, S]``."""
     x = codes.astype(np.float32)
     if bits == 8:
         magnitude = E4M3[np.minimum(codes & 127, 126)]
@@ -70,7 +70,10 @@ def dequantize(codes: Codes, shift: Halves, scale: Halves, bits: int) -> Floats:
 
 @dataclass(frozen=True)
 class ComponentGroups(Quantizer):
-    """With the profile's ``{section}.plan.{plan}`` ``[G, 2]``: size and bits (0, 2, 4, 8) of each group, in order."""
+    """Quantizer of groups as the profile's ``{section}.plan.{plan}`` ``[G, 2]`` lists them.
+
+    Each row of the plan is the size and the bits (0, 2, 4 or 8) of a group, in the order of components.
+    """
 
     name: ClassVar[str] = "component_groups"
     version: ClassVar[int] = 1
@@ -91,7 +94,7 @@ class ComponentGroups(Quantizer):
         return groups
 
     def planes(self, part: Part) -> list[PlaneSpec]:
-        """One plane for each type, then ``shift`` and ``scale``."""
+        """Return one plane for each type, then the planes ``shift`` and ``scale``."""
         rows, tokens, _ = part.shape
         groups = self._groups(part)
         stored = sum(bits > 0 for _, bits in groups)
@@ -104,10 +107,10 @@ class ComponentGroups(Quantizer):
         ]
 
     def encode(self, data: NDArray[Any], part: Part, hints: StackHints = NO_HINTS) -> list[Codes]:
-        """Coefficients ``[1, T, R]``, float32, to planes.
+        """Quantize float32 coefficients ``[1, T, R]`` to planes.
 
         Raises:
-            UnrepresentableError: coefficients beyond fp16.
+            UnrepresentableError: Coefficients are beyond the range of fp16.
 
         """
         codes = [np.zeros(plane.shape, plane.code_dtype) for plane in self.planes(part)]
@@ -120,7 +123,7 @@ class ComponentGroups(Quantizer):
         return codes
 
     def decode(self, codes: list[Codes], part: Part) -> Floats:
-        """Coefficients; dropped ones are zero."""
+        """Return the coefficients, float32 ``[1, T, R]``; dropped ones are zero."""
         values = np.zeros(part.shape, np.float32)
         shifts, scales = (np.ascontiguousarray(c, np.uint16).view(np.float16) for c in codes[3:5])
         for at, size, bits, number, start, plane in self._walk(part):
@@ -129,7 +132,7 @@ class ComponentGroups(Quantizer):
         return values
 
     def _walk(self, part: Part) -> Iterator[tuple[int, int, int, int, int, int]]:
-        """Of each stored group: component, size, bits, its number, where in its plane, and which plane."""
+        """Yield for each stored group: first component, size, bits, group index, offset in its plane, plane index."""
         at = number = 0
         filled = dict.fromkeys(TYPES, 0)
         for size, bits in self._groups(part):

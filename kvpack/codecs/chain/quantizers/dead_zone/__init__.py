@@ -1,11 +1,12 @@
-"""``dead_zone``: one uniform step for every coefficient, a dead zone about zero, a level and a shift a token.
+"""``dead_zone``: uniform quantizer with a dead zone around zero, and a level and a shift for each token.
 
-The step of token t is ``2 ** (log_step / 32 + level_t / 4)``. Coefficients of a whitened space all take the same step:
-reverse water-filling (Cover & Thomas, 10.3.3). A token that attention reads more gets a finer one: for a loss that
-is the sum of m_t times a token's squared error, the best step goes as m_t ** -1/2; because the mass of the last
-queries only suggests what later ones read, the exponent is smaller.
+The step of token t is ``2 ** (log_step / 32 + level_t / 4)``. All coefficients of a token have the same step, because
+they are coordinates of a whitened space (reverse water-filling; Cover & Thomas, 10.3.3). Tokens that attention reads
+more have a finer step. If the loss is the sum of m_t times the squared error of token t, the best step is proportional
+to m_t ** -1/2. The exponent used here is smaller, because the attention mass of the last queries only estimates what
+later queries read.
 
-A token's coefficients scatter more or less than those of other tokens; its shift says by how many classes.
+The coefficients of a token scatter more or less than those of others; its shift is the difference in classes.
 """
 
 from __future__ import annotations
@@ -19,25 +20,29 @@ from numpy.typing import NDArray
 
 from kvpack.codecs.chain.base import Codes, Floats, Part, PlaneSpec, Quantizer, Scales, UnrepresentableError
 from kvpack.codecs.chain.quantizers.dead_zone import cpu
-from kvpack.codecs.chain.quantizers.dead_zone.reference import MOST_SHIFT, magnitude_costs, thresholds
+from kvpack.codecs.chain.quantizers.dead_zone.reference import MAX_SHIFT, magnitude_costs, thresholds
 from kvpack.codecs.chain.symbols import BUCKETS, LARGEST
 from kvpack.codecs.context import NO_HINTS, StackHints
 from kvpack.codecs.protocol import Hint, Need, Profile
 from kvpack.errors import MismatchError
 
 MIDDLE = 16
-"""Code of level 0; levels are -16 to 15."""
+"""Code of level 0; levels range from -16 to 15."""
 
 MASS_EXPONENT, AGE_EXPONENT = 0.6, 0.6
-"""Of a token's weight: attention mass, and 1 / distance from the end (regressed on gradients; docs/fisher.md)."""
+"""Exponents in a token's weight of its attention mass, and of 1 / its distance from the end.
+
+They come from a regression on gradients (docs/fisher.md).
+"""
 
 
 @dataclass(frozen=True)
 class DeadZone(Quantizer):
-    """``log_step`` in 32nds of an octave; ``importance`` is the exponent of a token's weight, in hundredths.
+    """Dead-zone quantizer whose step is ``log_step`` 32nds of an octave at level 0.
 
-    With the profile's ``{section}.columns`` ``[R]``, ``{section}.tables`` ``[K, 63]`` and ``{section}.centroids``
-    ``[K, 4]``: where in their bins coefficients of magnitude 1, 2 and more lie on average.
+    ``importance`` is the exponent of a token's weight in hundredths. The stage uses the profile's
+    ``{section}.columns`` ``[R]``, ``{section}.tables`` ``[K, 63]`` and ``{section}.centroids`` ``[K, 4]``; centroids
+    are the mean positions in their bins of coefficients of magnitude 1, 2 and more.
     """
 
     name: ClassVar[str] = "dead_zone"
@@ -60,21 +65,21 @@ class DeadZone(Quantizer):
         return self.importance == 0
 
     def planes(self, part: Part) -> list[PlaneSpec]:
-        """``levels`` and ``shifts`` ``[1, T, 1]``, then ``coefficients`` ``[1, T, R]``."""
+        """Return the planes ``levels`` and ``shifts`` ``[1, T, 1]``, then ``coefficients`` ``[1, T, R]``."""
         rows, tokens, rank = part.shape
         one = (rows, tokens, 1)
         coefficients = PlaneSpec("coefficients", (rows, tokens, rank), 16)
         return [PlaneSpec("levels", one, 5), PlaneSpec("shifts", one, 4), coefficients]
 
     def scaled(self, plane: PlaneSpec, before: Mapping[str, Codes], part: Part) -> PlaneSpec:
-        """Coefficients scatter as the profile says, over the token's step, a class more or less by its shift."""
+        """Return the plane; that of coefficients has the profile's scales, divided by the token's step and shifted."""
         if plane.name != "coefficients":
             return plane
         levels, shifts = (before[name].reshape(-1).astype(np.int32) for name in ("levels", "shifts"))
-        return replace(plane, scales=self._scales(levels - MIDDLE, part, shifts - MOST_SHIFT))
+        return replace(plane, scales=self._scales(levels - MIDDLE, part, shifts - MAX_SHIFT))
 
     def expected_bits(self, profile: Profile) -> float:
-        """Bits of a token's coefficients, if they scatter as in calibration, at level 0."""
+        """Return the expected bits of a token's coefficients at level 0 if they scatter as in calibration."""
         columns, tables = profile[f"{self.section}.columns"], profile[f"{self.section}.tables"]
         share = tables / tables.sum(1, keepdims=True)
         entropy = -(share * np.log2(share)).sum(1)
@@ -82,7 +87,7 @@ class DeadZone(Quantizer):
         return float(entropy[scales.classes()].sum())
 
     def rows(self, levels: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Each token's step in 32nds of an octave, ``[T]``."""
+        """Return the step of each token in 32nds of an octave, ``[T]``."""
         return (self.log_step + 8 * levels).astype(np.int32)
 
     def _scales(self, levels: NDArray[np.int32], part: Part, shifts: NDArray[np.int32] | None = None) -> Scales:
@@ -93,21 +98,21 @@ class DeadZone(Quantizer):
         return Scales(columns, rows if shifts is None else rows - 8 * shifts, tables)
 
     def centroids(self, part: Part) -> Floats:
-        """The profile's, ``[K, 4]``."""
+        """Return the profile's centroids, ``[K, 4]``."""
         centroids, tables = part.array(f"{self.section}.centroids"), part.array(f"{self.section}.tables")
         if centroids.shape != (len(tables), 4):
             raise MismatchError("the profile's centroids are not for its own tables")
         return centroids
 
     def steps(self, levels: NDArray[np.int32]) -> Floats:
-        """The same as a number, ``[T, 1]``."""
+        """Return the step of each token as a float32 number, ``[T, 1]``."""
         return np.exp2(self.log_step / 32 + levels[:, None] / 4).astype(np.float32)
 
     def encode(self, data: NDArray[Any], part: Part, hints: StackHints = NO_HINTS) -> list[Codes]:
-        """Coefficients ``[1, T, R]``, float32, to levels, shifts and zigzag codes.
+        """Quantize float32 coefficients ``[1, T, R]`` to levels, shifts and zigzag codes.
 
         Raises:
-            UnrepresentableError: coefficients too large for the step.
+            UnrepresentableError: Coefficients are too large for the step.
 
         """
         levels = token_levels(part, self.importance, hints.mass)
@@ -115,36 +120,39 @@ class DeadZone(Quantizer):
         with np.errstate(over="ignore"):
             if not (np.abs(data[0]).max(1, keepdims=True) < LARGEST * steps).all():
                 raise UnrepresentableError("coefficients too large for the step")
-        shifts, codes = quantise(data[0], steps, scales, self.centroids(part))
-        every = (levels + MIDDLE).astype(np.uint8), (shifts + MOST_SHIFT).astype(np.uint8)
+        shifts, codes = quantize(data[0], steps, scales, self.centroids(part))
+        every = (levels + MIDDLE).astype(np.uint8), (shifts + MAX_SHIFT).astype(np.uint8)
         return [*(plane[None, :, None] for plane in every), codes[None]]
 
     def decode(self, codes: list[Codes], part: Part) -> Floats:
-        """Each magnitude at its bin's centroid, times the token's step."""
+        """Return the coefficients, float32 ``[1, T, R]``: the centroid of each bin times the token's step."""
         levels, shifts = (plane.reshape(-1).astype(np.int32) for plane in codes[:2])
         levels -= MIDDLE
-        scales, steps = self._scales(levels, part, shifts - MOST_SHIFT), self.steps(levels).reshape(-1)
+        scales, steps = self._scales(levels, part, shifts - MAX_SHIFT), self.steps(levels).reshape(-1)
         out = np.empty(part.shape, np.float32)
         cpu.restore(codes[2][0], steps, scales.columns, scales.rows, self.centroids(part), out[0])
         return out
 
 
-def quantise(
+def quantize(
     values: Floats, steps: Floats, scales: Scales, centroids: Floats
 ) -> tuple[NDArray[np.int32], NDArray[np.uint16]]:
-    """Each token's shift ``[T]``, and zigzag codes ``[T, R]`` of ``values``, decided with the shifted classes."""
+    """Return the shift of each token, ``[T]``, and zigzag codes of ``values``, ``[T, R]``.
+
+    Codes are decided with the shifted classes.
+    """
     choices = thresholds(scales.tables, centroids), magnitude_costs(scales.tables), BUCKETS
     shifts, codes = np.empty(len(values), np.int32), np.empty(values.shape, np.uint16)
     values, step = np.ascontiguousarray(values), steps.reshape(-1)
-    cpu.quantise(values, step, scales.columns, scales.rows, *choices, shifts, codes)
+    cpu.quantize(values, step, scales.columns, scales.rows, *choices, shifts, codes)
     return shifts, codes
 
 
 def require_settings(log_step: int, importance: int) -> None:
-    """Check settings, of ``low_rank`` too.
+    """Check the settings that ``dead_zone`` and ``low_rank`` share.
 
     Raises:
-        ValueError: out of range.
+        ValueError: A setting is out of range.
 
     """
     if not -1024 <= log_step <= 1024 or not 0 <= importance <= 100:
@@ -152,7 +160,10 @@ def require_settings(log_step: int, importance: int) -> None:
 
 
 def token_levels(part: Part, importance: int, mass: Floats | None) -> NDArray[np.int32]:
-    """Each token's level ``[T]``, from its attention mass where the capture has it, and its distance from the end."""
+    """Return the level of each token, ``[T]``.
+
+    It depends on the token's distance from the end, and on its attention mass if the capture has it.
+    """
     total = max(part.first + part.shape[1] if part.length is None else part.length, 1)
     weight = np.zeros(total)
     if part.length is not None:

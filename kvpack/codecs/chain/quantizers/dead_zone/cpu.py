@@ -1,4 +1,4 @@
-"""The reference compiled by numba: the same decisions; and what a decoder reads."""
+"""The decisions of ``reference.py``, and the decoder's reconstruction, compiled by numba."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpack.codecs.chain.base import Floats
-from kvpack.codecs.chain.quantizers.dead_zone.reference import BIT, MOST_SHIFT, SHIFT_BITS, THRESHOLDS
+from kvpack.codecs.chain.quantizers.dead_zone.reference import BIT, MAX_SHIFT, SHIFT_BITS, THRESHOLDS
 from kvpack.numerics.jit import njit
 
 Array = NDArray[Any]
 
 
 @njit
-def quantise(
+def quantize(
     values: Floats, steps: Floats, columns: Array, rows: Array, wanted: Floats, costs: Array, buckets: Array,
     shifts: Array, codes: Array,
 ) -> None:  # fmt: skip
-    """Fills ``shifts`` ``[T]`` int32 and ``codes`` ``[T, D]`` uint16, decided with the shifted classes.
+    """Fill ``shifts`` ``[T]`` int32 and ``codes`` ``[T, D]`` uint16; codes are decided with the shifted classes.
 
-    ``buckets`` are of the magnitudes below its length; of those beyond, the last.
+    ``buckets`` is the bucket of each magnitude below its length; larger magnitudes use its last entry.
     """
     found = np.empty(values.shape[1], np.int32)
     for t in range(len(values)):
@@ -35,7 +35,7 @@ def quantise(
 
 @njit
 def _magnitudes(values: Floats, step: float, columns: Array, row: int, wanted: Floats, out: Array) -> None:
-    """``out`` ``[D]``: the largest magnitude whose threshold is reached."""
+    """Write the largest magnitude whose threshold each value reaches into ``out`` ``[D]``."""
     top = len(wanted) - 1
     for d in range(len(values)):
         out[d] = np.int32(abs(values[d]) / step + np.float32(0.5))
@@ -56,7 +56,7 @@ def _magnitudes(values: Floats, step: float, columns: Array, row: int, wanted: F
 def _shift(found: Array, columns: Array, row: int, buckets: Array, costs: Array) -> int:
     best, shift = _cost(found, columns, row, buckets, costs, 0), 0
     for way in (-1, 1):
-        while -MOST_SHIFT < shift + way < MOST_SHIFT and shift * way >= 0:
+        while -MAX_SHIFT < shift + way < MAX_SHIFT and shift * way >= 0:
             cost = _cost(found, columns, row, buckets, costs, shift + way)
             if cost >= best:
                 break
@@ -75,7 +75,7 @@ def _cost(found: Array, columns: Array, row: int, buckets: Array, costs: Array, 
 
 @njit
 def restore(codes: Array, steps: Floats, columns: Array, rows: Array, centroids: Floats, out: Floats) -> None:
-    """``out`` ``[T, D]``: of zigzag codes, each magnitude at its bin's centroid, times the token's step."""
+    """Write the values of zigzag codes into ``out`` ``[T, D]``: the centroid of each bin times the token's step."""
     top = len(centroids) - 1
     for t in range(len(codes)):
         for d in range(codes.shape[1]):

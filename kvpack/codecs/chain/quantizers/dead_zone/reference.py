@@ -1,7 +1,8 @@
-"""What an encoder of ``dead_zone`` decides, in numpy: a decoder needs none of it.
+"""Decisions of the ``dead_zone`` encoder in numpy; a decoder needs none of them.
 
-Of two neighbouring magnitudes the one is taken that costs less, error in steps squared plus :data:`LAMBDA` for each
-bit: tables are static, so every coefficient is decided by itself, by a threshold of its class.
+Of two neighbouring magnitudes the encoder takes the one with the lower cost: squared error in steps plus
+:data:`LAMBDA` per bit. The frequency tables are static, so each coefficient can be decided by itself, with a
+threshold that depends on its class.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from kvpack.codecs.chain.symbols import BUCKETS, RAW_BITS
 Array = NDArray[Any]
 
 LAMBDA = 0.1
-"""Steps squared a bit: between 0 and what a Laplace distribution's rate-distortion slope would be (docs/fisher.md)."""
+"""Price of a bit in squared steps; between 0 and a Laplace distribution's rate-distortion slope (docs/fisher.md)."""
 
 BIT = 1 << 24
-"""A bit, in the whole numbers that costs of shifts are summed in: their order does not matter, so all sums agree."""
+"""Value of one bit in the integer unit of costs; integer sums do not depend on the order of summation."""
 
 SHIFT_BITS = 1
-"""What a class of shift is taken to cost a token."""
+"""Assumed cost in bits of each class by which a token is shifted."""
 
-MOST_SHIFT = 8
+MAX_SHIFT = 8
 THRESHOLDS = 9
-"""Magnitudes beyond the last have its distance to their middle."""
+"""Number of thresholds per class; larger magnitudes use the last one, moved by the difference in magnitude."""
 
 
 def thresholds(tables: Array, centroids: Floats) -> Floats:
-    """Of classes ``[K]``, what a scaled magnitude must reach to be coded as m: ``[K, THRESHOLDS]``, m from 0 on."""
+    """Return the least scaled magnitude that is coded as m, for each class and m from 0 on: ``[K, THRESHOLDS]``."""
     bits = magnitude_bits(tables)
     offsets = centroids[:, np.minimum(np.arange(THRESHOLDS), 3)]
     read = np.arange(THRESHOLDS) + offsets
@@ -43,19 +44,22 @@ def thresholds(tables: Array, centroids: Floats) -> Floats:
 
 
 def magnitude_bits(tables: Array) -> NDArray[np.float64]:
-    """Bits of each bucket's first magnitude, sign and raw bits included: ``[K, 32]``."""
+    """Return the bits of each bucket's first magnitude in each class, with sign and raw bits: ``[K, 32]``."""
     total = np.log2(tables.sum(1, keepdims=True))
     bits = total - np.log2(tables[:, [0, *range(1, tables.shape[1], 2)]])
     return np.asarray(bits + RAW_BITS)
 
 
 def magnitude_costs(tables: Array) -> NDArray[np.int64]:
-    """:func:`magnitude_bits` in :data:`BIT`, below 2**32 each."""
+    """Return :func:`magnitude_bits` in units of 1 / :data:`BIT` bits, each below 2**32."""
     return np.rint(magnitude_bits(tables) * BIT).astype(np.int64)
 
 
 def magnitudes(values: Floats, steps: Floats, scales: Scales, wanted: Floats) -> NDArray[np.int64]:
-    """``[T, D]``: the largest m whose threshold ``wanted`` [K, THRESHOLDS] the scaled value reaches."""
+    """Return the largest magnitude whose threshold each scaled value reaches, ``[T, D]``.
+
+    ``wanted`` ``[K, THRESHOLDS]`` are the thresholds of each class.
+    """
     scaled = np.abs(values) / steps
     classes = scales.classes()
     found = np.floor(scaled + np.float32(0.5)).astype(np.int64)
@@ -68,14 +72,17 @@ def magnitudes(values: Floats, steps: Floats, scales: Scales, wanted: Floats) ->
 
 
 def shifts(found: Array, scales: Scales, costs: Array) -> NDArray[np.int32]:
-    """Each token's shift of classes ``[T]``: from 0 on, one more or less as long as that saves bits."""
+    """Return the shift of each token's classes, ``[T]``.
+
+    The search starts at 0 and moves by one class in either direction as long as that saves bits.
+    """
     buckets = BUCKETS[found]
     shift = np.zeros(len(found), np.int32)
     for token, mine in enumerate(buckets):
         classes = (scales.columns - scales.rows[token]) >> 3
         best = _cost(mine, classes, 0, costs)
         for way in (-1, 1):
-            while -MOST_SHIFT < shift[token] + way < MOST_SHIFT and shift[token] * way >= 0:
+            while -MAX_SHIFT < shift[token] + way < MAX_SHIFT and shift[token] * way >= 0:
                 cost = _cost(mine, classes, int(shift[token]) + way, costs)
                 if cost >= best:
                     break

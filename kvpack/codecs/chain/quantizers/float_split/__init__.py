@@ -1,7 +1,7 @@
-"""``float_split``: floats to sign-and-exponent symbols and mantissa bits; exact for every bit pattern.
+"""``float_split``: splits floats into sign-and-exponent symbols and mantissa bits, exactly for every bit pattern.
 
-Sign and exponent are as skewed as the channel's distribution and go through an entropy coder; the mantissa's
-bits are close to uniform and are stored as they are.
+The distribution of sign and exponent is as skewed as that of the channel, so an entropy coder codes them. The
+mantissa's bits are close to uniform and are stored raw.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvpack.numerics.floats import FLOAT_BITS, UINT
 
 
 def split_planes(dtype: str, shape: tuple[int, int, int], prefix: str = "") -> list[PlaneSpec]:
-    """The two planes of floats ``[H, T, D]`` of ``dtype`` (BF16, F16, F32)."""
+    """Return the two planes of floats of this ``shape`` ``(H, T, D)`` and ``dtype`` (BF16, F16 or F32)."""
     exponent, mantissa = FLOAT_BITS[dtype]
     return [
         PlaneSpec(f"{prefix}sign_exponent", shape, 1 + exponent),
@@ -27,17 +27,17 @@ def split_planes(dtype: str, shape: tuple[int, int, int], prefix: str = "") -> l
 
 
 def split(bits: Codes, dtype: str) -> list[Codes]:
-    """Bit patterns to [sign and exponent, mantissa]."""
+    """Split bit patterns into [sign and exponent, mantissa]."""
     mantissa = FLOAT_BITS[dtype][1]
     low = bits & bits.dtype.type((1 << mantissa) - 1)
     return [bits >> bits.dtype.type(mantissa), low]
 
 
 def join(codes: list[Codes], dtype: str) -> Codes:
-    """The inverse of :func:`split`."""
+    """Undo :func:`split`; may overwrite the first of ``codes``."""
     unsigned = UINT[dtype]
     high, low = codes
-    bits: Codes = high.astype(unsigned, copy=not high.flags.writeable)  # decoded planes are ours to reuse
+    bits: Codes = high.astype(unsigned, copy=not high.flags.writeable)  # Decoded planes may be overwritten.
     bits <<= unsigned(FLOAT_BITS[dtype][1])
     bits |= low
     return bits
@@ -45,20 +45,20 @@ def join(codes: list[Codes], dtype: str) -> Codes:
 
 @dataclass(frozen=True)
 class FloatSplit(Quantizer):
-    """Lossless for BF16, F16 and F32: NaN payloads, infinities and signed zeros included."""
+    """Lossless quantizer of BF16, F16 and F32, including NaN payloads, infinities and signed zeros."""
 
     name: ClassVar[str] = "float_split"
     version: ClassVar[int] = 1
     exact: ClassVar[bool] = True
 
     def planes(self, part: Part) -> list[PlaneSpec]:
-        """``sign_exponent`` (1 + exponent bits) and ``mantissa``."""
+        """Return the planes ``sign_exponent`` (1 + exponent bits) and ``mantissa``."""
         return split_planes(part.dtype, part.shape)
 
     def encode(self, data: NDArray[Any], part: Part, hints: StackHints = NO_HINTS) -> list[Codes]:
-        """Bit patterns ``[H, T, D]`` to the two planes."""
+        """Split bit patterns ``[H, T, D]`` into the two planes."""
         return split(data, part.dtype)
 
     def decode(self, codes: list[Codes], part: Part) -> NDArray[np.unsignedinteger[Any]]:
-        """The bit patterns again."""
+        """Return the bit patterns, ``[H, T, D]``."""
         return join(codes, part.dtype)

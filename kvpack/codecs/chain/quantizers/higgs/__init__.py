@@ -1,8 +1,8 @@
-"""``higgs``: a norm a vector, a random rotation, and pairs of coordinates by the nearest point of a Gaussian grid.
+"""``higgs``: rotates vectors randomly and quantizes pairs of coordinates to the nearest point of a Gaussian grid.
 
-HIGGS (arXiv 2411.17525) as AQUA-KV uses it (arXiv 2501.19392): grids of 2 dimensions and 16, 64 or 256 points,
-the first layer always with 256. A seeded Haar rotation stands for the Hadamard transform, because a vector's
-length need not be a power of two.
+This is HIGGS (arXiv 2411.17525) as AQUA-KV uses it (arXiv 2501.19392), with one norm per vector. The grids have 2
+dimensions and 16, 64 or 256 points; the first layer always has 256. A seeded Haar rotation replaces the Hadamard
+transform, because a vector's length need not be a power of two.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ FIRST_BITS = 4
 
 @dataclass(frozen=True)
 class Higgs(Quantizer):
-    """``bits`` (2 to 4) an element behind the first row, 4 in it; grids ``higgs.{4**bits}`` ``[4**bits, 2]``."""
+    """HIGGS quantizer with 4 bits per element in the first row and ``bits`` bits (2 to 4) in the others.
+
+    It uses the profile's grids ``higgs.{4**bits}`` ``[4**bits, 2]``.
+    """
 
     name: ClassVar[str] = "higgs"
     version: ClassVar[int] = 1
@@ -42,7 +45,7 @@ class Higgs(Quantizer):
             raise ValueError("bits is 2 to 4 and seed not negative")
 
     def planes(self, part: Part) -> list[PlaneSpec]:
-        """``first`` for row 0, ``codes`` for the others, the norms."""
+        """Return the planes ``first`` for row 0, ``codes`` for the other rows, and the norms."""
         rows, tokens, dims = part.shape
         pairs = (dims + 1) // 2
         first = int(part.row == 0 and rows > 0)
@@ -53,10 +56,10 @@ class Higgs(Quantizer):
         ]
 
     def encode(self, data: NDArray[Any], part: Part, hints: StackHints = NO_HINTS) -> list[Codes]:
-        """Float32 values ``[H, T, D]`` to planes.
+        """Quantize float32 values ``[H, T, D]`` to planes.
 
         Raises:
-            UnrepresentableError: a vector whose norm fp16 cannot hold.
+            UnrepresentableError: fp16 cannot represent the norm of a vector.
 
         """
         dims = part.shape[2]
@@ -76,7 +79,7 @@ class Higgs(Quantizer):
         return [*codes, *split(norm.view(np.uint16), "F16")]
 
     def decode(self, codes: list[Codes], part: Part) -> Floats:
-        """Values, float32 ``[H, T, D]``."""
+        """Return the values, float32 ``[H, T, D]``."""
         dims = part.shape[2]
         norm = join(codes[2:4], "F16").view(np.float16).astype(np.float32)
         grids = [grid for _, grid in self._split(np.zeros((part.shape[0], 0)), part)]
@@ -87,7 +90,7 @@ class Higgs(Quantizer):
             return np.asarray(unit * norm, np.float32)
 
     def _split(self, rows: NDArray[Any], part: Part) -> list[tuple[NDArray[Any], Floats]]:
-        """Row 0 and the others, each with its grid."""
+        """Return row 0 and the other rows, each with its grid."""
         first = int(part.row == 0 and len(rows) > 0)
         parts = ((rows[:first], FIRST_BITS), (rows[first:], self.bits))
         return [(some, _grid(part, bits)) for some, bits in parts]
@@ -102,7 +105,7 @@ def _grid(part: Part, bits: int) -> Floats:
 
 @njit
 def _nearest(pairs: NDArray[Any], grid: NDArray[Any], codes: NDArray[Any]) -> None:
-    """The index of the nearest grid point; the first of equals."""
+    """Write the index of the nearest grid point of each pair into ``codes``; ties take the first point."""
     for i in range(pairs.shape[0]):
         best = np.inf
         for k in range(grid.shape[0]):

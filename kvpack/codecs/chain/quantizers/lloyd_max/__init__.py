@@ -1,7 +1,7 @@
-"""``lloyd_max``: a norm a vector and Lloyd-Max codes of its coordinates (TurboQuant, arXiv 2504.19874).
+"""``lloyd_max``: stores one norm per vector and Lloyd-Max codes of its coordinates (TurboQuant, arXiv 2504.19874).
 
-To be used behind a random rotation: the coordinates of a rotated unit vector of D dimensions are close to
-N(0, 1/D) whatever the vector was (the paper, section 3.1), so that one codebook serves all.
+A random rotation must come first. The coordinates of a rotated unit vector of D dimensions are close to N(0, 1/D)
+for any vector (section 3.1 of the paper), so that one codebook serves all vectors.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from kvpack.codecs.context import NO_HINTS, StackHints
 
 @dataclass(frozen=True)
 class LloydMax(Quantizer):
-    """``bits`` (1 to 4) a coordinate; with ``prod`` one of them is the sign of a QJL sketch of the residual.
+    """Lloyd-Max quantizer with ``bits`` bits (1 to 4) per coordinate.
 
-    ``prod`` is the paper's inner-product variant (section 3.2): ``bits - 1`` bits of Lloyd-Max, then the
-    signs of a Gaussian projection of the residual (seeded by ``seed``), with the residual's norm.
+    ``prod`` selects the paper's inner-product variant (section 3.2). It has ``bits - 1`` bits of Lloyd-Max, then one
+    bit for the sign of a Gaussian projection of the residual (a QJL sketch, seeded by ``seed``), and the residual's
+    norm.
     """
 
     name: ClassVar[str] = "lloyd_max"
@@ -44,7 +45,7 @@ class LloydMax(Quantizer):
         return self.bits - self.prod
 
     def planes(self, part: Part) -> list[PlaneSpec]:
-        """``codes``, the norms; with ``prod`` the ``signs`` and the residuals' norms."""
+        """Return the planes ``codes`` and norms; with ``prod`` also ``signs`` and the residuals' norms."""
         heads, tokens, _ = part.shape
         norms = (heads, tokens, 1)
         planes = [PlaneSpec("codes", part.shape, self._mse_bits), *split_planes("F16", norms, "norm/")]
@@ -53,10 +54,10 @@ class LloydMax(Quantizer):
         return planes
 
     def encode(self, data: NDArray[Any], part: Part, hints: StackHints = NO_HINTS) -> list[Codes]:
-        """Float32 values ``[H, T, D]`` to planes.
+        """Quantize float32 values ``[H, T, D]`` to planes.
 
         Raises:
-            UnrepresentableError: NaN, Inf, or a vector whose norm fp16 cannot hold.
+            UnrepresentableError: There are NaN or Inf, or fp16 cannot represent the norm of a vector.
 
         """
         with np.errstate(over="ignore", invalid="ignore"):
@@ -74,7 +75,7 @@ class LloydMax(Quantizer):
         return planes
 
     def decode(self, codes: list[Codes], part: Part) -> Floats:
-        """Values, float32 ``[H, T, D]``."""
+        """Return the values, float32 ``[H, T, D]``."""
         unit = reference.dequantize(codes[0], self._mse_bits, part.shape[2])
         if self.prod:
             length = join(codes[4:6], "F16").view(np.float16)

@@ -1,7 +1,7 @@
-"""``klt``: coordinates of a token's whole stack in the profile's orthonormal basis (KVTC, arXiv 2511.01815).
+"""``klt``: projects the stack of each token on the profile's orthonormal basis (KVTC, arXiv 2511.01815).
 
-All layers and heads of a token are one vector of P = L * H * D elements; the Karhunen-Loeve transform subtracts
-the calibration set's mean and projects on the leading eigenvectors of its covariance.
+All layers and heads of a token form one vector of P = L * H * D elements. The Karhunen-Loeve transform subtracts the
+mean of the calibration set and projects on the leading eigenvectors of its covariance.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from kvpack.errors import MismatchError
 
 @dataclass(frozen=True)
 class Klt(Transform):
-    """With the profile's ``{section}.mean`` ``[P]`` and ``{section}.basis`` ``[P, R]``; gives ``[1, T, R]``."""
+    """Karhunen-Loeve transform to R coordinates per token, ``[1, T, R]``.
+
+    It uses the profile's ``{section}.mean`` ``[P]`` and ``{section}.basis`` ``[P, R]``.
+    """
 
     name: ClassVar[str] = "klt"
     version: ClassVar[int] = 1
@@ -35,18 +38,18 @@ class Klt(Transform):
         return mean, basis
 
     def output(self, part: Part) -> Part:
-        """One row of R coordinates."""
+        """Return the description with one row and R coordinates per token."""
         return replace(part, shape=(1, part.shape[1], self._arrays(part)[1].shape[1]), heads=1)
 
     def forward(self, values: Floats, part: Part) -> Floats:
-        """``(x - mean) @ basis``."""
+        """Return ``(x - mean) @ basis``, ``[1, T, R]``."""
         mean, basis = self._arrays(part)
         flat: Floats = np.ascontiguousarray(values.transpose(1, 0, 2)).reshape(part.shape[1], mean.size)
         with np.errstate(over="ignore", invalid="ignore"):
             return np.asarray((flat - mean) @ basis, np.float32)[None]
 
     def inverse(self, values: Floats, part: Part) -> Floats:
-        """``z @ basis.T + mean``."""
+        """Return ``z @ basis.T + mean``, ``[H, T, D]``."""
         mean, basis = self._arrays(part)
         rows, tokens, dims = part.shape
         with np.errstate(over="ignore", invalid="ignore"):

@@ -1,4 +1,4 @@
-"""``rotation``: a seeded random rotation of every vector, one for all tokens, heads and layers."""
+"""``rotation``: multiplies every vector by one seeded random rotation, the same for all tokens, heads and layers."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Rotation(Transform):
             raise ValueError("seed is 0 to 2**63 - 1")
 
     def forward(self, values: Floats, part: Part) -> Floats:
-        """``x @ R.T``; ``[H, T, D]``."""
+        """Return ``x @ R.T``, ``[H, T, D]``."""
         with np.errstate(over="ignore", invalid="ignore"):
             return np.asarray(values @ rotation_matrix(values.shape[-1], self.seed).T)
 
     def inverse(self, values: Floats, part: Part) -> Floats:
-        """``y @ R``; ``[H, T, D]``."""
+        """Return ``y @ R``, ``[H, T, D]``."""
         with np.errstate(over="ignore", invalid="ignore"):
             return np.asarray(values @ rotation_matrix(values.shape[-1], self.seed))

@@ -1,9 +1,9 @@
-"""``token_klt``: keys and values of all layers as one vector a token, less what its tokens tell, in a few coordinates.
+"""``token_klt``: reduces all keys and values of a token to a few coordinates and subtracts a prediction from token ids.
 
-x is centred, whitened by the Fisher information of the model's predictions, and projected on the leading
-eigenvectors of what a function of the token ids leaves (Karhunen-Loeve transform), then what those leave on the
-leading ones of each group of layers. ``docs/fisher.md`` derives
-it. Keys are taken before RoPE.
+The keys (before RoPE) and values of all layers form one vector x per token. It is centred and whitened by the Fisher
+information of the model's predictions. A function of the token ids predicts it. The transform projects on the leading
+eigenvectors of the prediction's residual (Karhunen-Loeve transform). What these common directions leave is projected
+on the leading eigenvectors of each group of layers. ``docs/fisher.md`` derives the method.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kvpack.errors import MismatchError
 
 @dataclass(frozen=True)
 class TokenKlt(Transform):
-    """With the profile's arrays ``{section}.*``, as ``docs/profile-format.md`` lists them."""
+    """Karhunen-Loeve transform with the profile's arrays ``{section}.*``, listed in ``docs/profile-format.md``."""
 
     name: ClassVar[str] = "token_klt"
     version: ClassVar[int] = 2
@@ -33,10 +33,10 @@ class TokenKlt(Transform):
     section: str
 
     def model(self, part: Part) -> TokenModel:
-        """What the part's profile says, if it is for such a cache.
+        """Return the unpacked model of the part's profile.
 
         Raises:
-            MismatchError: it is not.
+            MismatchError: The profile is for a cache of another shape.
 
         """
         rows, _, dims = part.shape
@@ -48,11 +48,11 @@ class TokenKlt(Transform):
         return model
 
     def output(self, part: Part) -> Part:
-        """One row of the model's coordinates."""
+        """Return the description with one row of the model's coordinates per token."""
         return replace(part, shape=(1, part.shape[1], self.model(part).rank), heads=1)
 
     def forward(self, values: Floats, part: Part) -> Floats:
-        """``(x - mean) @ analysis - prediction``; ``[1, T, R]``."""
+        """Return ``(x - mean) @ analysis - prediction``, ``[1, T, R]``."""
         model = self.model(part)
         rows, tokens, dims = part.shape
         flat = np.empty((tokens, rows, dims), np.float32)
@@ -61,7 +61,7 @@ class TokenKlt(Transform):
             return model.coordinates(flat.reshape(tokens, -1), part)[None]
 
     def inverse(self, values: Floats, part: Part) -> Floats:
-        """``(z + prediction) @ synthesis + mean``."""
+        """Return ``(z + prediction) @ synthesis + mean``, ``[H, T, D]``."""
         model = self.model(part)
         rows, tokens, dims = part.shape
         with np.errstate(over="ignore", invalid="ignore"):

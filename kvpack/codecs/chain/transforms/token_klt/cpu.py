@@ -1,4 +1,7 @@
-"""A stack's tensors to one row a token and back, compiled by numba: its keys, the first half, are turned on the way."""
+"""Rearranges a stack into one row per token and back, compiled by numba.
+
+Keys, the first half of the stack, have RoPE undone or applied on the way.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,14 @@ from kvpack.codecs.chain.base import Floats
 from kvpack.numerics.jit import njit
 
 TILE = 8
-"""Tokens of a head that are moved at once: 2 KiB where a head has 64 dimensions."""
+"""Number of tokens of a head that are moved at once; they take 2 KiB if a head has 64 dimensions."""
 
 
 @njit
 def gather(values: Floats, cosines: Floats, sines: Floats, rows: Floats) -> None:
-    """``values`` ``[H, T, D]`` into ``rows`` ``[T, H, D]``.
+    """Copy ``values`` ``[H, T, D]`` into ``rows`` ``[T, H, D]`` and undo RoPE of the keys.
 
-    Keys are turned back: pairs (i, i + N), by the angles whose ``cosines`` and ``sines`` are ``[T, N]``.
+    The pairs (i, i + N) of keys are rotated back by the angles whose ``cosines`` and ``sines`` are ``[T, N]``.
     """
     heads, tokens, _ = values.shape
     half = cosines.shape[1]
@@ -30,7 +33,7 @@ def gather(values: Floats, cosines: Floats, sines: Floats, rows: Floats) -> None
 
 @njit
 def scatter(rows: Floats, cosines: Floats, sines: Floats, values: Floats) -> None:
-    """The inverse of :func:`gather`."""
+    """Undo :func:`gather`: copy ``rows`` ``[T, H, D]`` into ``values`` ``[H, T, D]`` and apply RoPE to the keys."""
     heads, tokens, _ = values.shape
     half = cosines.shape[1]
     for begin in range(0, tokens, TILE):

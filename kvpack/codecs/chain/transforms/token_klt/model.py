@@ -1,4 +1,4 @@
-"""What a profile says of ``token_klt``, unpacked: matrices, and the prediction from token ids."""
+"""The unpacked profile section of ``token_klt``: its matrices and the prediction from token ids."""
 
 from __future__ import annotations
 
@@ -14,26 +14,33 @@ from kvpack.codecs.protocol import Profile
 from kvpack.errors import MismatchError
 from kvpack.numerics.jit import njit
 
-MOST_SINKS = 4
+MAX_SINKS = 4
 PLACES = 3
 LAGS = 3
 DECAYS = (0.6, 0.85, 0.96, 0.99)
-"""A token is predicted from itself, from ``LAGS`` tokens before it, and from decaying means of those before it."""
+"""Decay factors per token of the means over earlier tokens.
+
+A token is predicted from itself, from the ``LAGS`` tokens before it, and from one decaying mean for each factor.
+"""
 
 BEHIND = 2048
-"""Tokens before a part that its means reach back to: 0.99 ** 2048 is 1e-9."""
+"""Number of tokens before a part that the decaying means include; 0.99 ** 2048 is 1e-9."""
 
 _held: list[tuple[Profile, str, TokenModel]] = []
 _lock = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Local:
-    """Directions of a few layers each, for what the common ones leave: C in each of G groups of layers.
+class LayerGroupBasis:
+    """Basis of the residual of the common directions: C directions for each of G groups of consecutive layers.
 
-    ``bounds`` ``[G, 2]`` are elements of each group's keys; its values lie P / 2 further. ``analysis`` and
-    ``synthesis`` are, for each group, ``[2 * n, C]`` and ``[C, 2 * n]`` of its n elements of keys, then of values;
-    ``cross`` ``[R, G * C]`` is what the common coordinates have told already.
+    Attributes:
+        bounds: range of each group's key elements in a row, ``[G, 2]``. The group's value elements lie P / 2 further.
+        analysis: for each group, the matrix ``[2 * n, C]`` from its n key elements and n value elements to
+            coordinates.
+        synthesis: for each group, the matrix ``[C, 2 * n]`` from coordinates back to its elements.
+        cross: share of the group coordinates that the R common coordinates already account for, ``[R, G * C]``.
+
     """
 
     bounds: list[tuple[int, int]]
@@ -43,11 +50,14 @@ class Local:
 
     @property
     def width(self) -> int:
-        """G * C."""
+        """Number of coordinates of all groups, G * C."""
         return int(self.cross.shape[1])
 
     def coordinates(self, flat: Floats, common: Floats, out: Floats) -> None:
-        """Of centred rows ``[T, P]`` and their common coordinates ``[T, R]``, into ``out`` ``[T, G * C]``."""
+        """Write the group coordinates of centred rows ``flat`` ``[T, P]`` into ``out`` ``[T, G * C]``.
+
+        ``common`` ``[T, R]`` are the common coordinates of the same rows.
+        """
         half, at = flat.shape[1] // 2, 0
         for (a, b), analysis in zip(self.bounds, self.analysis, strict=True):
             mine = out[:, at : at + analysis.shape[1]]
@@ -57,7 +67,7 @@ class Local:
         out -= common @ self.cross
 
     def add_rows(self, coordinates: Floats, flat: Floats) -> None:
-        """Add to rows ``[T, P]`` what coordinates ``[T, G * C]`` say."""
+        """Add the contribution of group coordinates ``[T, G * C]`` to the rows ``flat`` ``[T, P]``."""
         half, at = flat.shape[1] // 2, 0
         for (a, b), synthesis in zip(self.bounds, self.synthesis, strict=True):
             mine = coordinates[:, at : at + len(synthesis)]
@@ -68,8 +78,14 @@ class Local:
 
 @dataclass(frozen=True)
 class Predictor:
-    """What token ids tell: ``table`` ``[V, E]`` has a vector of each id, ``scale`` ``[I]`` goes over what
-    :func:`token_inputs` gives, ``hidden`` ``[I, H]`` are rectified units, ``weights`` ``[I + H, R]`` of both.
+    """Predicts coordinates from token ids with a table of vectors and one layer of rectified units.
+
+    Attributes:
+        table: one vector for each token id, ``[V, E]``.
+        scale: factor of each input that :func:`token_inputs` returns, ``[I]``.
+        hidden: weights of the H rectified units, ``[I, H]``.
+        weights: linear weights of the inputs and of the units, ``[I + H, R]``.
+
     """
 
     table: Floats
@@ -78,7 +94,7 @@ class Predictor:
     weights: Floats
 
     def expected(self, tokens: NDArray[np.int32], start: int, out: Floats) -> None:
-        """Into ``out`` ``[T - start, R]``: coordinates of tokens ``[T]`` from ``start`` on."""
+        """Write the predicted coordinates of ``tokens`` ``[T]`` from ``start`` on into ``out`` ``[T - start, R]``."""
         reach = (len(self.scale) - PLACES - self.table.shape[1]) // (LAGS + len(DECAYS))
         first = max(0, start - BEHIND)
         inputs = token_inputs(self.table[tokens[first:]], reach, start - first, first)
@@ -89,31 +105,42 @@ class Predictor:
 
 @dataclass(frozen=True)
 class TokenModel:
-    """Of P elements a token and R + G * C coordinates.
+    """Model of P elements per token in R + G * C coordinates.
 
-    ``mean`` ``[S + 1, P]``: of each of the S leading tokens that are attention sinks (arXiv 2309.17453), which are
-    given by their means alone, and of the others. ``analysis`` ``[P, R]``, ``synthesis`` ``[R, P]``.
+    The S leading tokens are attention sinks (arXiv 2309.17453). They are reconstructed from their means alone.
+
+    Attributes:
+        frequencies: RoPE's frequencies in radians per position.
+        mean: mean of each of the S sinks, then the mean of all other tokens, ``[S + 1, P]``.
+        analysis: matrix from elements to common coordinates, ``[P, R]``.
+        synthesis: matrix from common coordinates to elements, ``[R, P]``.
+        local: basis of each group of layers.
+        predictor: prediction of the coordinates from token ids.
+
     """
 
     frequencies: Floats
     mean: Floats
     analysis: Floats
     synthesis: Floats
-    local: Local
+    local: LayerGroupBasis
     predictor: Predictor
 
     @property
     def sinks(self) -> int:
-        """S."""
+        """Number of attention sinks, S."""
         return len(self.mean) - 1
 
     @property
     def rank(self) -> int:
-        """R + G * C."""
+        """Number of coordinates per token, R + G * C."""
         return int(self.analysis.shape[1]) + self.local.width
 
     def means(self, first: int, tokens: int) -> list[tuple[slice, Floats]]:
-        """Of ``tokens`` tokens from position ``first`` on, the sinks and then the others: which, and their means."""
+        """Return the ranges of sinks and of other tokens, each with its means.
+
+        The ranges index ``tokens`` tokens whose first has position ``first``.
+        """
         sinks = min(max(self.sinks - first, 0), tokens)
         return [
             (slice(sinks), self.mean[first : first + sinks]),
@@ -121,7 +148,10 @@ class TokenModel:
         ]
 
     def coordinates(self, flat: Floats, part: Part) -> Floats:
-        """What is coded of rows ``[T, P]``, which are overwritten: ``[T, rank]``, 0 for sinks."""
+        """Return the coordinates to code for the rows ``flat`` ``[T, P]``: ``[T, rank]``, 0 for sinks.
+
+        The prediction is subtracted already. ``flat`` is overwritten.
+        """
         for tokens, mean in self.means(part.position, len(flat)):
             flat[tokens] -= mean
         common = self.analysis.shape[1]
@@ -133,7 +163,7 @@ class TokenModel:
         return found
 
     def rows(self, coordinates: Floats, part: Part) -> Floats:
-        """The inverse: ``[T, P]``."""
+        """Undo :meth:`coordinates`: return the rows ``[T, P]``."""
         common = self.analysis.shape[1]
         whole = self.predict(part)
         whole += coordinates
@@ -144,20 +174,22 @@ class TokenModel:
         return flat
 
     def require(self, tokens: NDArray[np.int32]) -> None:
-        """Check token ids.
+        """Check that the profile's model has all these token ids.
 
         Raises:
-            MismatchError: some that the profile's model does not have.
+            MismatchError: It does not have some of them.
 
         """
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < len(self.predictor.table):
             raise MismatchError("the capture has token ids that the profile's model does not have")
 
     def predict(self, part: Part) -> Floats:
-        """Expected coordinates ``[T, rank]`` of the part's tokens; 0 for sinks, and without token ids.
+        """Return the predicted coordinates ``[T, rank]`` of the part's tokens.
+
+        They are 0 for sinks, and for all tokens if the token ids are unknown.
 
         Raises:
-            MismatchError: token ids that the profile's model does not have.
+            MismatchError: The profile's model does not have some of the token ids.
 
         """
         tokens = part.context.tokens
@@ -173,23 +205,30 @@ class TokenModel:
 
 
 def token_inputs(vectors: Floats, reach: int, start: int, first: int = 0) -> Floats:
-    """What tokens are predicted from, from ``start`` on: ``[T - start, E + (LAGS + len(DECAYS)) * reach + PLACES]``.
+    """Return the predictor's inputs for the tokens from ``start`` on.
 
-    A token's own vector, of ``vectors`` ``[T, E]``, which begin at position ``first``; the leading ``reach`` of those
-    behind it; its place.
+    ``vectors`` ``[T, E]`` are the vectors of tokens whose first has position ``first``. The inputs of a token are its
+    own vector, then the lags and decaying means of the leading ``reach`` elements of earlier vectors, then functions
+    of its position. The shape is ``[T - start, E + (LAGS + len(DECAYS)) * reach + PLACES]``.
     """
     behind = context_inputs(np.ascontiguousarray(vectors[:, :reach]))[:, start:]
     return np.concatenate([vectors[start:], *behind, places(first + start, first + len(vectors))], axis=1)
 
 
 def places(start: int, stop: int) -> Floats:
-    """Functions of the position ``[stop - start, PLACES]``; beyond the lengths of calibration they stay the same."""
+    """Return functions of the positions from ``start`` to ``stop``, ``[stop - start, PLACES]``.
+
+    They are constant beyond the sequence length of calibration.
+    """
     n = np.minimum(np.arange(start, stop), 2047).astype(np.float32)
     return np.stack([np.ones_like(n), np.log1p(n) / 8, 1 / np.sqrt(n + 1)], axis=1).astype(np.float32)
 
 
 def context_inputs(rows: Floats) -> Floats:
-    """Of tokens' rows ``[T, M]``, what is behind each: ``[LAGS + len(DECAYS), T, M]``, zero before the first."""
+    """Return the lags and decaying means before each of ``rows`` ``[T, M]``: ``[LAGS + len(DECAYS), T, M]``.
+
+    Lags that reach before the first row are zero.
+    """
     out = np.zeros((LAGS + len(DECAYS), *rows.shape), np.float32)
     for lag in range(1, LAGS + 1):
         out[lag - 1, lag:] = rows[: len(rows) - lag]
@@ -199,7 +238,10 @@ def context_inputs(rows: Floats) -> Floats:
 
 @njit
 def _decaying(rows: Floats, decays: Floats, out: Floats) -> None:
-    """Means of all rows before each, weights falling by a factor ``decay`` a token."""
+    """Write the weighted means of all rows before each row into ``out`` ``[len(decays), T, M]``.
+
+    The weights fall by the factor of ``decays`` with each token of distance.
+    """
     tokens, dims = rows.shape
     for i in range(len(decays)):
         decay, weight = decays[i], np.float32(0)
@@ -214,10 +256,10 @@ def _decaying(rows: Floats, decays: Floats, out: Floats) -> None:
 
 
 def model_of(part: Part, section: str) -> TokenModel:
-    """The part's profile unpacked; the last two are kept.
+    """Return the unpacked ``section`` of the part's profile; the last two models are cached.
 
     Raises:
-        MismatchError: no profile, or one without such a section, or whose arrays do not fit together.
+        MismatchError: There is no profile, it lacks the section, or the section's arrays do not fit together.
 
     """
     part.array(f"{section}.mean")
@@ -252,7 +294,7 @@ def _load(part: Part, section: str) -> TokenModel:
     groups: NDArray[np.int32] = part.array(f"{section}.groups")
     count = len(groups)
     sound = (
-        size % dims == 0 and mean.ndim == 2 and 1 <= len(mean) <= 1 + MOST_SINKS and mean.shape[1] == size,
+        size % dims == 0 and mean.ndim == 2 and 1 <= len(mean) <= 1 + MAX_SINKS and mean.shape[1] == size,
         spread.shape == (size,) and len(basis) == len(local) == size,
         groups.ndim == 1 and count and size % (2 * count * dims) == 0,
     )
@@ -262,7 +304,7 @@ def _load(part: Part, section: str) -> TokenModel:
         raise _unfit(section)
     blocks = whiten.reshape(-1, dims, dims)
     synthesis = np.ascontiguousarray((basis * spread[:, None]).T)
-    own = local_of(blocks, synthesis, local * spread[:, None], groups)
+    own = layer_group_basis(blocks, synthesis, local * spread[:, None], groups)
     return TokenModel(part.array("rope.inv_freq"), mean, dual(blocks, synthesis), synthesis, own, predictor)
 
 
@@ -283,11 +325,15 @@ def _unfit(section: str) -> MismatchError:
     return MismatchError(f"the profile's section {section!r} does not fit together: calibrate again")
 
 
-def local_of(whiten: Floats, synthesis: Floats, local: Floats, groups: NDArray[np.int32]) -> Local:
-    """Directions ``[P, C]`` of each group's elements, ``groups`` ``[L]`` being each layer's group."""
+def layer_group_basis(whiten: Floats, synthesis: Floats, local: Floats, groups: NDArray[np.int32]) -> LayerGroupBasis:
+    """Return the basis of all layer groups.
+
+    ``local`` ``[P, C]`` are the directions of each group's elements, and ``groups`` ``[L]`` is the group of each layer.
+    ``whiten`` ``[B, D, D]`` are the whitening blocks, and ``synthesis`` ``[R, P]`` are the common directions.
+    """
     half, dims = len(local) // 2, whiten.shape[1]
     layer = half // len(groups)
-    found = Local([], [], [], np.empty((len(synthesis), (int(groups[-1]) + 1) * local.shape[1]), np.float32))
+    found = LayerGroupBasis([], [], [], np.empty((len(synthesis), (int(groups[-1]) + 1) * local.shape[1]), np.float32))
     for group in range(int(groups[-1]) + 1):
         a, b = (int(np.searchsorted(groups, group, side)) * layer for side in ("left", "right"))
         mine = np.ascontiguousarray(np.concatenate([local[a:b], local[half + a : half + b]]).T)
@@ -304,15 +350,16 @@ def local_of(whiten: Floats, synthesis: Floats, local: Floats, groups: NDArray[n
 
 
 def dual(whiten: Floats, synthesis: Floats) -> Floats:
-    """Analysis ``[P, R]``: coordinates whose ``synthesis`` ``[R, P]`` is nearest, measured whitened by ``[B, D, D]``.
+    """Return the analysis matrix ``[P, R]`` that belongs to ``synthesis`` ``[R, P]``.
 
-    The rows of ``synthesis`` are rounded, and so not quite orthonormal there.
+    It maps a row to the coordinates whose synthesis is nearest to the row, measured in the space whitened by
+    ``whiten`` ``[B, D, D]``. The rows of ``synthesis`` are rounded, and therefore not quite orthonormal in that space.
     """
     blocks, dims, _ = whiten.shape
     columns = np.ascontiguousarray(synthesis.T).reshape(blocks, dims, -1)
     white: Floats = (whiten.transpose(0, 2, 1) @ columns).reshape(blocks * dims, -1)
     gram = white.T.astype(np.float64) @ white
-    gram += (1e-10 * gram.trace() / len(gram) + 1e-30) * np.eye(len(gram))  # directions may be rounded to nothing
+    gram += (1e-10 * gram.trace() / len(gram) + 1e-30) * np.eye(len(gram))  # Rounding may make a direction zero.
     inverse = np.linalg.inv(gram).astype(np.float32)
     found: Floats = (whiten @ (white @ inverse).reshape(blocks, dims, -1)).reshape(blocks * dims, -1)
     return found

@@ -1,4 +1,4 @@
-"""``unrope``: keys as they were before rotary position embedding (RoPE, arXiv 2104.09864), where ranks are lower."""
+"""``unrope``: undoes rotary position embedding (RoPE, arXiv 2104.09864) of keys, whose rank is lower without it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from kvpack.errors import MismatchError
 
 @dataclass(frozen=True)
 class Unrope(Transform):
-    """Undoes RoPE with the profile's ``rope.inv_freq``; a profile with none of them leaves keys alone."""
+    """Undoes RoPE with the profile's ``rope.inv_freq``; if that array is empty, keys stay unchanged."""
 
     name: ClassVar[str] = "unrope"
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[Need]] = frozenset({Need.PROFILE})
 
     def forward(self, values: Floats, part: Part) -> Floats:
-        """Keys after RoPE to keys before it; ``[H, T, D]``."""
+        """Turn keys after RoPE into keys before RoPE, ``[H, T, D]``."""
         return rotate(values, _frequencies(part), part.position, -1)
 
     def inverse(self, values: Floats, part: Part) -> Floats:
-        """Keys before RoPE to keys after it; ``[H, T, D]``."""
+        """Turn keys before RoPE into keys after RoPE, ``[H, T, D]``."""
         return rotate(values, _frequencies(part), part.position, 1)
 
 
