@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpack.cli import common
-from kvpack.errors import FormatError, KvpackError, UsageError
+from kvpack.errors import FormatError, KvpackError, UnsupportedError, UsageError
 from kvpack.formats.output import check_output
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class _File:
 
                 wanted = choose(self.source, profile, wanted, chunk_tokens=chunk_tokens, drop=drop)
             return jobs.plan(capture, wanted, profile=profile, chunk_tokens=chunk_tokens, drop=drop)
-        except FormatError as error:
+        except (FormatError, UnsupportedError) as error:
             raise type(error)(str(error).replace(str(self.source), str(self.path))) from None
 
 

@@ -1,4 +1,4 @@
-"""Opens a ``.kvp`` file: prologue, header, footer and index checked, streams by range."""
+"""Opens a ``.kvp`` file: checks its prologue, header, footer and index, and reads single streams of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kvpack.errors import CorruptError, FormatError, TruncatedError, UnsupportedError
 from kvpack.formats.safetensors import Header as SourceHeader
+from kvpack.kvp.features import critical_of, names_of
 from kvpack.kvp.header import Header
 from kvpack.kvp.layout import (
     FOOTER,
@@ -26,24 +27,27 @@ from kvpack.kvp.layout import (
 
 
 class Container:
-    """A ``.kvp`` file, memory-mapped read-only.
+    """A ``.kvp`` file, mapped into memory for reading.
 
-    ``header``, ``source`` (the safetensors header of what was compressed) and ``parts`` are checked on opening;
-    a stream's checksum when it is read. ``view`` is the whole file.
+    ``version`` and ``critical`` are the format's version and the bits of critical features, from the prologue.
+    ``header``, ``source`` (the safetensors header of what was compressed) and ``parts`` are checked when the file is
+    opened, a stream's checksum when the stream is read. ``view`` is the whole file.
     """
 
     def __init__(self, view: memoryview) -> None:
-        """Check everything but the streams; ``view`` is the whole file.
+        """Check everything but the streams of a file, whose bytes ``view`` is.
 
         Raises:
-            FormatError, TruncatedError, CorruptError: not a sound ``.kvp`` file.
-            UnsupportedError: written by a newer kvpack.
+            FormatError: The file is not a ``.kvp`` file, or it breaks the format.
+            TruncatedError: The file ends early.
+            CorruptError: A checksum does not match.
+            UnsupportedError: The file was written by a newer kvpack.
 
         """
         self.view = view
         size = len(view)
         prologue = bytes(view[: PROLOGUE.size])
-        self.version, length, crc = unpack_prologue(prologue)
+        self.version, self.critical, length, crc = unpack_prologue(prologue)
         start = PROLOGUE.size + length
         if start + FOOTER.size > size:
             raise TruncatedError("truncated: the file ends within its header")
@@ -54,6 +58,8 @@ class Container:
         raw_index = self._checked(offset, index_length, index_crc, "index")
         self.header = Header.from_bytes(inflate(raw_header, MAX_HEADER, "header"))
         self.source: SourceHeader = self.header.source_header()
+        if unsaid := critical_of(self.source) & ~self.critical:
+            raise FormatError(f"uses {', '.join(names_of(unsaid))}, and its prologue does not say so")
         self.size, self.header_size, self.index_size = size, start, size - offset
         if self.source.file_size > size * MAX_EXPANSION:
             raise FormatError(f"claims to hold {self.source.file_size} bytes, more than {MAX_EXPANSION} times its size")
@@ -65,7 +71,7 @@ class Container:
 
     @classmethod
     def open(cls, path: Path) -> Container:
-        """Map ``path``; raises as the constructor, with the path in the message."""
+        """Map ``path`` into memory and check it. Errors are those of the constructor, and name the path."""
         with path.open("rb") as file:
             empty = not file.seek(0, 2)
             view = memoryview(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -87,26 +93,27 @@ class Container:
             raise FormatError(f"{part.plan.name}: a stream's kind is not in the header")
 
     def stream_name(self, record: Record) -> str:
-        """The name of a stream's kind."""
+        """The name of the kind that a stream is of."""
         return self.header.streams[record.kind]
 
     def places(self, part: PartEntry) -> list[tuple[int, int]]:
-        """Offsets and sizes of a part's streams in the file."""
+        """The offset and size of each of a part's streams in the file."""
         return [(offset, record.size) for record, offset in part.streams]
 
     def streams(self, part: PartEntry) -> list[tuple[str, memoryview, int]]:
-        """Names, bytes and checksums of a part's streams; nothing is verified."""
+        """The name, bytes and checksum of each of a part's streams. Nothing is verified."""
         every = [(record, self.view[offset : offset + record.size]) for record, offset in part.streams]
         return [(self.stream_name(record), data, record.checksum) for record, data in every]
 
     def read(self, part: PartEntry) -> list[tuple[str, memoryview]]:
-        """Names and bytes of a part's streams, their checksums verified.
+        """The name and bytes of each of a part's streams, after their checksums were verified.
 
         Raises:
-            CorruptError: a checksum does not match.
+            CorruptError: A checksum does not match.
 
         """
-        from kvpack.numerics.checksum import checksum  # here, because it takes numba and inspect reads no streams
+        # This is imported here because it takes numba, which ``kvpack inspect`` does without.
+        from kvpack.numerics.checksum import checksum
 
         streams = []
         for name, data, expected in self.streams(part):
