@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,9 +51,20 @@ def test_the_umask_is_never_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         file.write(b"x")
 
 
-def test_other_threads_create_files_with_their_own_modes(tmp_path: Path) -> None:
-    """One thread writes outputs without pause, another creates private files and looks at their modes."""
-    before = os.umask(0o077)
+def test_other_threads_create_files_with_their_own_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread writes outputs without pause, another creates private files and looks at their modes.
+
+    Whoever touches the umask is made to wait, so that the other thread is sure to notice.
+    """
+    set_umask = os.umask
+    before = set_umask(0o077)
+
+    def slow(value: int) -> int:
+        previous = set_umask(value)
+        time.sleep(0.001)
+        return previous
+
+    monkeypatch.setattr(os, "umask", slow)
     done, wrong = threading.Event(), []
 
     def create() -> None:
@@ -65,17 +77,17 @@ def test_other_threads_create_files_with_their_own_modes(tmp_path: Path) -> None
             path.unlink()
             number += 1
 
-    others = [threading.Thread(target=create)]
+    other = threading.Thread(target=create)
     try:
-        others[0].start()
-        for _ in range(300):
+        other.start()
+        for _ in range(200):
             with atomic_output(tmp_path / "x", force=True) as file:
                 file.write(b"x")
             assert mode(tmp_path / "x") == 0o600
     finally:
         done.set()
-        others[0].join()
-        os.umask(before)
+        other.join()
+        set_umask(before)
     assert wrong == []
 
 
