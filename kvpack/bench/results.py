@@ -1,4 +1,7 @@
-"""A bench's results: rows in one JSON file that a later run continues, and their summary over documents."""
+"""Holds a bench's results and sums them up over documents.
+
+The rows are written to one JSON file, which a later run continues.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -15,19 +19,17 @@ from kvpack.formats.output import atomic_output
 
 SCHEMA_VERSION = 2
 TOKEN_ENTROPY = "token-entropy"
-"""Row of the sequence bound: bits of the tokens, from which the model itself makes the cache again."""
-
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Student's t for two-sided 95 % intervals, by degrees of freedom from 1; above 10 the normal's 1.960 is used."""
+"""The row of the sequence bound: the bits of the tokens, from which the model itself makes the cache again."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One codec, one seed, one document. Errors as in ``kvpack verify``; seconds of the second of two runs.
+    """What one codec did with one seed to one document.
 
-    ``document`` is the capture's file name, ``document_sha256`` its contents; ``model`` is
-    ``ModelReport.to_json()``, or None where no model ran. Of a bound (``kvpack.bench.bounds``), which no file
-    attains, ``size``, ``ratio`` and seconds are None; of the token entropy everything but the bits is.
+    ``document`` is the capture's file name, ``document_sha256`` the hash of its contents. Errors are those of
+    ``kvpack verify``. Seconds are those of the second of two runs. ``model`` is ``ModelReport.to_json()``, or None
+    where no model ran. A bound (``kvpack.bench.bounds``) is attained by no file, so its ``size``, ``ratio`` and seconds
+    are None. The row of the token entropy has nothing but its bits.
     """
 
     document: str
@@ -51,20 +53,20 @@ class Row:
 
     @property
     def bound(self) -> bool:
-        """Whether it is a bound and no codec."""
+        """Whether the row is of a bound, and not of a codec."""
         return self.size is None
 
 
 @dataclass
 class Results:
-    """Everything ``kvpack bench`` writes; ``setting`` is what rows must share to be compared within a file."""
+    """Everything that ``kvpack bench`` writes. All rows of a file must have been made with the same ``setting``."""
 
     setting: dict[str, Any]
     machine: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON types only, with ``schema_version``."""
+        """The same in types that JSON has, with ``schema_version``."""
         return {
             "schema_version": SCHEMA_VERSION,
             "setting": self.setting,
@@ -73,16 +75,16 @@ class Results:
         }
 
     def write(self, path: Path) -> None:
-        """Write the file whole or not at all."""
+        """Write the file, whole or not at all."""
         with atomic_output(path, force=True) as sink:
             sink.write(json.dumps(self.to_json(), indent=1).encode() + b"\n")
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """Read a file of :meth:`write`.
+        """Read a file that :meth:`write` has written.
 
         Raises:
-            FormatError: not such a file.
+            FormatError: The file is not such a file.
 
         """
         try:
@@ -94,10 +96,10 @@ class Results:
             raise FormatError(f"{path}: not the results of kvpack bench ({error})") from None
 
     def resume(self, path: Path) -> None:
-        """Take over the rows that ``path`` holds, if it is there.
+        """Take over the rows of the file ``path``, if it is there.
 
         Raises:
-            UsageError: they were made with another model or other versions.
+            UsageError: They were made with another model or with other versions.
 
         """
         if not path.exists():
@@ -128,7 +130,7 @@ METRICS: dict[str, Callable[[Row], float | None]] = {
     "compress_seconds": lambda row: row.compress_seconds,
     "decompress_seconds": lambda row: row.decompress_seconds,
 }
-"""What a summary holds, by name."""
+"""The figures that a summary holds, by name, each with how a row gives it."""
 
 
 def _model(row: Row, test: str, figure: str) -> float | None:
@@ -138,7 +140,10 @@ def _model(row: Row, test: str, figure: str) -> float | None:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over documents, and the half width of its 95 % confidence interval (None for one document)."""
+    """A mean over documents, and the half width of its 95 % confidence interval.
+
+    Of one document alone there is no interval, and ``half`` is None.
+    """
 
     mean: float
     half: float | None
@@ -175,17 +180,41 @@ def _figures(documents: list[list[Row]]) -> dict[str, Interval]:
 
 
 def interval(values: list[float]) -> Interval:
-    """Mean and 95 % confidence half width by Student's t."""
+    """The mean of some values and the half width of its 95 % confidence interval, by Student's t.
+
+    Raises:
+        UsageError: There is more than one value, and scipy is not installed.
+
+    """
     if len(values) < 2:
         return Interval(values[0], None)
-    quantile = T_95[len(values) - 2] if len(values) - 2 < len(T_95) else 1.960
-    return Interval(mean(values), quantile * stdev(values) / math.sqrt(len(values)))
+    return Interval(mean(values), student_t(len(values) - 1) * stdev(values) / math.sqrt(len(values)))
+
+
+@cache
+def student_t(degrees: int) -> float:
+    """The quantile of Student's t distribution for a two-sided 95 % interval, at so many degrees of freedom.
+
+    Raises:
+        UsageError: scipy is not installed.
+
+    """
+    try:
+        from scipy.stats import t
+    except ImportError:
+        raise UsageError("confidence intervals need scipy: pip install 'kvpack[bench]'") from None
+    return float(t.ppf(0.975, degrees))
 
 
 def compare(old: Results, new: Results) -> list[tuple[str, str, float, float]]:
-    """Codec, metric, old and new mean of what moved by more than one percent, over documents both have.
+    """Name what moved by more than one percent, over the documents that both results have.
 
-    Seconds are left out: they move with the machine's mood.
+    Each is given as its codec, its metric, the old mean and the new one. Seconds are left out, because they move with
+    the load of the machine.
+
+    Raises:
+        UsageError: There is more than one document, and scipy is not installed.
+
     """
     common = {row.key for row in old.rows} & {row.key for row in new.rows}
     before, after = (
