@@ -1,11 +1,14 @@
-"""Writes the golden files of the format's current version. Run by hand, only when the format changes on purpose.
+"""Writes the golden files of the format. It is run by hand, and only when the format changes on purpose.
 
     python tests/make_goldens.py
 
-Goldens are ``fixtures/goldens/{version}/{codec}.kvp`` with the SHA-256 of the capture they decode to, for exact
-codecs, and ``SHA256SUMS`` of all of them: those of a version that was released never change. Codecs with a calibration
-profile are given a smaller capture (``profiles.tiny_capture``) and ``fixtures/tiny.kvprofile``, calibrated on that same
-capture, which is made here if it is not there. A file that is there is left as it is.
+Goldens of format 1.0 are ``fixtures/goldens/1.0/{codec}.kvp``. Codecs with a calibration profile are given a smaller
+capture (``profiles.tiny_capture``) and ``fixtures/tiny.kvprofile``. That profile is calibrated on the same capture, and
+made here if it is not there. Goldens of later versions are ``fixtures/goldens/{version}/{feature}.kvp``, one for each
+critical feature that the version has added.
+
+Beside each golden of a lossless codec stands the SHA-256 of the capture that it decodes to, and ``SHA256SUMS`` lists
+every file of a version. Goldens never change: a file that is there is left as it is.
 """
 
 from __future__ import annotations
@@ -19,44 +22,59 @@ from typing import Any
 
 import numpy as np
 import torch
+from newer import write_newer
 from profiles import FIXTURES, THETA, TINY, model_metadata, tiny_capture
 
 from kvpack import jobs
 from kvpack.calibration import FisherOptions, PredictorOptions, Sample, calibrate, prediction, scales, token_klt
 from kvpack.codecs.chain.transforms.unrope import rotate
-from kvpack.codecs.protocol import Need
+from kvpack.codecs.protocol import Codec, Need
 from kvpack.codecs.recipes import CODECS
 from kvpack.formats.source import Capture
 from kvpack.jobs.reader import KvpFile
-from kvpack.kvp.layout import VERSION
 from kvpack.numerics.floats import to_float32
 from kvpack.profiles import Profile, write_profile
 
 CAPTURE = FIXTURES / "smollm2-160.safetensors"
 RANK, SINKS, TABLE_BUDGET = 32, 1, 8192
-FOLDER = FIXTURES / "goldens" / ".".join(map(str, VERSION))
+GOLDENS = FIXTURES / "goldens"
 
 
 def main() -> None:
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    """Write every golden that is not there."""
     with tempfile.TemporaryDirectory() as folder:
         tiny = tiny_capture(Path(folder) / "tiny.safetensors")
         if not TINY.exists():
             write_tiny_profile(tiny)
         profile = Profile.open(TINY)
         for name, codec in CODECS.items():
-            path = FOLDER / f"{name}.kvp"
-            if path.exists():
-                continue
-            with path.open("wb") as sink:
-                jobs.compress(tiny if Need.PROFILE in codec.traits.needs else CAPTURE, sink, codec, profile=profile)
-            if codec.lossless:
-                back = io.BytesIO()
-                jobs.decompress(KvpFile.open(path), back)
-                path.with_suffix(".sha256").write_text(hashlib.sha256(back.getvalue()).hexdigest() + "\n")
-    files = [TINY, *sorted(FOLDER.glob("*.kvp")), *sorted(FOLDER.glob("*.sha256"))]
+            write_golden(
+                GOLDENS / "1.0" / f"{name}.kvp", tiny if Need.PROFILE in codec.traits.needs else CAPTURE, codec, profile
+            )
+        newer = write_newer(Path(folder) / "newer.safetensors")
+        write_golden(GOLDENS / "1.1" / "newer-dtypes.kvp", newer, CODECS["lossless"])
+    write_sums(GOLDENS / "1.0", TINY)
+    write_sums(GOLDENS / "1.1")
+
+
+def write_golden(path: Path, capture: Path, codec: Codec, profile: Profile | None = None) -> None:
+    """Compress ``capture`` to ``path``, unless the golden is there already."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as sink:
+        jobs.compress(capture, sink, codec, profile=profile)
+    if codec.lossless:
+        back = io.BytesIO()
+        jobs.decompress(KvpFile.open(path), back)
+        path.with_suffix(".sha256").write_text(hashlib.sha256(back.getvalue()).hexdigest() + "\n")
+
+
+def write_sums(folder: Path, *others: Path) -> None:
+    """List the SHA-256 of every golden in ``folder``, and of the ``others`` that they need."""
+    files = [*others, *sorted(folder.glob("*.kvp")), *sorted(folder.glob("*.sha256"))]
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
-    (FOLDER / "SHA256SUMS").write_text("".join(lines))
+    (folder / "SHA256SUMS").write_text("".join(lines))
 
 
 def write_tiny_profile(path: Path) -> None:

@@ -39,6 +39,9 @@ from reference_stages import (
 )
 
 MASK64 = (1 << 64) - 1
+NEWER_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64")
+PACKED_DTYPES = ("F4", "F6_E2M3", "F6_E3M2")
+"""Their elements are smaller than a byte: tensors of them are rows of bytes."""
 
 
 # ---- Checksums -----------------------------------------------------------------------------------------------------
@@ -63,7 +66,7 @@ def decode(data: bytes, profile: bytes = b"") -> bytes:
     magic, major, _, critical, _, header_length, header_crc, own = struct.unpack_from("<8sHHIIIII", data)
     need(magic == b"\x89KVP\r\n\x1a\n", "magic")
     need(zlib.crc32(data[:28]) == own, "prologue")
-    need(major == 1 and critical == 0, "version")
+    need(major == 1 and critical & ~1 == 0, "version")
     index_at, index_length, index_crc, total, prologue_crc, footer_crc, end = struct.unpack("<QIIQII8s", data[-40:])
     need(end == b"\x89KVPEND\n" and zlib.crc32(data[-40:-12]) == footer_crc, "footer")
     need(total == len(data) and index_at + index_length + 40 == total and prologue_crc == own, "extents")
@@ -72,6 +75,7 @@ def decode(data: bytes, profile: bytes = b"") -> bytes:
     header = json.loads(zlib.decompress(deflated))
     source = header["source"].encode()
     tensors = read_source(source)
+    need(critical & 1 or not any(t["dtype"] in NEWER_DTYPES for t in tensors), "newer dtypes without their bit")
     packed = data[index_at : index_at + index_length]
     need(zlib.crc32(packed) == index_crc, "index")
     parts = list(plan(tensors, header["chunk_tokens"]))
@@ -124,7 +128,7 @@ def plan(tensors: list[dict[str, Any]], chunk: int) -> Iterator[dict[str, Any]]:
                 yield {"tensor": t, "shape": shape, "first": first, "total": tokens}
     for t in tensors:
         if not t["layer"] and t["bytes"]:
-            dims = t["shape"] or [1]
+            dims = [t["bytes"]] if t["dtype"] in PACKED_DTYPES else t["shape"] or [1]
             longest = dims.index(max(dims))
             shape = (math.prod(dims[:longest]), dims[longest], math.prod(dims[longest + 1 :]))
             yield {"tensor": t, "shape": shape, "first": 0, "total": shape[1]}

@@ -23,6 +23,8 @@ ITEM_BYTES = {
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64"), 8),
+    **dict.fromkeys(("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
+    "C64": 8,
 }
 
 Plane = tuple[str, tuple[int, int, int], int]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import SMALL
 from models import CONFIGS, save_model
 from profiles import PROFILED, profile_for
 
 from kvpack.bench.bounds import BOUNDS
 from kvpack.bench.demo import demo_text
 from kvpack.bench.report import markdown
-from kvpack.bench.results import TOKEN_ENTROPY, Results, Row, compare, interval, summarize
+from kvpack.bench.results import TOKEN_ENTROPY, Results, Row, compare, interval, student_t, summarize
 from kvpack.codecs.recipes import CODECS, codecs_matching, family_of
 from kvpack.errors import UsageError
 from kvpack.formats.safetensors import TensorFile
@@ -158,7 +160,7 @@ def test_summaries_average_seeds_first_then_documents() -> None:
     (summary,) = summarize(rows)
     assert summary.documents == 2
     assert summary.figures["kl_plain"].mean == pytest.approx(0.3)
-    assert summary.figures["kl_plain"].half == pytest.approx(12.706 * 0.1)  # sd 0.1 * sqrt 2, over sqrt 2
+    assert summary.figures["kl_plain"].half == pytest.approx(12.7062 * 0.1)  # sd 0.1 * sqrt 2, over sqrt 2
     assert "kl_repeat" not in summary.figures
     assert "| x-1 |" in markdown(results(*rows))
 
@@ -169,6 +171,33 @@ def test_intervals_cover_as_often_as_they_say() -> None:
     covered = np.mean([abs(one.mean) <= (one.half or 0) for one in draws])
     assert covered == pytest.approx(0.95, abs=0.02)
     assert interval([1.0]).half is None
+
+
+def test_intervals_are_those_of_students_t_at_any_number_of_documents() -> None:
+    """The quantiles are those of printed tables (two-sided, 95 %), and never jump."""
+    for documents, quantile in ((2, 12.706), (11, 2.228), (12, 2.201), (13, 2.179), (31, 2.042), (121, 1.980)):
+        values = list(np.random.default_rng(documents).standard_normal(documents))
+        half = interval(values).half
+        assert half is not None
+        assert half / (np.std(values, ddof=1) / documents**0.5) == pytest.approx(quantile, abs=5e-4)
+    steps = [student_t(degrees) for degrees in range(1, 60)]
+    falls = -np.diff(steps)
+    assert (falls > 0).all()
+    assert (np.diff(falls) < 0).all()
+
+
+def test_without_scipy_a_bench_says_so_before_it_runs(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    student_t.cache_clear()
+    assert interval([1.0]).half is None  # One document has no interval, and takes no scipy.
+    with pytest.raises(UsageError, match=r"pip install 'kvpack\[bench\]'"):
+        interval([1.0, 2.0])
+    monkeypatch.setattr("kvpack.capture.load_model", lambda *_: pytest.fail("work began"))
+    done = cli("bench", SMALL, SMALL, "-o", tmp_path / "r.json", "--codecs", "lossless")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "pip install 'kvpack[bench]'" in done.err
 
 
 def test_compare_names_what_moved() -> None:

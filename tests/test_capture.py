@@ -154,6 +154,28 @@ def test_bad_requests(cli: Cli, llama: Path, text: Path, tmp_path: Path) -> None
         assert not target.exists()
 
 
+WITHOUT_GGUF = "import sys; sys.modules['gguf'] = None; from kvpack.cli.main import main; main()"
+"""Runs the command line as on a machine that has no package gguf."""
+
+
+def test_a_model_that_is_no_gguf_file_takes_no_gguf(llama: Path, text: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_GGUF, "capture", "-m", llama, "--text", text, "-o", tmp_path / "c"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert open_cache(tmp_path / "c").tensors["layers.0.keys"].dtype == "F32"
+
+
+def test_a_gguf_file_without_the_package_gguf(text: Path, tmp_path: Path) -> None:
+    """A file by name, and the embedded model, which is one."""
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    for model in (["-m", tmp_path / "x.gguf"], []):
+        command = [sys.executable, "-c", WITHOUT_GGUF, "capture", *model, "--text", text, "-o", tmp_path / "c"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert ".gguf: a GGUF file needs gguf: pip install 'kvpack[capture]'" in done.stderr
+        assert not (tmp_path / "c").exists()
+
+
 def test_the_embedded_model(text: Path, tmp_path: Path) -> None:
     """As a process of its own, which must also keep the libraries' chatter to itself."""
     target = tmp_path / "c"

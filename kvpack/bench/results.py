@@ -1,4 +1,7 @@
-"""Results of ``kvpack bench``: rows in one JSON file, which a later run can continue, and their summary."""
+"""Holds a bench's results and sums them up over documents.
+
+The rows are written to one JSON file, which a later run continues.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -15,20 +19,17 @@ from kvpack.formats.output import atomic_output
 
 SCHEMA_VERSION = 2
 TOKEN_ENTROPY = "token-entropy"
-"""Name of the row of the sequence bound: the bits of the tokens, from which the model can compute the cache again."""
-
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Student's t of two-sided 95 % intervals for 1 to 10 degrees of freedom; above 10, the normal's 1.960 is used."""
+"""The row of the sequence bound: the bits of the tokens, from which the model itself makes the cache again."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Results of one codec with one seed on one document.
+    """What one codec did with one seed to one document.
 
-    Errors are those of ``kvpack verify``. Seconds are those of the second of two runs. ``document`` is the file name of
-    the capture and ``document_sha256`` its digest. ``model`` is ``ModelReport.to_json()``, or None if no model ran. A
-    bound (``kvpack.bench.bounds``) has no file, so its ``size``, ``ratio`` and seconds are None. For the token entropy,
-    all figures except the bits are None.
+    ``document`` is the capture's file name, ``document_sha256`` the hash of its contents. Errors are those of
+    ``kvpack verify``. Seconds are those of the second of two runs. ``model`` is ``ModelReport.to_json()``, or None
+    where no model ran. A bound (``kvpack.bench.bounds``) is attained by no file, so its ``size``, ``ratio`` and seconds
+    are None. The row of the token entropy has nothing but its bits.
     """
 
     document: str
@@ -52,23 +53,20 @@ class Row:
 
     @property
     def bound(self) -> bool:
-        """Whether the row is of a bound and not of a codec."""
+        """Whether the row is of a bound, and not of a codec."""
         return self.size is None
 
 
 @dataclass
 class Results:
-    """All that ``kvpack bench`` writes.
-
-    ``setting`` is what all rows of a file must have in common, so that they can be compared.
-    """
+    """Everything that ``kvpack bench`` writes. All rows of a file must have been made with the same ``setting``."""
 
     setting: dict[str, Any]
     machine: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the results with JSON types only, with ``schema_version``."""
+        """The same in types that JSON has, with ``schema_version``."""
         return {
             "schema_version": SCHEMA_VERSION,
             "setting": self.setting,
@@ -77,16 +75,16 @@ class Results:
         }
 
     def write(self, path: Path) -> None:
-        """Write the results to ``path`` atomically."""
+        """Write the file, whole or not at all."""
         with atomic_output(path, force=True) as sink:
             sink.write(json.dumps(self.to_json(), indent=1).encode() + b"\n")
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """Read a file that :meth:`write` wrote.
+        """Read a file that :meth:`write` has written.
 
         Raises:
-            FormatError: The file is not such a file, or has another schema version.
+            FormatError: The file is not such a file.
 
         """
         try:
@@ -98,10 +96,10 @@ class Results:
             raise FormatError(f"{path}: not the results of kvpack bench ({error})") from None
 
     def resume(self, path: Path) -> None:
-        """Take over the rows of the file ``path``, if it exists.
+        """Take over the rows of the file ``path``, if it is there.
 
         Raises:
-            UsageError: The rows were measured with another setting, such as another model or other versions.
+            UsageError: They were made with another model or with other versions.
 
         """
         if not path.exists():
@@ -132,7 +130,7 @@ METRICS: dict[str, Callable[[Row], float | None]] = {
     "compress_seconds": lambda row: row.compress_seconds,
     "decompress_seconds": lambda row: row.decompress_seconds,
 }
-"""Metrics of a summary by name; each takes a row and returns a figure, or None if the row does not have it."""
+"""The figures that a summary holds, by name, each with how a row gives it."""
 
 
 def _model(row: Row, test: str, figure: str) -> float | None:
@@ -142,7 +140,10 @@ def _model(row: Row, test: str, figure: str) -> float | None:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over documents and the half width of its 95 % confidence interval, which is None for one document."""
+    """A mean over documents, and the half width of its 95 % confidence interval.
+
+    Of one document alone there is no interval, and ``half`` is None.
+    """
 
     mean: float
     half: float | None
@@ -179,17 +180,41 @@ def _figures(documents: list[list[Row]]) -> dict[str, Interval]:
 
 
 def interval(values: list[float]) -> Interval:
-    """Return the mean and the half width of its 95 % confidence interval by Student's t."""
+    """The mean of some values and the half width of its 95 % confidence interval, by Student's t.
+
+    Raises:
+        UsageError: There is more than one value, and scipy is not installed.
+
+    """
     if len(values) < 2:
         return Interval(values[0], None)
-    quantile = T_95[len(values) - 2] if len(values) - 2 < len(T_95) else 1.960
-    return Interval(mean(values), quantile * stdev(values) / math.sqrt(len(values)))
+    return Interval(mean(values), student_t(len(values) - 1) * stdev(values) / math.sqrt(len(values)))
+
+
+@cache
+def student_t(degrees: int) -> float:
+    """The quantile of Student's t distribution for a two-sided 95 % interval, at so many degrees of freedom.
+
+    Raises:
+        UsageError: scipy is not installed.
+
+    """
+    try:
+        from scipy.stats import t
+    except ImportError:
+        raise UsageError("confidence intervals need scipy: pip install 'kvpack[bench]'") from None
+    return float(t.ppf(0.975, degrees))
 
 
 def compare(old: Results, new: Results) -> list[tuple[str, str, float, float]]:
-    """Return codec, metric, old mean and new mean of every metric that changed by more than one percent.
+    """Name what moved by more than one percent, over the documents that both results have.
 
-    Only rows that both results have are compared. Seconds are left out, because they vary between runs.
+    Each is given as its codec, its metric, the old mean and the new one. Seconds are left out, because they move with
+    the load of the machine.
+
+    Raises:
+        UsageError: There is more than one document, and scipy is not installed.
+
     """
     common = {row.key for row in old.rows} & {row.key for row in new.rows}
     before, after = (

@@ -1,19 +1,21 @@
-"""Runs a model over a text and saves its KV cache; ``docs/capture-format.md`` specifies the file."""
+"""Runs a model over a text and saves its KV cache. ``docs/capture-format.md`` specifies the file.
+
+Importing this takes the packages that every model needs. What only GGUF files need is asked for when one is loaded.
+"""
 
 import os
 
 from kvpack.errors import KvpackError
 
-for _variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # transformers reads them on import.
+for _variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # transformers reads them when it is imported
     os.environ.setdefault(_variable, "1")
 
 try:
     import accelerate as _accelerate
-    import gguf as _gguf
     import transformers as _transformers
 except ImportError as error:
     raise KvpackError(f"capture needs {error.name}: pip install 'kvpack[capture]'") from None
-del _accelerate, _gguf, _transformers
+del _accelerate, _transformers
 
 from kvpack.capture.model import Model, load_model  # noqa: E402
 from kvpack.capture.run import CapturedCache, CaptureOptions, prefill, run, run_tokens  # noqa: E402

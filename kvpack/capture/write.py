@@ -1,4 +1,10 @@
-"""Writes a captured cache as safetensors; the same cache gives the same bytes."""
+"""Writes a captured cache as a safetensors file, the same bytes for the same cache.
+
+The file is not written by the package ``safetensors``, for two reasons. The package sorts tensors by their dtypes and
+names, where a capture has each layer's keys and values side by side in the order of the layers, so every capture would
+change its bytes. And it writes to a path or makes one string of the whole file, where a capture may go to a pipe,
+tensor by tensor.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +26,10 @@ _DTYPES = {
 
 
 def write_capture(cache: CapturedCache, output: BinaryIO) -> int:
-    """Write ``cache`` to ``output`` and return the size in bytes.
+    """Write ``cache`` to ``output`` and return the file's size in bytes.
 
     Raises:
-        UnsupportedError: The format does not have the dtype of a tensor.
+        UnsupportedError: A tensor has a dtype that captures do not have.
 
     """
     tensors = list(_tensors(cache))

@@ -67,11 +67,13 @@ def bench(
     from kvpack.bench import report as pages
     from kvpack.bench import run
     from kvpack.bench.bounds import BOUNDS
-    from kvpack.bench.results import Results
+    from kvpack.bench.results import Results, student_t
     from kvpack.capture import load_model
     from kvpack.codecs.protocol import Need
     from kvpack.codecs.recipes import codecs_matching
 
+    if len(captures) > 1:
+        student_t(len(captures) - 1)  # If scipy is missing, this says so now and not after hours of work.
     names = ",".join(run.QUICK) if quick and codecs == "all" else codecs
     chosen = codecs_matching(names.split(","))
     opened = common.open_profile(profile)

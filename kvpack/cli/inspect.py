@@ -35,8 +35,10 @@ def inspect(
 
     console = Console(highlight=False)
     for report in reports:
-        for name, value in _facts(report):
-            console.print(f"[bold]{name:<16}[/bold]{value}", soft_wrap=True)
+        facts = _facts(report)
+        width = max(16, *(len(name) + 1 for name, _ in facts))
+        for name, value in facts:
+            console.print(f"[bold]{name:<{width}}[/bold]{value}", soft_wrap=True)
         if report.streams:
             console.print(_streams_table(report))
         if verbose or len(report.layers) <= 4:
@@ -51,7 +53,7 @@ def _facts(report: Inspection) -> list[tuple[str, str]]:
         }
         label = "lossless" if report.lossless else "lossy"
         facts += [
-            ("format", f"{report.format}, written by {report.writer}, chunks of {report.chunk_tokens} tokens"),
+            ("format", f"{_format(report)}, written by {report.writer}, chunks of {report.chunk_tokens} tokens"),
             ("codec", f"{(report.codec or {})['name']} ({label})"),
             ("keys", stages["keys"]),
             ("values", stages["values"]),
@@ -70,6 +72,11 @@ def _facts(report: Inspection) -> list[tuple[str, str]]:
     if report.carried_losslessly:
         facts.append(("carried", f"{len(report.carried_losslessly)} parts losslessly"))
     return [(name, value.replace("[", r"\[")) for name, value in facts]
+
+
+def _format(report: Inspection) -> str:
+    """The format's version, and the critical features that the file uses, where there are any."""
+    return f"{report.format} ({', '.join(report.features)})" if report.features else str(report.format)
 
 
 def _stage(stage: dict[str, object]) -> str:

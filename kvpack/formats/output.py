@@ -1,9 +1,9 @@
-"""Output files that appear whole or not at all."""
+"""Writes output files that appear whole or not at all."""
 
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +13,10 @@ from kvpack.errors import KvpackError
 
 
 def check_output(path: Path, *, force: bool = False) -> None:
-    """Say now, before any work, that ``path`` cannot be written.
+    """Refuse a ``path`` that cannot be written. Callers do this before they begin any work.
 
     Raises:
-        KvpackError: its directory is missing, it is not a regular file, or it exists and ``force`` is not set.
+        KvpackError: The directory is missing, ``path`` is not a regular file, or it exists and ``force`` is not set.
 
     """
     if not path.parent.is_dir():
@@ -29,40 +29,53 @@ def check_output(path: Path, *, force: bool = False) -> None:
 
 @contextmanager
 def atomic_output(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
-    """A binary file that becomes ``path`` when the block ends well, and vanishes when it does not.
+    """Give a binary file that becomes ``path`` when the block ends well, and vanishes when it does not.
 
-    Written as a temporary sibling, flushed to disk, then renamed.
+    It is written under a temporary name in the same directory, flushed to disk, then renamed. It has the mode that any
+    new file has there, also where it replaces one with another mode.
 
     Raises:
-        KvpackError: as :func:`check_output`.
+        KvpackError: :func:`check_output` refuses the path.
 
     """
     check_output(path, force=force)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    handle, temporary = _create_beside(path)
     try:
         with os.fdopen(handle, "wb") as file:
             yield cast(BinaryIO, file)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)
         if force:
-            Path(name).replace(path)
+            temporary.replace(path)
         else:
-            _rename_new(Path(name), path)
+            _rename_new(temporary, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
+def _create_beside(path: Path) -> tuple[int, Path]:
+    """Create an empty file with an unused name in the directory of ``path``, and open it for writing.
+
+    The kernel gives it the mode of a new file. ``tempfile.mkstemp`` would make it private, and to undo that one has to
+    know the umask, which can be read only by changing it for all threads of the process.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            return os.open(temporary, flags, 0o666), temporary
+        except FileExistsError:
+            continue
+
+
 def _rename_new(source: Path, target: Path) -> None:
-    """Rename without ever replacing a file that appeared meanwhile."""
+    """Rename a file, but never replace one that has appeared under the new name meanwhile."""
     try:
         os.link(source, target)
     except FileExistsError:
         raise KvpackError(f"{target}: exists already; use -f to overwrite it") from None
-    except OSError:  # a file system without hard links
+    except OSError:  # The file system has no hard links.
         source.replace(target)
         return
     source.unlink()

@@ -1,10 +1,10 @@
-"""Raw access to safetensors files: bit patterns in, bit patterns out, no torch.
+"""Reads and writes safetensors files as bit patterns, without numpy and without torch.
 
-The ``safetensors`` package's numpy and torch front ends convert dtypes (or refuse bf16 and fp8); a compressor
-needs the bytes as they lie, by memory map, and the header verbatim so that a file can be restored byte for
-byte.
+The package ``safetensors`` hands tensors to numpy or torch and so converts their dtypes, and it does not give the
+header's own bytes away. A compressor needs both: the bytes as they lie in the file, through a memory map, and the
+header verbatim, so that the file can be restored byte for byte. The tests hold this module against the package.
 
-Format: https://github.com/huggingface/safetensors#format.
+The format is described at https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from kvpack.errors import FormatError, TruncatedError
+from kvpack.errors import FormatError, TruncatedError, UnsupportedError
 
 MAX_HEADER = 100_000_000
 """The longest header in bytes that the safetensors library itself accepts."""
@@ -27,39 +27,70 @@ ITEM_BITS = {
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
     "U32": 32, "I32": 32, "F32": 32,
     "U64": 64, "I64": 64, "F64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "C64": 64,
 }  # fmt: skip
-"""Bits an element of each safetensors dtype that kvpack reads."""
+"""The number of bits that one element of each safetensors dtype takes.
+
+These are all dtypes of version 0.8 of the package. Elements of 4 and of 6 bits lie side by side without padding. The
+format demands of a tensor of them that it fills whole bytes.
+"""
+
+
+def item_bytes(dtype: str) -> int:
+    """The size in bytes of the unsigned integers that hold a tensor's bit patterns.
+
+    This is the size of an element, except for dtypes whose elements are smaller than a byte: a tensor of those is
+    handled as its bytes.
+    """
+    return max(1, ITEM_BITS[dtype] // 8)
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, dtype (safetensors spelling, e.g. ``BF16``), shape and byte range (in the data section)."""
+    """What a safetensors header says of one tensor.
+
+    ``dtype`` has the spelling of safetensors, for example ``BF16``. ``declared_shape`` is the shape in elements, as the
+    header states it. ``start`` and ``stop`` are the tensor's range of bytes in the file's data section.
+    """
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
+    declared_shape: tuple[int, ...]
     start: int
     stop: int
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array of unsigned integers that holds the tensor's bit patterns.
+
+        This is the declared shape, except for dtypes whose elements are smaller than a byte: a tensor of those is
+        handled as one row of its bytes.
+        """
+        return self.declared_shape if ITEM_BITS[self.dtype] % 8 == 0 else (self.nbytes,)
+
+    @property
     def itemsize(self) -> int:
-        """Bytes an element."""
-        return ITEM_BITS[self.dtype] // 8
+        """The size in bytes of one unsigned integer of that array."""
+        return item_bytes(self.dtype)
 
     @property
     def elements(self) -> int:
-        """Number of elements."""
+        """The number of unsigned integers in that array."""
         return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
+        """The size in bytes of the whole tensor."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True)
 class Header:
-    """A parsed safetensors header: its JSON bytes verbatim, string metadata, tensors by data offset."""
+    """A parsed safetensors header.
+
+    ``raw`` is its JSON, verbatim. ``metadata`` is its map of strings, which may be empty. ``tensors`` are in the order
+    of their data.
+    """
 
     raw: bytes
     metadata: dict[str, str]
@@ -67,25 +98,29 @@ class Header:
 
     @property
     def data_start(self) -> int:
-        """File offset of the data section."""
+        """The offset in the file at which the data section begins."""
         return 8 + len(self.raw)
 
     @property
     def file_size(self) -> int:
-        """Size in bytes of the whole safetensors file."""
+        """The size in bytes of the whole safetensors file."""
         return self.data_start + (self.tensors[-1].stop if self.tensors else 0)
 
 
 def parse_header(raw: bytes, source: str = "safetensors header") -> Header:
-    """Parse and check a header's JSON: known dtypes, sizes that match shapes, data without gaps or overlap.
+    """Parse a header's JSON and check it.
+
+    Every dtype must be known, every size must match its shape, and the tensors' data must lie without gap or overlap.
+    ``source`` names the file in messages.
 
     Raises:
-        FormatError: where the header breaks any of these rules.
+        FormatError: The header breaks one of these rules.
+        UnsupportedError: A dtype is not one that kvpack knows. A later version of safetensors may have it.
 
     """
     try:
         entries = json.loads(raw.decode())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError is also what a number of too many digits raises
         raise FormatError(f"{source}: not valid JSON ({error})") from None
     if not isinstance(entries, dict):
         raise FormatError(f"{source}: not a JSON object")
@@ -108,11 +143,13 @@ def _parse_entry(name: str, entry: Any, source: str) -> TensorSpec:
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
-    if dtype not in ITEM_BITS:
-        raise FormatError(f"{where}: dtype {dtype!r} is not one kvpack reads ({', '.join(ITEM_BITS)})")
+    if not isinstance(dtype, str):
+        raise FormatError(f"{where}: dtype is not a string")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise FormatError(f"{where}: shape or data_offsets are not lists of whole numbers")
-    if prod(shape) * ITEM_BITS[dtype] // 8 != offsets[1] - offsets[0]:
+    if dtype not in ITEM_BITS:
+        raise UnsupportedError(f"{where}: this kvpack does not know the dtype {dtype!r}: upgrade kvpack")
+    if prod(shape) * ITEM_BITS[dtype] != 8 * (offsets[1] - offsets[0]):
         raise FormatError(f"{where}: data_offsets do not match shape and dtype")
     return TensorSpec(name, dtype, tuple(shape), offsets[0], offsets[1])
 
@@ -122,7 +159,15 @@ def _naturals(value: Any) -> bool:
 
 
 def build_header(tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]) -> Header:
-    """Lay tensors ``(name, dtype, shape)`` out in the given order; JSON keys sorted, padded to 8 bytes."""
+    """Make the header of a file that holds the given tensors in the given order.
+
+    Each tensor is given as its name, dtype and declared shape. The metadata's keys are sorted, and the JSON is padded
+    with spaces to a multiple of 8 bytes, so that the same tensors always give the same bytes.
+
+    Raises:
+        FormatError: A tensor's elements do not fill whole bytes.
+
+    """
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
     for name, dtype, shape in tensors:
@@ -134,9 +179,10 @@ def build_header(tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: Ma
 
 
 class TensorFile:
-    """A safetensors file, memory-mapped read-only.
+    """A safetensors file, mapped into memory for reading.
 
-    ``data(spec)`` is a ``memoryview`` of a tensor's little-endian bytes, row-major; ``view`` of the whole file's.
+    ``view`` is a ``memoryview`` of the whole file. ``data(spec)`` is one of a tensor's bytes, which are little-endian
+    and row-major.
     """
 
     def __init__(self, name: str, header: Header, view: memoryview) -> None:
@@ -148,9 +194,10 @@ class TensorFile:
         """Map and validate ``path``, which messages call ``name`` if that is given.
 
         Raises:
-            OSError: the file cannot be read.
-            TruncatedError: the file ends before its tensors do.
-            FormatError: not a safetensors file, or one that breaks the format.
+            OSError: The file cannot be read.
+            TruncatedError: The file ends before its tensors do.
+            FormatError: The file is not a safetensors file, or it breaks the format.
+            UnsupportedError: A tensor has a dtype that kvpack does not know.
 
         """
         name = name or str(path)
@@ -174,15 +221,15 @@ class TensorFile:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The header's ``__metadata__``."""
+        """The header's ``__metadata__``, a map of strings."""
         return self.header.metadata
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
-        """Tensors by name, in the order of their data."""
+        """The tensors by name, in the order of their data."""
         return {spec.name: spec for spec in self.header.tensors}
 
     def data(self, spec: TensorSpec) -> memoryview:
-        """The tensor's bytes, not copied."""
+        """The tensor's bytes, which are not copied."""
         base = self.header.data_start
         return self.view[base + spec.start : base + spec.stop]

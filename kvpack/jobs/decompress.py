@@ -179,7 +179,7 @@ def _cut_header(file: KvpFile, chosen: Mapping[str, slice | None]) -> Header:
     entries = []
     for name, cut in chosen.items():
         spec = file.tensors[name]
-        shape = list(spec.shape)
+        shape = list(spec.declared_shape)
         if cut is not None:
             axis = 0 if name == "tokens" else 1
             start, stop, _ = cut.indices(shape[axis])
@@ -209,6 +209,6 @@ def differing_parts(file: KvpFile, capture: Capture) -> Iterator[str]:
     """Names of parts whose digests say that ``capture`` is not what ``file`` was made from."""
     for entry in file.container.parts:
         ours, theirs = file.tensors[entry.spec.tensor.name], capture.tensors.get(entry.spec.tensor.name)
-        same = theirs is not None and (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        same = theirs is not None and (ours.dtype, ours.declared_shape) == (theirs.dtype, theirs.declared_shape)
         if not same or checksum(np.ascontiguousarray(capture.part(entry.spec))) != entry.digest:
             yield entry.spec.label

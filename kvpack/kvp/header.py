@@ -1,4 +1,4 @@
-"""The header's fields: one declaration drives the writer, the reader and ``inspect``."""
+"""The fields of a ``.kvp`` file's header. One declaration of them serves the writer, the reader and ``inspect``."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ MAX_STREAM_NAMES = 256
 
 @dataclass(frozen=True)
 class Header:
-    """What a ``.kvp`` file says of itself before its streams; see ``docs/format.md``, section Header."""
+    """What a ``.kvp`` file says of itself before its streams. ``docs/format.md``, section "Header", specifies it."""
 
     writer: str
-    """The program that wrote the file, for people; readers ignore it."""
+    """The program that wrote the file. It is for people: readers ignore it."""
     codecs: list[dict[str, Any]]
-    """The codecs that parts refer to by position: the one asked for, then those that carry the rest."""
+    """The codecs, which parts refer to by position: first the one asked for, then those that carry the rest."""
     chunk_tokens: int
-    """Tokens a chunk."""
+    """The number of tokens in a chunk."""
     lossless: bool
     """Whether every tensor comes back bit for bit."""
     streams: list[str]
-    """Names of the kinds of stream, sorted; the index refers to them by position."""
+    """The names of the kinds of stream, sorted. The index refers to them by position."""
     profile: dict[str, str] | None
-    """Name and SHA-256 of the calibration profile it takes to decode, or null."""
+    """The name and SHA-256 of the calibration profile that decoding takes, or None."""
     dropped: list[str]
-    """Names of tensors of the source that the user had left out."""
+    """The names of the source's tensors that the user had left out."""
     source: str
-    """The source's safetensors header, verbatim, without dropped tensors' entries if there are any."""
+    """The source's safetensors header, verbatim; where tensors were dropped, a header of those that are left."""
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON: sorted keys, no spaces, UTF-8."""
+        """The header as JSON in UTF-8, with sorted keys and without spaces."""
         document = {field.name: getattr(self, field.name) for field in fields(self)}
         return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Header:
-        """Parse and check every field; unknown fields are ignored.
+        """Parse a header and check every field. Unknown fields are ignored.
 
         Raises:
-            FormatError: not JSON, or a field that is missing or out of range.
+            FormatError: The header is not JSON, or a field is missing or out of range.
 
         """
         try:
             document = json.loads(raw.decode())
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError is also what a number of too many digits raises
             raise FormatError(f"header is not valid JSON ({error})") from None
         if not isinstance(document, dict):
             raise FormatError("header is not a JSON object")
@@ -65,7 +65,7 @@ class Header:
         return cls(**values)
 
     def source_header(self) -> SourceHeader:
-        """The source's safetensors header, parsed and checked."""
+        """Parse and check the source's safetensors header."""
         return parse_header(self.source.encode(), "source header")
 
 

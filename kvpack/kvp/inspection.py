@@ -1,4 +1,7 @@
-"""What is in a capture or a ``.kvp`` file, and where its bytes went. Standard library alone, to start fast."""
+"""What is in a capture or a ``.kvp`` file, and where its bytes went.
+
+This imports nothing but the standard library, so that ``kvpack inspect`` starts fast.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 from kvpack.formats.captures import layer_of
 from kvpack.formats.safetensors import Header, TensorFile
 from kvpack.kvp import Container, PartEntry
+from kvpack.kvp.features import names_of
 from kvpack.kvp.layout import MAGIC
 
 SCHEMA_VERSION = 1
@@ -18,7 +22,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """A layer's share: tokens, and bytes of its keys' and values' streams (of its tensors, in a capture)."""
+    """A layer's number of tokens, and the bytes of its keys' and values' streams (in a capture: of its tensors)."""
 
     layer: int
     tokens: int
@@ -29,10 +33,11 @@ class LayerBytes:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything ``kvpack inspect`` says; sizes in bytes.
+    """Everything that ``kvpack inspect`` says. Sizes are in bytes.
 
-    ``bits_per_element`` counts the whole file but the streams of other tensors than keys and values, over the
-    number of elements of keys and values; ``ratio`` is the original file's size over this file's.
+    ``bits_per_element`` is the size of the whole file, without the streams of tensors that are not keys or values, over
+    the number of elements of keys and values. ``ratio`` is the original file's size over this file's. ``features`` are
+    the names of the critical features that a ``.kvp`` file uses.
     """
 
     path: str
@@ -48,6 +53,7 @@ class Inspection:
     codec: dict[str, Any] | None = None
     lossless: bool | None = None
     format: str | None = None
+    features: list[str] = field(default_factory=list)
     writer: str | None = None
     profile: dict[str, str] | None = None
     chunk_tokens: int | None = None
@@ -59,15 +65,16 @@ class Inspection:
     checksums: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON types only, with ``schema_version``."""
+        """The same in types that JSON has, with ``schema_version``."""
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
 
 def inspect(path: Path, *, check: bool = False) -> Inspection:
-    """Look into ``path``; with ``check`` the checksum of every stream is verified too.
+    """Look into ``path``. With ``check`` the checksum of every stream is verified too.
 
     Raises:
-        FormatError, TruncatedError, CorruptError, UnsupportedError: not a sound capture or ``.kvp`` file.
+        FormatError: The file is neither a sound capture nor a sound ``.kvp`` file.
+        UnsupportedError: The file was written by a newer kvpack, or has a dtype that kvpack does not know.
 
     """
     with path.open("rb") as file:
@@ -119,6 +126,7 @@ def _inspect_container(path: Path, container: Container, check: bool) -> Inspect
         codec=container.header.codecs[0],
         lossless=container.header.lossless,
         format=".".join(map(str, container.version)),
+        features=names_of(container.critical),
         writer=container.header.writer,
         profile=container.header.profile,
         chunk_tokens=container.header.chunk_tokens,
@@ -136,7 +144,7 @@ def _was_carried(part: PartEntry) -> bool:
 
 
 def identity(metadata: dict[str, str]) -> dict[str, Any]:
-    """A capture's metadata, its JSON values parsed; strings that are not JSON stay strings."""
+    """A capture's metadata with its JSON values parsed. Strings that are not JSON stay strings."""
     parsed: dict[str, Any] = {}
     for key, value in sorted(metadata.items()):
         try:
@@ -156,10 +164,10 @@ def _bits(size: int, header: Header) -> float | None:
 
 
 def _shapes(header: Header) -> dict[str, list[str]]:
-    """Tensor names by ``dtype[shape]``, so that equal layers take one line."""
+    """The tensors' names by ``dtype[shape]``, so that equal layers take one line."""
     shapes: dict[str, list[str]] = {}
     for spec in header.tensors:
-        shapes.setdefault(f"{spec.dtype}{list(spec.shape)}", []).append(spec.name)
+        shapes.setdefault(f"{spec.dtype}{list(spec.declared_shape)}", []).append(spec.name)
     return shapes
 
 

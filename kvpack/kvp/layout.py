@@ -10,15 +10,10 @@ from typing import NamedTuple
 
 from kvpack.cache import PartSpec
 from kvpack.errors import CorruptError, FormatError, TruncatedError, UnsupportedError
+from kvpack.kvp.features import KNOWN_CRITICAL, VERSION, written_version
 
 MAGIC = b"\x89KVP\r\n\x1a\n"
 END_MAGIC = b"\x89KVPEND\n"
-VERSION = (1, 0)
-"""Major and minor version of the format this kvpack writes; it reads every minor version of this major one."""
-
-KNOWN_CRITICAL = 0
-"""Critical feature bits this kvpack understands: none is defined yet."""
-
 PROLOGUE = struct.Struct("<8sHHIIIII")
 FOOTER = struct.Struct("<QIIQII8s")
 MAX_HEADER = 1 << 27
@@ -46,19 +41,37 @@ class PartEntry:
     streams: tuple[tuple[Record, int], ...]
 
 
-def pack_prologue(header: bytes) -> bytes:
-    """The fixed first bytes, for a deflated header."""
-    body = PROLOGUE.pack(MAGIC, *VERSION, KNOWN_CRITICAL, 0, len(header), zlib.crc32(header), 0)[:-4]
+class Prologue(NamedTuple):
+    """What the fixed first bytes of a file say.
+
+    These are the format's version, the bits of the critical features that the file uses, and the length and CRC-32 of
+    its deflated header.
+    """
+
+    version: tuple[int, int]
+    critical: int
+    header_size: int
+    header_crc: int
+
+
+def pack_prologue(header: bytes, critical: int = 0) -> bytes:
+    """The fixed first bytes of a file, for its deflated header and the bits of the critical features that it uses.
+
+    The version is the oldest one that has these features, so that a file without any stays one of format 1.0.
+    """
+    version = written_version(critical)
+    body = PROLOGUE.pack(MAGIC, *version, critical, 0, len(header), zlib.crc32(header), 0)[:-4]
     return body + zlib.crc32(body).to_bytes(4, "little")
 
 
-def unpack_prologue(raw: bytes) -> tuple[tuple[int, int], int, int]:
-    """The file's version, and length and CRC-32 of its deflated header.
+def unpack_prologue(raw: bytes) -> Prologue:
+    """Read and check the fixed first bytes of a file.
 
     Raises:
-        FormatError: not a ``.kvp`` file.
-        TruncatedError, CorruptError: damaged.
-        UnsupportedError: written by a newer kvpack.
+        FormatError: The file is not a ``.kvp`` file.
+        TruncatedError: The file ends within its prologue.
+        CorruptError: The prologue is damaged.
+        UnsupportedError: The file was written by a newer kvpack, or before format 1.0.
 
     """
     if raw[:8] != MAGIC[: len(raw[:8])] or not raw:
@@ -72,8 +85,9 @@ def unpack_prologue(raw: bytes) -> tuple[tuple[int, int], int, int]:
         older = "written by a kvpack before format 1.0: compress it again" if major == 0 else "upgrade kvpack"
         raise UnsupportedError(f"format {major}.{minor} is not {VERSION[0]}, which this reads: {older}")
     if critical & ~KNOWN_CRITICAL:
-        raise UnsupportedError(f"uses features this kvpack does not know (bits {critical:#x}): upgrade kvpack")
-    return (major, minor), length, crc
+        unknown = critical & ~KNOWN_CRITICAL
+        raise UnsupportedError(f"uses features this kvpack does not know (bits {unknown:#x}): upgrade kvpack")
+    return Prologue((major, minor), critical, length, crc)
 
 
 def inflate(raw: bytes, limit: int, what: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Opens a ``.kvp`` file: prologue, header, footer and index checked, streams by range."""
+"""Opens a ``.kvp`` file: checks its prologue, header, footer and index, and reads single streams of it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from kvpack.cache import windows
 from kvpack.errors import CorruptError, FormatError, TruncatedError, naming
 from kvpack.formats.captures import cache_spec
 from kvpack.formats.safetensors import Header as SourceHeader
+from kvpack.kvp.features import critical_of, names_of
 from kvpack.kvp.frame import Frame, FramePart, Stream
 from kvpack.kvp.header import Header
 from kvpack.kvp.layout import (
@@ -29,24 +30,27 @@ from kvpack.kvp.layout import (
 
 
 class Container:
-    """A ``.kvp`` file, memory-mapped read-only.
+    """A ``.kvp`` file, mapped into memory for reading.
 
+    ``version`` and ``critical`` are the format's version and the bits of critical features, from the prologue.
     ``header``, ``source`` (the safetensors header of what was compressed), ``cache`` (what it describes), ``windows``
     and ``parts`` are checked on opening; a stream's checksum by whoever decodes it. ``view`` is the whole file.
     """
 
     def __init__(self, view: memoryview) -> None:
-        """Check everything but the streams; ``view`` is the whole file.
+        """Check everything but the streams of a file, whose bytes ``view`` is.
 
         Raises:
-            FormatError, TruncatedError, CorruptError: not a sound ``.kvp`` file.
-            UnsupportedError: written by a newer kvpack.
+            FormatError: The file is not a ``.kvp`` file, or it breaks the format.
+            TruncatedError: The file ends early.
+            CorruptError: A checksum does not match.
+            UnsupportedError: The file was written by a newer kvpack.
 
         """
         self.view = view
         size = len(view)
         prologue = bytes(view[: PROLOGUE.size])
-        self.version, length, crc = unpack_prologue(prologue)
+        self.version, self.critical, length, crc = unpack_prologue(prologue)
         start = PROLOGUE.size + length
         if start + FOOTER.size > size:
             raise TruncatedError("truncated: the file ends within its header")
@@ -57,6 +61,8 @@ class Container:
         raw_index = self._checked(offset, index_length, index_crc, "index")
         self.header = Header.from_bytes(inflate(raw_header, MAX_HEADER, "header"))
         self.source: SourceHeader = self.header.source_header()
+        if unsaid := critical_of(self.source) & ~self.critical:
+            raise FormatError(f"uses {', '.join(names_of(unsaid))}, and its prologue does not say so")
         self.size, self.header_size, self.index_size = size, start, size - offset
         if self.source.file_size > size * MAX_EXPANSION:
             raise FormatError(f"claims to hold {self.source.file_size} bytes, more than {MAX_EXPANSION} times its size")
@@ -91,7 +97,7 @@ class Container:
             raise FormatError(f"{part.spec.label}: a stream's kind is not in the header")
 
     def stream_name(self, record: Record) -> str:
-        """The name of a stream's kind."""
+        """The name of the kind that a stream is of."""
         return self.header.streams[record.kind]
 
     def frame(self, window: int) -> Frame:
@@ -112,7 +118,8 @@ class Container:
             CorruptError: one does not match.
 
         """
-        from kvpack.numerics.checksum import checksum  # here, because it takes numba and inspect reads no streams
+        # This is imported here because it takes numba, which ``kvpack inspect`` does without.
+        from kvpack.numerics.checksum import checksum
 
         for name, data, expected in self.part(entry).streams:
             if checksum(data) != expected:

@@ -6,23 +6,29 @@ import zlib
 from typing import BinaryIO
 
 from kvpack.errors import FormatError
+from kvpack.kvp.features import critical_of
 from kvpack.kvp.frame import FramePart
 from kvpack.kvp.header import Header
 from kvpack.kvp.layout import MAX_HEADER, Record, pack_footer, pack_index, pack_prologue
 
 
 class ContainerWriter:
-    """Header first, then parts in their canonical order, then :meth:`finish`."""
+    """Writes a file's header first, then its parts in their canonical order, and then what :meth:`finish` writes."""
 
     def __init__(self, output: BinaryIO, header: Header) -> None:
-        """Write prologue and header."""
+        """Write the prologue and the header. The header says which critical features the prologue has to name.
+
+        Raises:
+            FormatError: The header is longer than the format allows.
+
+        """
         raw = header.to_bytes()
         if len(raw) > MAX_HEADER:
             raise FormatError(f"the header would take {len(raw)} bytes, more than {MAX_HEADER}")
         deflated = zlib.compress(raw, 9)
         self._output = output
         self._kinds = {name: i for i, name in enumerate(header.streams)}
-        self._prologue = pack_prologue(deflated)
+        self._prologue = pack_prologue(deflated, critical_of(header.source_header()))
         self._parts: list[tuple[int, int, list[Record]]] = []
         self._offset = 0
         self._write(self._prologue)
@@ -41,7 +47,7 @@ class ContainerWriter:
         self._parts.append((part.codec, part.digest, records))
 
     def finish(self) -> int:
-        """Write index and footer; returns the file's size in bytes."""
+        """Write the index and the footer, and return the file's size in bytes."""
         index = pack_index(self._parts)
         footer = pack_footer(index, self._offset, self._prologue)
         self._write(index)

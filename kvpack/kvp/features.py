@@ -1,0 +1,66 @@
+"""The critical features of the ``.kvp`` format: what a file may use that readers of format 1.0 do not know.
+
+Each feature has a bit in the prologue. A reader refuses a file whose prologue has a bit that it does not know, instead
+of misreading it. ``docs/format.md``, section "Format 1.1", is the specification, and lists the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvpack.formats.safetensors import Header as SourceHeader
+
+FIRST_VERSION = (1, 0)
+"""The version of files that use no critical feature."""
+
+NEWER_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64"})
+"""The safetensors dtypes that readers of format 1.0 take for malformed."""
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One critical feature.
+
+    ``bit`` is its position in the prologue's field, counted from the least significant one. ``since`` is the format's
+    version that has introduced it. ``used_by`` says of the compressed file's safetensors header whether it takes it.
+    """
+
+    bit: int
+    name: str
+    since: tuple[int, int]
+    used_by: Callable[[SourceHeader], bool]
+
+    @property
+    def mask(self) -> int:
+        """The feature's bit as a number."""
+        return 1 << self.bit
+
+
+def _has_newer_dtypes(source: SourceHeader) -> bool:
+    return any(spec.dtype in NEWER_DTYPES for spec in source.tensors)
+
+
+FEATURES = (Feature(0, "newer dtypes", (1, 1), _has_newer_dtypes),)
+"""Every critical feature, by its bit. A later version of the format adds to this and never takes away."""
+
+KNOWN_CRITICAL = sum(feature.mask for feature in FEATURES)
+"""The bits of all features that this kvpack reads."""
+
+VERSION = max((feature.since for feature in FEATURES), default=FIRST_VERSION)
+"""The newest version of the format that this kvpack writes. It reads every minor version of the same major one."""
+
+
+def critical_of(source: SourceHeader) -> int:
+    """The bits of the features that a file takes which holds what ``source`` describes."""
+    return sum(feature.mask for feature in FEATURES if feature.used_by(source))
+
+
+def written_version(critical: int) -> tuple[int, int]:
+    """The oldest version of the format that has all features of these bits: what a file that uses them says it is."""
+    return max((feature.since for feature in FEATURES if feature.mask & critical), default=FIRST_VERSION)
+
+
+def names_of(critical: int) -> list[str]:
+    """The names of the features of these bits."""
+    return [feature.name for feature in FEATURES if feature.mask & critical]
