@@ -1,6 +1,7 @@
 """Floats as bits, and the figures of ``kvpack.fidelity`` against independent computations in torch."""
 
 import json
+import tracemalloc
 from itertools import cycle
 from math import inf, nan, sqrt
 
@@ -397,6 +398,21 @@ def test_layers_of_different_lengths():
     assert report.layers[2].values == Reconstruction()
     unpaired = "keys and values are not of the same heads and tokens: attention not measured (layers 1-2)"
     assert (report.notes, report.unmeasured) == ((unpaired,), (1, 2))
+
+
+def test_memory_does_not_grow_with_tokens():
+    peaks = []
+    for tokens in (500, 4000):
+        arrays = cache(tokens=tokens, dims=(32, 32))
+        caches = Source(arrays), Source(noisy(arrays))
+        compare(*caches)
+        tracemalloc.start()
+        compare(*caches)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    layer = 2 * 4000 * 32 * 4
+    assert max(peaks) < layer
+    assert peaks[1] < 1.2 * peaks[0]
 
 
 def test_values_without_dimensions():
