@@ -4,6 +4,7 @@ import json
 import tracemalloc
 from itertools import cycle
 from math import inf, nan, sqrt
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -601,3 +602,22 @@ def test_progress_counts_the_originals_bytes():
     total = sum(a.nbytes for a in arrays.values())
     assert seen[-1] == (total, total)
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+
+
+# The model's cache
+
+
+def test_the_model_gets_every_token_but_the_last_from_windows():
+    from kvpack.fidelity.model import _load
+
+    arrays = cache(layers=2, tokens=33)
+    source = Source(arrays, "BF16")
+    network = SimpleNamespace(dtype=torch.float32, device="cpu")
+    model = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=2), network=network)
+    for i, layer in enumerate(_load(model, source, 33)):
+        for what, got in zip(("keys", "values"), layer, strict=True):
+            expected = to_float32(source.arrays[f"layers.{i}.{what}"][:, :-1], "BF16")
+            assert np.array_equal(got[0].numpy(), expected)
+    assert (source.walks, source.reads) == (1, [])
+    with pytest.raises(MismatchError, match="33 tokens, but the capture lists 32"):
+        _load(model, source, 32)
