@@ -1,7 +1,10 @@
 """Floats as bits, and the figures of ``kvpack.fidelity`` against independent computations in torch."""
 
 import json
+import tracemalloc
+from itertools import cycle
 from math import inf, nan, sqrt
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +22,9 @@ from kvpack.fidelity import (
     measure_attention,
     measure_reconstruction,
 )
-from kvpack.fidelity import attention as attention_module
+from kvpack.fidelity import meter as meter_module
 from kvpack.fidelity import reconstruction as reconstruction_module
+from kvpack.formats.records import layer_tensors
 from kvpack.formats.safetensors import ITEM_BITS, TensorSpec
 from kvpack.numerics.floats import FLOAT_BITS, UINT, from_float32, to_float32
 
@@ -34,11 +38,16 @@ def as_torch(bits, dtype):
 
 
 class Source:
-    """A cache in memory: float arrays become tensors of ``dtype``, integer arrays stay."""
+    """A cache in memory: float arrays become tensors of ``dtype``, integer arrays stay.
+
+    It gives windows of odd lengths, to show that no figure depends on them.
+    """
+
+    LENGTHS = (1, 7, 3, 13, 5)
 
     def __init__(self, arrays, dtype="F32", metadata=None):
         self.metadata = {"attention": '{"scale": 0.125}'} if metadata is None else metadata
-        self.tensors, self.arrays, self.reads = {}, {}, []
+        self.tensors, self.arrays, self.reads, self.walks = {}, {}, [], 0
         for name, array in arrays.items():
             self.put(name, np.asarray(array), dtype)
 
@@ -49,9 +58,20 @@ class Source:
         size = bits.size * ITEM_BITS[kind] // 8
         self.tensors[name], self.arrays[name] = TensorSpec(name, kind, array.shape, 0, size), bits
 
-    def read(self, name):
+    def read(self, name, rows=None):
         self.reads.append(name)
-        return self.arrays[name]
+        return self.arrays[name] if rows is None else self.arrays[name][:, rows]
+
+    def windows(self):
+        self.walks += 1
+        named = {name: self.arrays[name] for names in layer_tensors(self).values() for name in names.values()}
+        first, longest = 0, max((bits.shape[1] for bits in named.values()), default=0)
+        for length in cycle(self.LENGTHS):
+            if first >= longest:
+                return
+            end = first + length
+            yield first, {name: bits[:, first:end] for name, bits in named.items() if first < bits.shape[1]}
+            first = end
 
 
 def cache(seed=0, *, layers=2, heads=(2, 6), tokens=40, dims=(8, 8), probes=5):
@@ -224,7 +244,7 @@ def torch_attention(queries, positions, original, other, scale):
 @pytest.mark.parametrize("dims", [(8, 8), (12, 5)])
 @pytest.mark.parametrize("block", [1 << 20, 100])
 def test_attention_against_torch(monkeypatch, heads, dims, block):
-    monkeypatch.setattr(attention_module, "BLOCK", block)
+    monkeypatch.setattr(meter_module, "BLOCK", block)
     arrays = cache(3, heads=heads, dims=dims, probes=7)
     lossy = noisy(arrays, 0.2)
     original, other = (tuple(a[f"layers.0.{w}"] for w in ("keys", "values")) for a in (arrays, lossy))
@@ -361,11 +381,73 @@ def test_a_lossy_copy_reports_what_the_metrics_say():
 
 
 def test_layers_come_in_numeric_order_and_are_read_once():
-    original, other = (Source(cache(layers=11, tokens=3)) for _ in range(2))
+    original, other = (Source(cache(layers=11, tokens=30)) for _ in range(2))
     original.tensors = dict(reversed(original.tensors.items()))
     assert [layer.index for layer in compare(original, other).layers] == list(range(11))
-    layers = [name for name in other.reads if name.startswith("layers.")]
-    assert layers == [f"layers.{i}.{what}" for i in range(11) for what in ("keys", "values")]
+    assert (original.walks, other.walks) == (0, 1)
+    assert not [name for name in other.reads if name.startswith("layers.")]
+
+
+def test_layers_of_different_lengths():
+    arrays = cache(layers=3, probes=4)
+    arrays["layers.1.keys"], arrays["layers.2.values"] = (
+        arrays["layers.1.keys"][:, :25],
+        arrays["layers.2.values"][:, :0],
+    )
+    report = compare(Source(arrays), Source(noisy(arrays)))
+    assert [layer.keys.elements for layer in report.layers] == [640, 400, 640]
+    assert report.layers[2].values == Reconstruction()
+    unpaired = "keys and values are not of the same heads and tokens: attention not measured (layers 1-2)"
+    assert (report.notes, report.unmeasured) == ((unpaired,), (1, 2))
+
+
+def test_memory_does_not_grow_with_tokens():
+    peaks = []
+    for tokens in (500, 4000):
+        arrays = cache(tokens=tokens, dims=(32, 32))
+        caches = Source(arrays), Source(noisy(arrays))
+        compare(*caches)
+        tracemalloc.start()
+        compare(*caches)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    layer = 2 * 4000 * 32 * 4
+    assert max(peaks) < layer
+    assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_values_without_dimensions():
+    arrays = cache(layers=1, dims=(8, 0))
+    for left_out in (False, True):
+        other = Source(noisy(arrays))
+        if left_out:
+            whole = other.windows
+            other.windows = lambda: ((at, {n: b for n, b in w.items() if b.size}) for at, w in whole())  # noqa: B023
+        report = compare(Source(arrays), other)
+        assert report.attention.kl > 0
+        assert report.attention.output_error == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda windows: windows[:-1], r"the reader gave 37 of 40 tokens"),
+        (lambda windows: windows[1:], r"gave tokens from 1 on where token 0 is next"),
+        (lambda windows: [windows[0], *windows], r"gave tokens from 0 on where token 1 is next"),
+        (lambda windows: [(at, {n: b[1:] for n, b in w.items()}) for at, w in windows], r"gave \[1, 1, 8\] at token 0"),
+        (lambda windows: [(at, {n: b for n, b in w.items() if "0.v" not in n}) for at, w in windows], "gave 0 of 40"),
+        (
+            lambda windows: [(at, {n: b[:, : 1 if "0.v" in n else 99] for n, b in w.items()}) for at, w in windows],
+            r"layers\.0\.values: the reader gave \[2, 1, 8\] at token 1 of",
+        ),
+    ],
+)
+def test_a_reader_that_does_not_give_every_token_once_is_refused(change, text):
+    other = Source(cache())
+    windows = change(list(other.windows()))
+    other.windows = lambda: iter(windows)
+    with pytest.raises(FormatError, match=text):
+        compare(Source(cache()), other)
 
 
 def test_without_queries():
@@ -397,7 +479,18 @@ def test_notes_say_what_is_missing():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[1]", '{"scale": null}', '{"scale": "x"}', '{"scale": -1}', '{"scale": []}']
+    "text",
+    [
+        "",
+        "{",
+        "[1]",
+        "9" * 5000,
+        '{"scale": 1' + "0" * 400 + "}",
+        '{"scale": null}',
+        '{"scale": "x"}',
+        '{"scale": -1}',
+        '{"scale": []}',
+    ],
 )
 def test_an_unusable_scale_is_assumed_and_said(text):
     arrays = cache(layers=1)
@@ -509,3 +602,22 @@ def test_progress_counts_the_originals_bytes():
     total = sum(a.nbytes for a in arrays.values())
     assert seen[-1] == (total, total)
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+
+
+# The model's cache
+
+
+def test_the_model_gets_every_token_but_the_last_from_windows():
+    from kvpack.fidelity.model import _load
+
+    arrays = cache(layers=2, tokens=33)
+    source = Source(arrays, "BF16")
+    network = SimpleNamespace(dtype=torch.float32, device="cpu")
+    model = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=2), network=network)
+    for i, layer in enumerate(_load(model, source, 33)):
+        for what, got in zip(("keys", "values"), layer, strict=True):
+            expected = to_float32(source.arrays[f"layers.{i}.{what}"][:, :-1], "BF16")
+            assert np.array_equal(got[0].numpy(), expected)
+    assert (source.walks, source.reads) == (1, [])
+    with pytest.raises(MismatchError, match="33 tokens, but the capture lists 32"):
+        _load(model, source, 32)

@@ -6,14 +6,14 @@ uncompressed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from kvpack.codecs.chain.base import Floats
-from kvpack.fidelity import CacheSource
-from kvpack.fidelity.source import layer_tensors
+from kvpack.fidelity import CacheReader
+from kvpack.formats.records import layer_tensors
 from kvpack.formats.safetensors import TensorSpec
 from kvpack.numerics.floats import Bits, from_float32, to_float32
 
@@ -106,15 +106,22 @@ class Simulated:
     tensors: Mapping[str, TensorSpec]
     metadata: Mapping[str, str]
     replaced: Mapping[str, Bits]
-    original: CacheSource
+    original: CacheReader
     bits_per_element: float
 
-    def read(self, name: str) -> Bits:
-        """Return the bit patterns of a tensor."""
-        return self.replaced[name] if name in self.replaced else self.original.read(name)
+    def read(self, name: str, rows: slice | None = None) -> Bits:
+        """Return a tensor's bit patterns, or of keys and values those of a range of rows."""
+        if name not in self.replaced:
+            return self.original.read(name, rows)
+        return self.replaced[name] if rows is None else self.replaced[name][:, rows]
+
+    def windows(self) -> Iterator[tuple[int, Mapping[str, Bits]]]:
+        """Yield the keys and values of all layers, which are in memory, as one window."""
+        if self.replaced:
+            yield 0, self.replaced
 
 
-def simulate(capture: CacheSource, bound: Bound) -> Simulated:
+def simulate(capture: CacheReader, bound: Bound) -> Simulated:
     """Apply ``bound`` to the keys and values of every layer, except the first :data:`SINKS` tokens."""
     replaced: dict[str, Bits] = {}
     bits, elements = 0.0, 0

@@ -28,9 +28,9 @@ from kvpack.capture import Model
 from kvpack.capture.entropy import token_bits
 from kvpack.codecs.protocol import Codec
 from kvpack.errors import CorruptError
-from kvpack.fidelity import CacheSource, compare
+from kvpack.fidelity import CacheReader, compare
 from kvpack.fidelity.model import Judge
-from kvpack.fidelity.source import layer_tensors
+from kvpack.formats.records import layer_tensors
 from kvpack.formats.source import Capture
 from kvpack.jobs.reader import KvpFile
 from kvpack.kvp.inspection import inspect
@@ -198,7 +198,7 @@ class _Bench:
     def _row(
         self,
         task: Task,
-        cache: CacheSource | None,
+        cache: CacheReader | None,
         *,
         bits: float,
         size: int | None = None,

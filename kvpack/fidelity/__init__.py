@@ -3,15 +3,17 @@
 ``docs/fidelity.md`` explains every figure.
 """
 
-from kvpack.fidelity.attention import Attention, measure_attention
+from kvpack.fidelity.attention import Attention
+from kvpack.fidelity.meter import AttentionMeter, measure_attention
 from kvpack.fidelity.reconstruction import Reconstruction, measure_reconstruction
 from kvpack.fidelity.report import compare
-from kvpack.fidelity.source import CacheSource
+from kvpack.fidelity.source import CacheReader
 from kvpack.fidelity.summary import Extras, LayerReport, Report, check
 
 __all__ = [
     "Attention",
-    "CacheSource",
+    "AttentionMeter",
+    "CacheReader",
     "Extras",
     "LayerReport",
     "Reconstruction",

@@ -6,7 +6,6 @@ other cached tokens are read as they are. Logits are compared position by positi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,27 +15,38 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache
 
+from kvpack.cache.metadata import parse_metadata
 from kvpack.capture.model import Model
 from kvpack.capture.needles import encode
 from kvpack.errors import FormatError, MismatchError
-from kvpack.fidelity.source import CacheSource, layer_tensors
+from kvpack.fidelity.source import CacheReader, walk
+from kvpack.formats.records import layer_tensors
+from kvpack.formats.safetensors import TensorSpec
 from kvpack.numerics.floats import to_torch
 
 JUDGED = 256
-"""Positions of the repeated passage, and of the plain continuation at most."""
+"""The number of positions of the repeated passage, and the most of the plain continuation."""
 
 GENERATED = 128
+"""The number of tokens that are generated greedily."""
 
 Progress = Callable[[int, int], None]
+"""Called with the number of tests done and the number of tests in all."""
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """Next-token predictions over a continuation, compressed against original cache.
+    """Next-token predictions over a continuation, from the compressed cache beside those from the original.
 
-    ``kl`` (nats a token): KL(p || p^) of the original's distribution p; its mean and percentiles over positions.
-    ``top1``: share of positions whose most likely token is the same. ``nll``: mean negative log-likelihood of the
-    continuation's own tokens, nats.
+    Attributes:
+        positions: The number of positions predicted.
+        kl_mean: The mean over positions of KL(p || p^) in nats, where p is the prediction from the original.
+        kl_p90: The 90th percentile over positions of the same.
+        kl_p99: The 99th percentile over positions of the same.
+        top1: The share of positions whose most likely token is the same.
+        nll_original: The mean negative log-likelihood of the continuation's own tokens from the original, in nats.
+        nll: The same from the compressed cache.
+
     """
 
     positions: int
@@ -49,17 +59,24 @@ class Continuation:
 
     @property
     def ppl_change(self) -> float:
-        """Relative change of the perplexity: 0.01 is one percent worse."""
+        """The relative change of the perplexity; 0.01 is one percent worse."""
         return float(np.expm1(self.nll - self.nll_original))
 
     def to_json(self) -> dict[str, float]:
-        """Fields and ``ppl_change``."""
+        """All attributes and ``ppl_change``, by name."""
         return {**asdict(self), "ppl_change": self.ppl_change}
 
 
 @dataclass(frozen=True)
 class NeedleResult:
-    """Whether the exact answer was the most likely one, from the original and from the compressed cache."""
+    """Whether the exact answer to a planted fact was the most likely one.
+
+    Attributes:
+        depth: Where in the text the fact was planted, from 0 (its start) to 1 (its end).
+        original: Whether it was so with the original cache.
+        found: Whether it was so with the compressed cache.
+
+    """
 
     depth: float
     original: bool
@@ -68,7 +85,17 @@ class NeedleResult:
 
 @dataclass(frozen=True)
 class ModelReport:
-    """Results of all tests that the capture allows; None where it lacks what a test takes."""
+    """The results of all tests that the capture allows.
+
+    Attributes:
+        plain: The continuation of the text; None where the capture has none.
+        repeat: A passage of the context that comes again.
+        greedy_identical: The number of tokens that greedy generation has in common, up to the first that differs.
+        greedy_length: The number of tokens generated.
+        needles: The results for each planted fact.
+        notes: What the reader of the figures must know.
+
+    """
 
     plain: Continuation | None
     repeat: Continuation | None
@@ -78,7 +105,7 @@ class ModelReport:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """JSON types only."""
+        """The report in JSON types only."""
         return {
             "plain": self.plain.to_json() if self.plain else None,
             "repeat": self.repeat.to_json() if self.repeat else None,
@@ -93,7 +120,14 @@ class ModelReport:
 
 @dataclass(frozen=True)
 class _Test:
-    """Tokens fed behind the cropped cache, and the original's log-probabilities ``[N, V]`` at each of them."""
+    """Tokens to feed behind the cropped cache, and what the model predicts there from the original.
+
+    Attributes:
+        fed: The N tokens that are fed.
+        labels: The token that really follows each of them.
+        reference: The log-probabilities ``[N, V]`` from the original cache.
+
+    """
 
     fed: list[int]
     labels: list[int]
@@ -101,14 +135,14 @@ class _Test:
 
 
 class Judge:
-    """Holds the original's predictions, and measures other caches of the same tokens against them."""
+    """Holds what the model predicts from the original, and measures other caches of the same tokens against it."""
 
-    def __init__(self, model: Model, original: CacheSource, progress: Progress | None = None) -> None:
+    def __init__(self, model: Model, original: CacheReader, progress: Progress | None = None) -> None:
         """Run every test on the original cache.
 
         Raises:
-            MismatchError: the capture names other weights, or its shapes are not the model's.
-            FormatError: the capture has no tokens.
+            MismatchError: The capture names other weights, or its shapes are not the model's.
+            FormatError: The capture has no tokens, or its needles are not as the format says.
 
         """
         _require_weights(model, original)
@@ -131,7 +165,7 @@ class Judge:
         steps.advance()
         self._greedy = self._test(self._generate(), self._layers)
         steps.advance()
-        self._needles = _needles(model, original)
+        self._needles = _needles(model, original, len(self._tokens))
         self._needles_original = [self._recites(needle, self._layers) for needle in self._needles]
         steps.advance()
         if self._needles and not all(self._needles_original):
@@ -139,11 +173,12 @@ class Judge:
             notes.append(f"the model itself misses {missed} of {len(self._needles)} needles with the original cache")
         self._notes = tuple(notes)
 
-    def measure(self, other: CacheSource) -> ModelReport:
-        """Run every test on ``other``.
+    def measure(self, other: CacheReader) -> ModelReport:
+        """Run every test on ``other``, which is read once.
 
         Raises:
-            MismatchError: its layers or shapes are not the original's.
+            MismatchError: Its layers or shapes are not the original's.
+            FormatError: The file is damaged.
 
         """
         layers = _load(self._model, other, len(self._tokens))
@@ -185,14 +220,14 @@ class Judge:
         )
 
     def _logits(self, fed: list[int], layers: _Layers) -> torch.Tensor:
-        """Float32 logits ``[N, V]`` at tokens ``fed`` behind the cropped cache."""
+        """The float32 logits ``[N, V]`` at the tokens ``fed`` behind the cropped cache."""
         network = self._model.network
         with torch.inference_mode():
             ids = torch.tensor([fed], device=network.device)
             return self._model.logits(ids, _cache(network, layers))[0].float()
 
     def _generate(self) -> list[int]:
-        """What the model generates greedily from the original cache."""
+        """The :data:`GENERATED` tokens that the model generates greedily from the original cache."""
         network = self._model.network
         cache, token, tokens = _cache(network, self._layers), self._tokens[-1], []
         with torch.inference_mode():
@@ -210,16 +245,21 @@ class Judge:
 
 
 _Layers = list[tuple[torch.Tensor, torch.Tensor]]
+"""The keys and values of every layer, each ``[1, H, T - 1, D]``."""
 
 
 @dataclass(frozen=True)
 class _Question:
+    """A planted fact as token ids, and its place in the text from 0 to 1."""
+
     depth: float
     question: list[int]
     answer: list[int]
 
 
 class _Steps:
+    """Reports progress by the number of tests done."""
+
     def __init__(self, total: int, progress: Progress | None) -> None:
         self._total, self._progress, self._done = total, progress, 0
 
@@ -229,20 +269,19 @@ class _Steps:
             self._progress(self._done, self._total)
 
 
-def _require_weights(model: Model, source: CacheSource) -> None:
-    try:
-        named = json.loads(source.metadata.get("model", "{}"))
-    except json.JSONDecodeError:
-        named = {}
-    theirs = named.get("weights_sha256") if isinstance(named, dict) else None
+def _require_weights(model: Model, source: CacheReader) -> None:
+    """Refuse a capture that names other weights than the model's."""
+    metadata = parse_metadata(source.metadata)
+    theirs = metadata.weights_sha256
     if theirs and theirs != model.weights_sha256:
         raise MismatchError(
-            f"the capture is of {named.get('name')} (weights {theirs[:12]}), "
+            f"the capture is of {metadata.model_name} (weights {theirs[:12]}), "
             f"the model is {model.name} (weights {model.weights_sha256[:12]})"
         )
 
 
-def _ints(source: CacheSource, name: str) -> list[int]:
+def _ints(source: CacheReader, name: str) -> list[int]:
+    """The token ids of a tensor ``[N]``, or an empty list where the cache has no such tensor of 32-bit integers."""
     spec = source.tensors.get(name)
     if spec is None or len(spec.shape) != 1 or spec.dtype not in ("I32", "U32"):
         return []
@@ -251,39 +290,45 @@ def _ints(source: CacheSource, name: str) -> list[int]:
     return tokens
 
 
-def _needles(model: Model, source: CacheSource) -> list[_Question]:
-    try:
-        entries = json.loads(source.metadata.get("needles", "[]"))
-        total = max(len(_ints(source, "tokens")), 1)
-        return [
-            _Question(int(e["position"]) / total, encode(model, "\n" + e["question"]), encode(model, e["answer"]))
-            for e in entries
-        ]
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
-        raise FormatError("the capture's needles are not as docs/capture-format.md says") from None
+def _needles(model: Model, source: CacheReader, tokens: int) -> list[_Question]:
+    """The planted facts as token ids; ``tokens`` is the number of tokens in the capture."""
+    entries = parse_metadata(source.metadata).needles
+    if entries is None:
+        raise FormatError("the capture's needles are not as docs/capture-format.md says")
+    return [
+        _Question(entry.position / tokens, encode(model, "\n" + entry.question), encode(model, entry.answer))
+        for entry in entries
+    ]
 
 
-def _load(model: Model, source: CacheSource, tokens: int) -> _Layers:
-    """Keys and values ``[1, H, T - 1, D]`` of every layer, in the model's dtype, on its device."""
+def _load(model: Model, source: CacheReader, tokens: int) -> _Layers:
+    """Keys and values ``[1, H, T - 1, D]`` of every layer, in the model's dtype, on its device.
+
+    The cache is read window by window, so that a file whose layers are coded together is decoded once.
+    """
     layers = layer_tensors(source)
     count = model.config.num_hidden_layers
     if list(layers) != list(range(count)) or any(len(names) != 2 for names in layers.values()):
         raise MismatchError(f"the model has {count} layers, the cache keys and values of {len(layers)}")
-    return [
-        (_tensor(model, source, layers[i]["keys"], tokens), _tensor(model, source, layers[i]["values"], tokens))
-        for i in range(count)
-    ]
+    names = [name for found in layers.values() for name in found.values()]
+    loaded = {name: _allocate(model, source.tensors[name], tokens) for name in names}
+    for first, window in walk(source, names):
+        for name, bits in window.items():
+            part = to_torch(bits[:, : max(tokens - 1 - first, 0)], source.tensors[name].dtype)
+            loaded[name][0, :, first : first + part.shape[1]] = part
+    return [(loaded[found["keys"]], loaded[found["values"]]) for found in layers.values()]
 
 
-def _tensor(model: Model, source: CacheSource, name: str, tokens: int) -> torch.Tensor:
-    spec = source.tensors[name]
-    if spec.shape[1] != tokens:
-        raise MismatchError(f"{name}: {spec.shape[1]} tokens, but the capture lists {tokens}")
-    values = to_torch(source.read(name)[:, :-1], spec.dtype)
-    return values[None].to(model.network.device, model.network.dtype)
+def _allocate(model: Model, spec: TensorSpec, tokens: int) -> torch.Tensor:
+    """Room for a tensor of the cache without its last token, ``[1, H, T - 1, D]``."""
+    heads, held, dims = spec.shape
+    if held != tokens:
+        raise MismatchError(f"{spec.name}: {held} tokens, but the capture lists {tokens}")
+    return torch.empty((1, heads, held - 1, dims), dtype=model.network.dtype, device=model.network.device)
 
 
 def _cache(network: Any, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """A transformers cache of the layers; what the model appends to it does not touch ``layers``."""
     cache = DynamicCache(config=network.config)
     for i, (keys, values) in enumerate(layers):
         cache.update(keys, values, i)
@@ -293,7 +338,7 @@ def _cache(network: Any, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) ->
 def check_model(
     report: ModelReport, max_kl: float | None, min_top1: float | None, max_ppl_increase: float | None
 ) -> list[str]:
-    """What of the report does not meet the thresholds, which hold for each continuation by itself."""
+    """Say in words where the report does not meet the thresholds, which hold for each continuation by itself."""
     failures = []
     for name, part in (("plain", report.plain), ("repeat", report.repeat)):
         if part is None:

@@ -1,20 +1,19 @@
-"""Probe queries of a capture: where attention can be measured, with which scale, and what is missing."""
+"""The probe queries of a capture: where attention can be measured, with which scale, and what is missing."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from math import isfinite
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpack.cache.metadata import parse_metadata
 from kvpack.errors import FormatError
-from kvpack.fidelity.attention import Attention, measure_attention
-from kvpack.fidelity.source import CacheSource, FloatHeads, is_float_tensor
-from kvpack.formats.safetensors import TensorSpec
-from kvpack.numerics.floats import to_float32
+from kvpack.fidelity.attention import Attention, Shape
+from kvpack.fidelity.meter import AttentionMeter
+from kvpack.fidelity.source import CacheReader
+from kvpack.formats.records import has_queries, probe_positions, probe_queries
 
 NO_QUERIES = "no probe queries in ORIGINAL: attention fidelity not measured (capture with --queries)"
 NO_POSITIONS = "no query_positions in ORIGINAL: attention fidelity not measured (capture with --queries)"
@@ -25,45 +24,56 @@ NOT_FINITE = "some attention rows are not finite in ORIGINAL itself and are left
 
 
 class Probes:
-    """The probe queries of a capture; collects notes as its layers are measured."""
+    """The probe queries of a capture. It collects notes about layers that cannot be measured as they should be.
 
-    def __init__(self, source: CacheSource) -> None:
-        """Read the positions and find which layers have queries.
+    Attributes:
+        present: Whether any layer has probe queries.
+        positions: ``[P]``, the tokens at which the queries were taken; None without queries or without positions.
+
+    """
+
+    def __init__(self, source: CacheReader) -> None:
+        """Read the positions and find out which layers have queries.
 
         Raises:
             FormatError: ``query_positions`` is not a list of whole numbers.
 
         """
         self._source = source
-        self._notes: dict[str, list[int]] = {}
-        self._scale = _scale_of(source.metadata)
-        self.present = any(_is_queries(name, spec) for name, spec in source.tensors.items())
+        self._notes: list[tuple[int, str]] = []
+        self._metadata = parse_metadata(source.metadata)
+        self.present = has_queries(source)
         self.positions: NDArray[np.integer[Any]] | None = None
-        if self.present and "query_positions" in source.tensors:
-            self.positions = _read_positions(source)
+        if self.present:
+            self.positions = probe_positions(source)
 
     @property
     def notes(self) -> list[str]:
-        """What the reader of the figures must know, each with the layers it is about."""
+        """What the reader of the figures must know, each with the layers it is about, in the order of layers."""
         if not self.present:
             return [NO_QUERIES]
         if self.positions is None:
             return [NO_POSITIONS]
-        return [f"{text} ({layers_text(layers)})" for text, layers in self._notes.items()]
+        layers: dict[str, list[int]] = {}
+        for layer, text in sorted(self._notes, key=lambda note: note[0]):
+            layers.setdefault(text, []).append(layer)
+        return [f"{text} ({layers_text(found)})" for text, found in layers.items()]
 
-    def measure(
-        self, layer: int, original: tuple[FloatHeads, FloatHeads], other: tuple[FloatHeads, FloatHeads]
-    ) -> Attention | None:
-        """Attention fidelity of a layer's ``(keys, values)``, or None (with a note) where it has no probes.
+    def meter(self, layer: int, keys: Shape, values: Shape) -> AttentionMeter | None:
+        """Prepare to measure a layer, or return None (with a note) where it has no probes.
+
+        Args:
+            layer: The index of the layer.
+            keys: The shape ``(H, T, D)`` of its keys.
+            values: The shape ``(H, T, D_v)`` of its values.
 
         Raises:
-            FormatError: the queries do not fit the layer.
+            FormatError: The queries do not fit the layer.
 
         """
-        keys, values = original
-        if self.positions is None or not keys.bits.size:
+        if self.positions is None or not all(keys):
             return None
-        if keys.shape[:2] != values.shape[:2]:
+        if keys[:2] != values[:2]:
             self._note(UNPAIRED, layer)
             return None
         queries = self.queries(layer)
@@ -71,35 +81,35 @@ class Probes:
             self._note(LAYER_WITHOUT_QUERIES, layer)
             return None
         try:
-            figures = measure_attention(queries, self.positions, original, other, self.scale_for(layer, keys.shape[2]))
+            return AttentionMeter(queries, self.positions, self.scale_for(layer, keys[2]), keys, values)
         except FormatError as error:
             raise FormatError(f"layer {layer}: {error}") from None
+
+    def result(self, layer: int, meter: AttentionMeter) -> Attention | None:
+        """The figures of a layer, with a note where rows were left out; None where all were."""
+        figures = meter.result()
         if figures.skipped:
             self._note(NOT_FINITE, layer)
         return figures if figures.rows else None
 
     def queries(self, layer: int) -> NDArray[np.float32] | None:
-        """A layer's queries ``[H_q, P, D]``, float32, or None."""
-        name = f"queries.{layer}"
-        spec = self._source.tensors.get(name)
-        if spec is None or not _is_queries(name, spec):
-            return None
-        return to_float32(self._source.read(name), spec.dtype)
+        """Return a layer's queries ``[H_q, P, D]``, float32, or None where it has none."""
+        return probe_queries(self._source, layer)
 
     def scale_for(self, layer: int, head_dim: int) -> float:
-        """The factor of q . k in a layer; where the capture does not tell, ``head_dim ** -0.5`` and a note."""
-        scale = self._scale.get(layer, self._scale.get(-1))
+        """The factor of q . k in a layer. Where the capture does not say, it is ``head_dim ** -0.5``, with a note."""
+        scale = self._metadata.attention_scale(layer)
         if scale is None:
             self._note(ASSUMED_SCALE, layer)
             return float(head_dim**-0.5)
         return scale
 
     def _note(self, text: str, layer: int) -> None:
-        self._notes.setdefault(text, []).append(layer)
+        self._notes.append((layer, text))
 
 
 def layers_text(layers: Iterable[int]) -> str:
-    """``layers 0-2, 5`` for 0, 1, 2 and 5."""
+    """Name layers briefly: ``layers 0-2, 5`` for 0, 1, 2 and 5."""
     runs: list[list[int]] = []
     for layer in sorted(set(layers)):
         if runs and layer == runs[-1][1] + 1:
@@ -108,30 +118,3 @@ def layers_text(layers: Iterable[int]) -> str:
             runs.append([layer, layer])
     text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
     return f"layer{'' if len(runs) == 1 and runs[0][0] == runs[0][1] else 's'} {text}"
-
-
-def _is_queries(name: str, spec: TensorSpec) -> bool:
-    return name.startswith("queries.") and is_float_tensor(spec)
-
-
-def _read_positions(source: CacheSource) -> NDArray[np.integer[Any]]:
-    spec = source.tensors["query_positions"]
-    if len(spec.shape) != 1 or spec.dtype[0] not in "IU":
-        raise FormatError(f"query_positions is {spec.dtype} {list(spec.shape)}, not a list of whole numbers")
-    bits = np.ascontiguousarray(source.read("query_positions"))
-    return bits.view(f"<{spec.dtype[0].lower()}{spec.itemsize}")
-
-
-def _scale_of(metadata: Mapping[str, str]) -> dict[int, float]:
-    """Attention scale by layer from ``metadata["attention"]["scale"]``; one for all layers is under -1."""
-    try:
-        document = json.loads(metadata.get("attention", "null"))
-    except (ValueError, RecursionError):
-        return {}
-    scale = document.get("scale") if isinstance(document, dict) else None
-    entries: dict[int, Any] = dict(enumerate(scale)) if isinstance(scale, list) else {-1: scale}
-    return {layer: float(value) for layer, value in entries.items() if _is_scale(value)}
-
-
-def _is_scale(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and value > 0

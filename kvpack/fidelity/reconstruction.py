@@ -12,16 +12,24 @@ from numpy.typing import NDArray
 from kvpack.numerics.floats import Bits, to_float32
 
 BLOCK = 1 << 19
-"""Elements converted to float64 at a time."""
+"""The number of elements that are converted to float64 at a time."""
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Error of one tensor, or of several merged; kept as float64 sums so that merging is exact in meaning.
+    """The error of one tensor, or of several merged.
 
-    ``elements`` compared; ``energy`` = sum x^2 and ``error_energy`` = sum (x - y)^2 (inf where a non-finite
-    element differs); ``max_abs_error`` in the tensor's own unit; ``cosine_sum`` = sum over vectors of D times
-    the cosine; ``bit_exact`` whether every bit pattern is the same. No elements: no error, cosine 1.
+    It is kept as float64 sums, so that merging the parts of a tensor gives the figures of the whole. Without elements
+    there is no error, and the cosine is 1.
+
+    Attributes:
+        elements: The number of elements compared.
+        energy: The sum of x^2 over the original's elements.
+        error_energy: The sum of (x - y)^2; infinite where an element that is not finite differs.
+        max_abs_error: The greatest |x - y|, in the tensor's own unit.
+        cosine_sum: The sum over vectors of D times their cosine.
+        bit_exact: Whether every bit pattern is the same.
+
     """
 
     elements: int = 0
@@ -33,17 +41,17 @@ class Reconstruction:
 
     @property
     def nmse(self) -> float:
-        """``sum (x - y)^2 / sum x^2``: 0 for no error, inf for error where the original is all zero."""
+        """``sum (x - y)^2 / sum x^2``; 0 for no error, and inf for error where the original is all zero."""
         return ratio(self.error_energy, self.energy)
 
     @property
     def cosine(self) -> float:
-        """Mean cosine of the vectors ``[h, t]``, weighted by their number of elements."""
+        """The mean cosine of the vectors ``[h, t]``, weighted by their number of elements."""
         return self.cosine_sum / self.elements if self.elements else 1.0
 
     @classmethod
     def merge(cls, parts: Iterable[Reconstruction]) -> Reconstruction:
-        """Figures over all parts together: of token ranges, heads or layers."""
+        """The figures of all parts together; parts are ranges of tokens, heads or layers."""
         parts = list(parts)
         return cls(
             sum(part.elements for part in parts),
@@ -56,30 +64,34 @@ class Reconstruction:
 
 
 def ratio(error: float, reference: float) -> float:
-    """``error / reference``; 0 for no error at all, inf where there is error and no reference."""
+    """``error / reference``; 0 for no error at all, and inf where there is error and no reference."""
     if error == 0.0:
         return 0.0
     return error / reference if reference else inf
 
 
 def measure_reconstruction(original: Bits, other: Bits, dtype: str) -> Reconstruction:
-    """Compare bit patterns ``[H, T, D]`` of ``dtype`` (``BF16``, ``F16``, ``F32``), of equal shapes.
+    """Compare the bit patterns ``[H, T, D]`` of two tensors of ``dtype`` (``BF16``, ``F16`` or ``F32``).
 
-    Non-finite elements with equal bits are no error and are left out of the sums; any that differ make
-    ``nmse`` and ``max_abs_error`` infinite and their vector's cosine 0. Vectors that are zero on both sides
-    have cosine 1, on one side 0.
+    Elements that are not finite and have equal bits are no error and are left out of the sums. Where their bits
+    differ, ``nmse`` and ``max_abs_error`` are infinite and the cosine of their vector is 0. Vectors that are zero on
+    both sides have cosine 1, and vectors that are zero on one side have cosine 0.
     """
     heads, tokens, dims = original.shape
     step = max(1, BLOCK // max(dims, 1))
-    return Reconstruction.merge(
-        _block(original[head, first : first + step], other[head, first : first + step], dtype)
-        for head in range(heads)
+    together = max(1, step // max(tokens, 1))
+    cuts = [
+        (slice(head, head + together), slice(first, first + step))
+        for head in range(0, heads, together)
         for first in range(0, tokens, step)
+    ]
+    return Reconstruction.merge(
+        _block(original[cut].reshape(-1, dims), other[cut].reshape(-1, dims), dtype) for cut in cuts if dims
     )
 
 
 def _block(x_bits: Bits, y_bits: Bits, dtype: str) -> Reconstruction:
-    """Figures of vectors ``[N, D]``."""
+    """The figures of vectors ``[N, D]``."""
     with np.errstate(invalid="ignore"):
         x = to_float32(x_bits, dtype).astype(np.float64)
     finite = np.isfinite(x)
@@ -105,7 +117,7 @@ def _block(x_bits: Bits, y_bits: Bits, dtype: str) -> Reconstruction:
 
 
 def _cosines(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Cosine of each row of ``[N, D]`` with its counterpart, ``[N]``, within [-1, 1]."""
+    """The cosine of each row of ``[N, D]`` with its counterpart, ``[N]``, within [-1, 1]."""
     xx, yy, xy = (np.einsum("nd,nd->n", a, b) for a, b in ((x, x), (y, y), (x, y)))
     norms = np.sqrt(xx * yy)
     cosines = np.divide(xy, norms, out=np.where(xx == yy, 1.0, 0.0), where=norms > 0)

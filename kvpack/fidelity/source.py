@@ -1,78 +1,47 @@
-"""What fidelity reads: caches as named tensors of bit patterns, and the layers among them."""
+"""What this package reads: caches as named tensors of bit patterns, and the layers among them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from kvpack.errors import MismatchError
-from kvpack.formats.captures import layer_of
+from kvpack.errors import FormatError, MismatchError
+from kvpack.formats.records import layer_tensors
 from kvpack.formats.safetensors import TensorSpec
-from kvpack.numerics.floats import FLOAT_BITS, Bits, to_float32
+from kvpack.numerics.floats import Bits
 
 
-class CacheSource(Protocol):
-    """A capture or a compressed file: tensors by name, string metadata, bit patterns on demand."""
+class CacheReader(Protocol):
+    """A capture or a compressed file: tensors by name, string metadata, and bit patterns on demand.
+
+    Bit patterns are unsigned integers of the item size of the tensor's dtype.
+    """
 
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:
-        """Every tensor's specification by name."""
+        """The specification of every tensor by its name."""
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """The safetensors ``__metadata__``."""
+        """The ``__metadata__`` of the safetensors file."""
 
-    def read(self, name: str) -> Bits:
-        """The tensor's bit patterns in its shape: unsigned integers of the dtype's item size."""
+    def read(self, name: str, rows: slice | None = None) -> Bits:
+        """Read one tensor in its shape, or of keys and values ``[H, T, D]`` only the tokens ``rows``."""
 
+    def windows(self) -> Iterator[tuple[int, Mapping[str, Bits]]]:
+        """Read the keys and values of all layers, range of tokens by range of tokens, in ascending order.
 
-@dataclass(frozen=True, eq=False)
-class FloatHeads:
-    """A layer's ``[H, T, D]`` bit patterns, read as float32 one head at a time to keep memory small."""
-
-    bits: Bits
-    dtype: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """``(H, T, D)``."""
-        return self.bits.shape
-
-    def __getitem__(self, head: int, /) -> NDArray[np.float32]:
-        """Values ``[T, D]`` of a head."""
-        return to_float32(self.bits[head], self.dtype)
+        Each item is the first token of a range, and by tensor name the bit patterns ``[H, t, D]`` of the tokens from
+        there on. A tensor that ends before the range is left out. ``t`` is smaller for a tensor that ends within the
+        range. Together the ranges hold every token of every tensor exactly once.
+        """
 
 
-def is_float_tensor(spec: TensorSpec | None) -> bool:
-    """Whether the tensor is ``[H, T, D]`` floats of a dtype whose values kvpack reads."""
-    return spec is not None and len(spec.shape) == 3 and spec.dtype in FLOAT_BITS
-
-
-def layer_tensors(source: CacheSource) -> dict[int, dict[str, str]]:
-    """Names of layer tensors (``layers.{i}.keys|values``, floats of rank 3), by layer and which of the two.
-
-    Layers ascend; keys come before values.
-    """
-    found = [
-        (layer, name.rsplit(".", 1)[1], name)
-        for name, spec in source.tensors.items()
-        if (layer := layer_of(spec)) is not None
-    ]
-    layers: dict[int, dict[str, str]] = {}
-    for index, what, name in sorted(found):
-        layers.setdefault(index, {})[what] = name
-    return layers
-
-
-def require_same_layers(original: CacheSource, other: CacheSource) -> dict[int, dict[str, str]]:
-    """The layer tensors that both sources hold, as :func:`layer_tensors`.
+def require_same_layers(original: CacheReader, other: CacheReader) -> dict[int, dict[str, str]]:
+    """Return the layer tensors that both caches hold, in the form of :func:`layer_tensors`.
 
     Raises:
-        MismatchError: a layer tensor is only in one of them, or differs in shape or dtype.
+        MismatchError: A layer's tensor is in only one of the two, or differs in shape or dtype.
 
     """
     layers = layer_tensors(original)
@@ -84,10 +53,41 @@ def require_same_layers(original: CacheSource, other: CacheSource) -> dict[int, 
     return layers
 
 
+def walk(reader: CacheReader, names: Collection[str]) -> Iterator[tuple[int, dict[str, Bits]]]:
+    """Yield ``reader.windows()`` with only the tensors ``names`` in them, and check that they come whole.
+
+    Raises:
+        FormatError: The reader repeats or leaves out tokens of a tensor, or gives them in another shape.
+
+    """
+    reached = dict.fromkeys(names, 0)
+    for first, window in reader.windows():
+        wanted = {name: window[name] for name in names if name in window}
+        widest = max((bits.shape[1] for bits in wanted.values()), default=0)
+        for name, bits in wanted.items():
+            _require_next(reader.tensors[name], bits, (first, widest), reached[name])
+            reached[name] += bits.shape[1]
+        yield first, wanted
+    for name, row in reached.items():
+        spec = reader.tensors[name]
+        if spec.elements and row != spec.shape[1]:
+            raise FormatError(f"{name}: the reader gave {row} of {spec.shape[1]} tokens")
+
+
 def same_tensor(first: TensorSpec, second: TensorSpec | None) -> bool:
-    """Whether dtype and shape agree."""
-    return second is not None and (first.dtype, first.shape) == (second.dtype, second.shape)
+    """Whether the second tensor exists and has the dtype and shape of the first."""
+    return second is not None and (first.dtype, first.declared_shape) == (second.dtype, second.declared_shape)
+
+
+def _require_next(spec: TensorSpec, bits: Bits, window: tuple[int, int], reached: int) -> None:
+    """Check that a tensor's part of a window (its first token and its length) starts where the last one ended."""
+    first, length = window
+    heads, tokens, dims = spec.shape
+    if first != reached:
+        raise FormatError(f"{spec.name}: the reader gave tokens from {first} on where token {reached} is next")
+    if bits.shape != (heads, min(length, tokens - first), dims):
+        raise FormatError(f"{spec.name}: the reader gave {list(bits.shape)} at token {first} of {list(spec.shape)}")
 
 
 def _describe(spec: TensorSpec | None) -> str:
-    return f"{spec.dtype} {list(spec.shape)}" if spec else "absent"
+    return f"{spec.dtype} {list(spec.declared_shape)}" if spec else "absent"

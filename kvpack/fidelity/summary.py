@@ -1,4 +1,4 @@
-"""The report of a comparison: its figures, its JSON form, and the checks that thresholds ask for."""
+"""The report of a comparison: its figures, its JSON form, and the check against thresholds."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from kvpack.fidelity.probes import layers_text
 from kvpack.fidelity.reconstruction import Reconstruction
 
 SCHEMA_VERSION = 1
+"""The version of the JSON form, which changes when a field changes its meaning."""
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Figures of a layer; ``attention`` is None where it was not measured."""
+    """The figures of one layer; ``attention`` is None where it was not measured."""
 
     index: int
     keys: Reconstruction
@@ -25,9 +26,14 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Extras:
-    """Tensors other than keys and values: how many are the same, and names of those that are not.
+    """The tensors other than keys and values.
 
-    ``differ`` (bits, dtype or shape), ``missing`` (only in the original), ``added`` (only in the other).
+    Attributes:
+        same: The number of tensors that are the same in both caches.
+        differ: The names of those that differ in bits, dtype or shape.
+        missing: The names of those that only the original has.
+        added: The names of those that only the other cache has.
+
     """
 
     same: int = 0
@@ -37,13 +43,13 @@ class Extras:
 
     @property
     def bit_exact(self) -> bool:
-        """Whether all are there and the same."""
+        """Whether both caches have the same tensors with the same bits."""
         return not (self.differ or self.missing or self.added)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`kvpack.fidelity.compare` found, by layer; the overall figures follow from the layers."""
+    """What :func:`kvpack.fidelity.compare` found, layer by layer; the overall figures follow from the layers."""
 
     layers: tuple[LayerReport, ...]
     extras: Extras
@@ -51,28 +57,28 @@ class Report:
 
     @property
     def keys(self) -> Reconstruction:
-        """Error of the keys of all layers together."""
+        """The error of the keys of all layers together."""
         return Reconstruction.merge(layer.keys for layer in self.layers)
 
     @property
     def values(self) -> Reconstruction:
-        """Error of the values of all layers together."""
+        """The error of the values of all layers together."""
         return Reconstruction.merge(layer.values for layer in self.layers)
 
     @property
     def attention(self) -> Attention | None:
-        """Attention fidelity over the measured layers (:meth:`Attention.merge`); None without any."""
+        """The attention fidelity of all measured layers (:meth:`Attention.merge`); None where none was measured."""
         measured = [layer.attention for layer in self.layers if layer.attention]
         return Attention.merge(measured) if measured else None
 
     @property
     def bit_exact(self) -> bool:
-        """Whether every tensor, layers and extras, has the same bits."""
+        """Whether every tensor has the same bits in both caches, keys and values as well as all others."""
         return self.keys.bit_exact and self.values.bit_exact and self.extras.bit_exact
 
     @property
     def unmeasured(self) -> tuple[int, ...]:
-        """Layers that hold something and whose attention was not measured."""
+        """The indices of layers that hold something and whose attention was not measured."""
         return tuple(
             layer.index
             for layer in self.layers
@@ -80,7 +86,7 @@ class Report:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-safe form. An infinite figure is null and its path is listed under ``infinite``."""
+        """The report in JSON types. An infinite figure is null, and its path is listed under ``infinite``."""
         document: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "bit_exact": self.bit_exact,
@@ -115,10 +121,16 @@ def check(
     max_attn_err: float | None = None,
     bit_exact: bool = False,
 ) -> list[str]:
-    """Failures in words, empty if all is well. A check that cannot be made is a failure.
+    """Say in words where the report does not meet the thresholds; the list is empty if all is well.
 
-    ``max_nmse`` bounds the worse of the overall NMSE of keys and values; ``max_attn_err`` bounds the overall
-    relative error of the attention output.
+    A check that cannot be made counts as failed.
+
+    Args:
+        report: The report of a comparison.
+        max_nmse: The greatest overall NMSE that keys and values may each have.
+        max_attn_err: The greatest overall relative error of the attention output.
+        bit_exact: Whether every bit has to be the same.
+
     """
     failures: list[str] = []
     if max_nmse is not None:
@@ -188,7 +200,7 @@ def _attention(figures: Attention | None) -> dict[str, Any] | None:
 
 
 def _finite(value: Any, path: str, infinite: list[str]) -> Any:
-    """The JSON value with infinite numbers as null, their paths (``layers[0].keys.nmse``) collected."""
+    """The JSON value with infinite numbers as null; their paths (``layers[0].keys.nmse``) go to ``infinite``."""
     if isinstance(value, dict):
         return {k: _finite(v, f"{path}.{k}" if path else k, infinite) for k, v in value.items()}
     if isinstance(value, list):

@@ -17,10 +17,11 @@ from kvpack.codecs.recipes import CODECS
 from kvpack.engine import CpuEngine, EncodeTask, Engine, InTurn, Progress, Ticket
 from kvpack.errors import FormatError, UsageError
 from kvpack.formats.captures import FLOAT_DTYPES, cache_spec, layer_of
+from kvpack.formats.records import token_ids
 from kvpack.formats.safetensors import Header as SourceHeader
 from kvpack.formats.safetensors import build_header
 from kvpack.formats.source import Capture
-from kvpack.jobs.hints import encoder_hints, token_ids
+from kvpack.jobs.hints import encoder_hints
 from kvpack.kvp import ContainerWriter
 from kvpack.kvp.header import Header
 from kvpack.profiles import Profile

@@ -2,48 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpack.cache.metadata import parse_metadata
 from kvpack.codecs.chain.rotary import rotate
 from kvpack.codecs.context import Hints
 from kvpack.codecs.protocol import Codec, Hint
 from kvpack.errors import FormatError
-from kvpack.fidelity.probes import Probes
-from kvpack.fidelity.source import layer_tensors
-from kvpack.formats.captures import FLOAT_DTYPES
-from kvpack.formats.safetensors import TensorSpec
+from kvpack.formats.records import attention_mass, layer_tensors, probe_positions, probe_queries
 from kvpack.formats.source import Capture
-from kvpack.numerics.floats import Bits, to_float32
+from kvpack.numerics.floats import to_float32
 
 Floats = NDArray[np.float32]
 
 
-class Reader(Protocol):
-    """A capture or a ``.kvp`` file."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorSpec]:
-        """Every tensor's entry by name."""
-
-    def read(self, name: str, /) -> Bits:
-        """The tensor's bit patterns in its shape."""
-
-
 KEY_WEIGHT = 32**0.5
 """A logit's error beside a relative error of a value, by trial on SmolLM2-135M (docs/fisher.md)."""
-
-
-def token_ids(source: Reader) -> NDArray[np.int32] | None:
-    """The token ids of a capture, from its first token on, or None where they are not as captures have them."""
-    entry = source.tensors.get("tokens")
-    if entry is None or entry.dtype != "I32" or len(entry.shape) != 1:
-        return None
-    return source.read("tokens").view(np.int32)
 
 
 def encoder_hints(source: Capture, codec: Codec) -> Hints:
@@ -56,25 +34,18 @@ def encoder_hints(source: Capture, codec: Codec) -> Hints:
     return Hints(mass, frequencies, probe_weights(source, frequencies))
 
 
-def attention_mass(source: Reader) -> Floats | None:
-    """Each token's attention mass ``[T]``, the mean over layers and heads, or None where the capture has none."""
-    entry = source.tensors.get("attention_mass")
-    if entry is None or entry.dtype not in FLOAT_DTYPES or len(entry.shape) != 3:
-        return None
-    mass: Floats = to_float32(source.read("attention_mass"), entry.dtype).mean((0, 1))
-    return mass
-
-
 def rope_frequencies(metadata: Mapping[str, str]) -> Floats | None:
     """Radians a position ``[N]`` for dimensions i and i + N, from ``rope`` and ``model``; None where they do not tell.
 
     Knows transformers' ``default``, ``linear`` and ``llama3``.
     """
+    known = parse_metadata(metadata)
+    if known.rope is None or known.rotary_dimensions is None:
+        return None
     try:
-        rope, model = (json.loads(metadata.get(name, "null")) for name in ("rope", "model"))
         with np.errstate(all="ignore"):
-            found = _frequencies(rope, int(model["head_dim"] * float(rope.get("partial_rotary_factor", 1))) // 2)
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
+            found = _frequencies(known.rope, known.rotary_dimensions // 2)
+    except (ValueError, TypeError, KeyError, ArithmeticError):
         return None
     sound = found.size and np.isfinite(found).all() and (found > 1e-30).all() and (found <= 1).all()
     return found.astype(np.float32) if sound else None
@@ -109,10 +80,10 @@ def probe_weights(capture: Capture, frequencies: Floats | None) -> dict[str, Flo
     keys: dict[str, Floats] = {}
     plain: dict[str, float] = {}
     read: dict[str, Floats] = {}
+    scales = parse_metadata(capture.metadata)
     try:
-        probes = Probes(capture)
         for layer, names in layers.items():
-            found = _layer(capture, probes, layer, names, frequencies)
+            found = _layer(capture, scales.attention_scale(layer), layer, names, frequencies)
             if found is None:
                 return None
             keys[names["keys"]], plain[names["values"]], read[names["values"]] = found
@@ -130,19 +101,19 @@ def probe_weights(capture: Capture, frequencies: Floats | None) -> dict[str, Flo
 
 
 def _layer(
-    capture: Capture, probes: Probes, layer: int, names: Mapping[str, str], frequencies: Floats | None
+    capture: Capture, scale: float | None, layer: int, names: Mapping[str, str], frequencies: Floats | None
 ) -> tuple[Floats, float, Floats] | None:
     """Weights of keys ``[H, D]``, one over the values' deviation, and how much probes read values ``[H]``."""
     if len(names) < 2:
         return None
     keys, values = (to_float32(capture.read(names[k]), capture.tensors[names[k]].dtype) for k in ("keys", "values"))
-    queries, positions = probes.queries(layer), probes.positions
+    queries, positions = probe_queries(capture, layer), probe_positions(capture)
     heads, tokens, dims = keys.shape
     if queries is None or positions is None or not queries.size or not keys.size or values.shape[:2] != keys.shape[:2]:
         return None
     if queries.shape[0] % heads or queries.shape[1:] != (len(positions), dims):
         return None
-    scale = probes.scale_for(layer, dims)
+    scale = float(dims**-0.5) if scale is None else scale
     grouped = queries.reshape(heads, -1, dims)
     visible = np.tile(np.arange(tokens) <= positions[:, None], (queries.shape[0] // heads, 1))
     energy, read = np.empty(heads), np.empty(heads)

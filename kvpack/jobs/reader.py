@@ -15,9 +15,9 @@ from kvpack.codecs.protocol import Codec, Need, Scope
 from kvpack.codecs.registry import codec_from_json
 from kvpack.engine import CpuEngine, DecodeTask, Engine, InTurn, Room, Ticket
 from kvpack.errors import CorruptError, FormatError, MismatchError, naming
+from kvpack.formats.records import token_ids
 from kvpack.formats.safetensors import TensorSpec
 from kvpack.formats.source import Capture
-from kvpack.jobs.hints import token_ids
 from kvpack.kvp import Container, Frame
 from kvpack.kvp.layout import MAGIC
 from kvpack.numerics.floats import Bits

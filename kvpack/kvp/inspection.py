@@ -5,12 +5,12 @@ This imports nothing but the standard library, so that ``kvpack inspect`` starts
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvpack.cache.metadata import parse_values
 from kvpack.formats.captures import layer_of
 from kvpack.formats.safetensors import Header, TensorFile
 from kvpack.kvp import Container, PartEntry
@@ -92,7 +92,7 @@ def inspect(path: Path, *, check: bool = False) -> Inspection:
         original_size=header.file_size,
         ratio=1.0,
         bits_per_element=_bits(kv, header),
-        identity=identity(header.metadata),
+        identity=parse_values(header.metadata),
         shapes=_shapes(header),
         layers=layers,
         other_tensors=sum(sizes.values()) - kv,
@@ -119,7 +119,7 @@ def _inspect_container(path: Path, container: Container, check: bool) -> Inspect
         original_size=header.file_size,
         ratio=header.file_size / container.size,
         bits_per_element=_bits(container.size - other, header),
-        identity=identity(header.metadata),
+        identity=parse_values(header.metadata),
         shapes=_shapes(header),
         layers=layers,
         other_tensors=other,
@@ -141,17 +141,6 @@ def _inspect_container(path: Path, container: Container, check: bool) -> Inspect
 
 def _was_carried(part: PartEntry) -> bool:
     return part.spec.tensor.layer is not None and part.codec != 0
-
-
-def identity(metadata: dict[str, str]) -> dict[str, Any]:
-    """A capture's metadata with its JSON values parsed. Strings that are not JSON stay strings."""
-    parsed: dict[str, Any] = {}
-    for key, value in sorted(metadata.items()):
-        try:
-            parsed[key] = json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
-            parsed[key] = value
-    return parsed
 
 
 def _elements(header: Header) -> int:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpack.cache.metadata import parse_metadata
 from kvpack.errors import FormatError, MismatchError
 from kvpack.formats.safetensors import TensorFile, build_header
 
@@ -70,7 +71,7 @@ class Profile(Mapping[str, NDArray[Any]]):
     @cached_property
     def model(self) -> dict[str, Any]:
         """Model that the profile was made for, as in a capture's metadata; empty if unknown."""
-        return _model(self.metadata)
+        return dict(parse_metadata(self.metadata).model)
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         """Return the array of this name; F16 arrays become float32."""
@@ -99,21 +100,13 @@ class Profile(Mapping[str, NDArray[Any]]):
             MismatchError: Both state the digest of the model's weights, and the digests differ.
 
         """
-        other = _model(metadata)
-        mine, theirs = self.model.get("weights_sha256"), other.get("weights_sha256")
-        if mine and theirs and mine != theirs:
+        mine, theirs = parse_metadata(self.metadata), parse_metadata(metadata)
+        ours, other = mine.weights_sha256, theirs.weights_sha256
+        if ours and other and ours != other:
             raise MismatchError(
-                f"the profile {self.name} is for {self.model.get('name')} (weights {mine[:12]}), "
-                f"the capture is of {other.get('name')} (weights {theirs[:12]})"
+                f"the profile {self.name} is for {mine.model_name} (weights {ours[:12]}), "
+                f"the capture is of {theirs.model_name} (weights {other[:12]})"
             )
-
-
-def _model(metadata: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        model = json.loads(metadata.get("model", "{}"))
-    except json.JSONDecodeError:
-        return {}
-    return model if isinstance(model, dict) else {}
 
 
 def write_profile(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any], output: BinaryIO) -> int:

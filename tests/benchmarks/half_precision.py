@@ -22,8 +22,8 @@ from kvpack.codecs.chain.transforms.token_klt.model import DECAYS, LAGS, PLACES,
 from kvpack.codecs.chain.transforms.unrope import rotate
 from kvpack.codecs.context import DecodeContext, StackHints
 from kvpack.codecs.recipes import fisher, fisher_log_step
+from kvpack.formats.records import attention_mass, token_ids
 from kvpack.formats.source import Capture
-from kvpack.jobs.hints import attention_mass, token_ids
 from kvpack.numerics.floats import to_float32
 from kvpack.profiles import Profile
 

@@ -19,11 +19,11 @@ from kvpack.codecs.chain.base import Part
 from kvpack.codecs.context import DecodeContext, StackHints
 from kvpack.errors import UsageError
 from kvpack.formats.captures import layer_of
+from kvpack.formats.records import attention_mass, token_ids
 from kvpack.formats.safetensors import build_header
 from kvpack.formats.sink import as_bytes
 from kvpack.formats.source import Capture
 from kvpack.gpu.kernels.token_klt import SPAN
-from kvpack.jobs.hints import attention_mass, token_ids
 from kvpack.jobs.reader import KvpFile
 from kvpack.numerics.floats import to_float32
 from kvpack.profiles import Profile

@@ -1,0 +1,96 @@
+"""What a capture records besides keys and values: token ids, attention mass and probe queries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpack.errors import FormatError
+from kvpack.formats.captures import FLOAT_DTYPES, layer_of
+from kvpack.formats.safetensors import TensorSpec
+from kvpack.numerics.floats import Bits, to_float32
+
+Floats = NDArray[np.float32]
+
+
+class Reader(Protocol):
+    """A capture or a ``.kvp`` file."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """Every tensor's entry by name."""
+
+    def read(self, name: str, /) -> Bits:
+        """The bit patterns of a tensor in its shape."""
+
+
+def layer_tensors(source: Reader) -> dict[int, dict[str, str]]:
+    """Find the keys and values of a cache: tensors ``layers.{i}.keys|values`` that are floats ``[H, T, D]``.
+
+    The result maps the layer's index to the tensors' names by ``"keys"`` and ``"values"``. A layer may have only one
+    of the two. Layers ascend, and keys come before values.
+    """
+    found = [
+        (layer, name.rsplit(".", 1)[1], name)
+        for name, spec in source.tensors.items()
+        if (layer := layer_of(spec)) is not None
+    ]
+    layers: dict[int, dict[str, str]] = {}
+    for index, what, name in sorted(found):
+        layers.setdefault(index, {})[what] = name
+    return layers
+
+
+def token_ids(source: Reader) -> NDArray[np.int32] | None:
+    """The token ids ``[T]`` from the first token of the text on, or None where they are not as captures have them."""
+    entry = source.tensors.get("tokens")
+    if entry is None or entry.dtype != "I32" or len(entry.shape) != 1:
+        return None
+    return source.read("tokens").view(np.int32)
+
+
+def attention_mass(source: Reader) -> Floats | None:
+    """Each token's attention mass ``[T]``, the mean over layers and heads, or None where the capture has none."""
+    if not _is_floats(source, "attention_mass"):
+        return None
+    bits, dtype = source.read("attention_mass"), source.tensors["attention_mass"].dtype
+    mass: Floats = to_float32(bits, dtype).mean((0, 1))
+    return mass
+
+
+def has_queries(source: Reader) -> bool:
+    """Whether any layer has probe queries."""
+    return any(name.startswith("queries.") and _is_floats(source, name) for name in source.tensors)
+
+
+def probe_queries(source: Reader, layer: int) -> Floats | None:
+    """The probe queries of a layer, ``[H_q, P, D]``, after RoPE; None where it has none."""
+    name = f"queries.{layer}"
+    if not _is_floats(source, name):
+        return None
+    return to_float32(source.read(name), source.tensors[name].dtype)
+
+
+def probe_positions(source: Reader) -> NDArray[np.integer[Any]] | None:
+    """The tokens ``[P]`` at which the probe queries were taken, or None where the capture does not say.
+
+    Raises:
+        FormatError: ``query_positions`` is not a list of whole numbers.
+
+    """
+    entry = source.tensors.get("query_positions")
+    if entry is None:
+        return None
+    if len(entry.shape) != 1 or entry.dtype[0] not in "IU":
+        found = f"{entry.dtype} {list(entry.declared_shape)}"
+        raise FormatError(f"query_positions is {found}, not a list of whole numbers")
+    bits = np.ascontiguousarray(source.read("query_positions"))
+    return bits.view(f"<{entry.dtype[0].lower()}{entry.itemsize}")
+
+
+def _is_floats(source: Reader, name: str) -> bool:
+    entry = source.tensors.get(name)
+    return entry is not None and len(entry.shape) == 3 and entry.dtype in FLOAT_DTYPES
