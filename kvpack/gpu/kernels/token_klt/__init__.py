@@ -26,7 +26,7 @@ SPAN = 64
 LARGEST = 10
 """A matrix' largest entry is brought near ``2**10``: entries ``2**-24`` times as large still have 11 bits."""
 
-_FOLDER = "transforms/token_klt"
+_FOLDER = "token_klt"
 
 
 def supports(shape: tuple[int, int, int], model: TokenModel) -> bool:
