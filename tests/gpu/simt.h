@@ -20,15 +20,15 @@ static Dim gridDim, blockDim, blockIdx, threadIdx;
 
 namespace simt {
 struct Barrier { int arrived = 0, alive = 0; unsigned generation = 0; };
-static const int MOST = 1024, STACK = 64 << 10;
-static ucontext_t fibers[MOST];
-static jmp_buf scheduler, places[MOST];  // switched by setjmp: swapcontext asks the kernel each time
-static bool begun[MOST];
+static const int MAX_THREADS = 1024, STACK = 64 << 10;
+static ucontext_t fibers[MAX_THREADS];
+static jmp_buf scheduler, places[MAX_THREADS];  // switched by setjmp: swapcontext asks the kernel each time
+static bool begun[MAX_THREADS];
 static char *stacks;
-static bool done[MOST];
+static bool done[MAX_THREADS];
 static int current;
-static Barrier block, warps[MOST / 32];
-static uint64_t values[MOST / 32][2][32];
+static Barrier block, warps[MAX_THREADS / 32];
+static uint64_t values[MAX_THREADS / 32][2][32];
 alignas(1024) static char dynamic[256 << 10];
 static void *function;
 static const uint64_t *arguments;
@@ -197,11 +197,11 @@ inline unsigned shared_address(const void *at) { return (unsigned)((const char *
 inline unsigned shared_word(unsigned address) { return *(unsigned *)(simt::dynamic + address); }
 inline unsigned shared_half(unsigned address) { return *(unsigned short *)(simt::dynamic + address); }
 inline unsigned device_word(const unsigned *at) { return *at; }
-template <typename T> inline T kept(T value) { return value; }
+template <typename T> inline T pin_register(T value) { return value; }
 template <typename T> inline T __ldg(const T *at) { return *at; }
 
 extern "C" void simt_launch(void *function, const unsigned *grid, const unsigned *block, const uint64_t *arguments) {
-    if (!simt::stacks) simt::stacks = (char *)malloc((size_t)simt::MOST * simt::STACK);
+    if (!simt::stacks) simt::stacks = (char *)malloc((size_t)simt::MAX_THREADS * simt::STACK);
     simt::function = function, simt::arguments = arguments;
     gridDim = {grid[0], grid[1], grid[2]}, blockDim = {block[0], 1, 1};
     for (unsigned y = 0; y < grid[1]; y++)

@@ -57,7 +57,7 @@ class Emulator:
     def __init__(self) -> None:
         self.device = "cpu"
 
-    def beside(self) -> AbstractContextManager[None]:
+    def side_stream(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def join(self) -> None:

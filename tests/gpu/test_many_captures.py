@@ -30,8 +30,8 @@ class Counting:
         self.device, self._gpu = gpu.device, gpu
         self.counts: dict[str, int] = {}
 
-    def beside(self) -> AbstractContextManager[Any]:
-        return self._gpu.beside()
+    def side_stream(self) -> AbstractContextManager[Any]:
+        return self._gpu.side_stream()
 
     def join(self) -> None:
         self._gpu.join()

@@ -106,7 +106,7 @@ class ChunkEncoder:
         if self._joint is None:
             _, part = _stack(chunks[0], self._codec, self._profile, self._side)
             self._joint = Joint(self._gpu, self._codec.keys, part)
-            slot.settle()
+            slot.synchronize()
         stacks = [_stack(chunk, self._codec, self._profile, self._side)[0] for chunk in chunks]
         pieces = (piece for stack in stacks for plan in stack for piece in pieces_of(plan, self._start_of_data))
         return _Chunks(chunks, slot, self._source.stage(slot, pieces))
@@ -129,7 +129,7 @@ class ChunkEncoder:
                 torch.stack([done.coded.places[1:], done.coded.sizes, done.coded.checksums, done.faults])
             )
             digests, shifts = slot.fetch(done.digests), slot.fetch(done.shifts)
-            known = slot.mark()
+            known = slot.record_event()
         return _Encoding(batch.chunks, slot, (host, sent), done, numbers, digests, known, levels, shifts)
 
     def _collect(self, batch: _Encoding) -> _Encoding:
@@ -255,7 +255,7 @@ class ChunkDecoder:
         _, part = _stack(plans, self._codec, self._archive.profile, self._known())
         joint = Joint(self._gpu, self._codec.keys, part)
         slots = [Slot(self._gpu) for _ in range(SLOTS)]
-        slots[0].settle()
+        slots[0].synchronize()
         entries = {tuple(part.plan for part in chunk): chunk for chunk in self._chunks}
         batches = ([entries[plans] for plans in batch] for batch in _batches(entries))
         start = lambda batch: self._start(batch, joint, tensors)  # noqa: E731

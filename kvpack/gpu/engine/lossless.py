@@ -160,7 +160,7 @@ class Encoder:
             assert coded.mantissa_checksums is not None
             columns = (coded.places[1:], coded.sizes, coded.checksums, coded.mantissa_checksums, coded.digests)
             fetched = slot.fetch(torch.stack(columns))
-            known = slot.mark()
+            known = slot.record_event()
             mantissas, size = slot.fetch(coded.mantissas), 1 + cuda.mantissa_size(parts)
         return _Encoding(slot, batch.numbers, (host, sent), coded, fetched, known, mantissas, size)
 

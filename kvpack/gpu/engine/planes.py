@@ -128,7 +128,7 @@ class PlaneEncoder:
             ends = slot.fetch(torch.stack([c.places[-1] for c in coded]))
             parts = slot.fetch(torch.stack([digests, torch.cat(lost).long()]))
             fetched = slot.fetch(numbers)
-            return _Encoding(batch.order, slot, alive, streams, coded, fetched, ends, parts, slot.mark(), [])
+            return _Encoding(batch.order, slot, alive, streams, coded, fetched, ends, parts, slot.record_event(), [])
 
     def _collect(self, batch: _Encoding) -> _Encoding:
         batch.known()

@@ -97,7 +97,7 @@ class Slot:
         host = self.torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.on_gpu)
         return host.copy_(tensor, non_blocking=True)
 
-    def mark(self) -> Callable[[], None]:
+    def record_event(self) -> Callable[[], None]:
         """What waits for all that was asked of the stream so far, and for nothing that is asked later."""
         if self.stream is None:
             return lambda: None
@@ -105,7 +105,7 @@ class Slot:
         wait: Callable[[], None] = event.synchronize
         return wait
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait for all that was asked of the device: what other streams made may then be used on this one."""
         if self.on_gpu:
             self.torch.cuda.synchronize(self.device)

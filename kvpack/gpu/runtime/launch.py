@@ -34,11 +34,11 @@ class Launcher(Protocol):
     ) -> None:
         """Run ``folder/file:function`` on ``grid`` blocks of ``block`` threads; arguments are tensors or integers."""
 
-    def beside(self) -> AbstractContextManager[Any]:
+    def side_stream(self) -> AbstractContextManager[Any]:
         """What is launched within runs beside what the current stream is given next, until :meth:`join`."""
 
     def join(self) -> None:
-        """The current stream waits for all that was launched within :meth:`beside`."""
+        """The current stream waits for all that was launched within :meth:`side_stream`."""
 
 
 def _nvrtc_candidates() -> Iterator[str]:
@@ -114,7 +114,7 @@ class Gpu:
         self._sides: dict[int, Any] = {}
         torch.zeros(1, device=self.device)  # makes the device's context
 
-    def beside(self) -> AbstractContextManager[Any]:
+    def side_stream(self) -> AbstractContextManager[Any]:
         """See :class:`Launcher`: a second stream that first waits for the current one."""
         side = self._side()
         side.wait_stream(self._torch.cuda.current_stream(self.index))

@@ -46,11 +46,11 @@ __device__ __forceinline__ u32 device_word(const u32 *at) {
     asm("ld.global.nc.u32 %0, [%1];" : "=r"(value) : "l"(at));
     return value;
 }
-template <typename T> __device__ __forceinline__ T *kept(T *at) {  // keeps an address in a register: not summed anew
+template <typename T> __device__ __forceinline__ T *pin_register(T *at) {  // keeps an address in a register: not summed anew
     asm("" : "+l"(at));
     return at;
 }
-__device__ __forceinline__ u32 kept(u32 value) {
+__device__ __forceinline__ u32 pin_register(u32 value) {
     asm("" : "+r"(value));
     return value;
 }

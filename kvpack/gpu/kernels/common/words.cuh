@@ -11,10 +11,10 @@ struct Words {
 __device__ __forceinline__ Words open_words(const u16 *first, u64 *ring) {
     int l = threadIdx.x % 32;
     u64 address = (u64)first;
-    const u64 *aligned = kept((const u64 *)(address & ~7ull) + l);
+    const u64 *aligned = pin_register((const u64 *)(address & ~7ull) + l);
     ring[l] = aligned[0], ring[32 + l] = aligned[32];
     __syncwarp();
-    return {aligned + 96, aligned[64], ring, kept(shared_address(ring)), (u32)(address & 7), RING / 2};
+    return {aligned + 96, aligned[64], ring, pin_register(shared_address(ring)), (u32)(address & 7), RING / 2};
 }
 
 // To be called at least every four codes: fills the half of the ring that is used up, and asks for the one after.

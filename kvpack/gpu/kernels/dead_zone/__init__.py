@@ -28,7 +28,7 @@ WARPS = 8
 SHARED = 64 << 10
 """Bytes of shared memory a block has for rows, so that three are under way at once."""
 
-_DEFINES = {"PAIRS": 0, "THRESHOLDS": THRESHOLDS, "MOST_SHIFT": MOST_SHIFT, "SHIFT_COST": SHIFT_BITS * BIT}
+_DEFINES = {"PAIRS": 0, "THRESHOLDS": THRESHOLDS, "MAX_SHIFT": MOST_SHIFT, "SHIFT_COST": SHIFT_BITS * BIT}
 
 
 @dataclass(frozen=True)

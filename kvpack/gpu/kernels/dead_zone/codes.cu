@@ -3,7 +3,7 @@
 // Rows [N, D] of U units of equal length; a code's class is (columns[d] - classes[n]) >> 3, within the K tables. A row's
 // step and its class are two arrays, because they need not follow from each other. Grid (slices of rows, 1), a warp a row.
 // What is only read is loaded as such (__ldg): loads of several coordinates then go together, whatever is stored between.
-// THRESHOLDS and MOST_SHIFT are reference.py's, SHIFT_COST is its SHIFT_BITS.
+// THRESHOLDS and MAX_SHIFT are reference.py's, SHIFT_COST is its SHIFT_BITS.
 #define LARGEST 32767
 #define SIGN 32768
 #define BUCKETS 32
@@ -54,7 +54,7 @@ struct Costs {
 // The shift beyond one that pays, for as long as the next one pays more.
 __device__ int climb(const u16 *held, const Row &row, const Costs &costs, int way, u64 best) {
     int shift = way;
-    for (int next = 2 * way; -MOST_SHIFT < next && next < MOST_SHIFT; next += way) {
+    for (int next = 2 * way; -MAX_SHIFT < next && next < MAX_SHIFT; next += way) {
         u64 found = costs.row(held, row, next);
         if (found >= best) break;
         best = found, shift = next;

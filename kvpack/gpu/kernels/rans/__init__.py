@@ -24,9 +24,9 @@ Tensor = torch.Tensor
 
 META, MODE, TABLES, ALPHABET, SLOT_BYTES, FAULT = 16, 0, 1, 2, 9, 10
 """Ints of ``meta.cuh`` a part, and positions."""
-MOST_SYMBOLS, MOST_ENTRIES, MOST_SLOTS = 256, 64 * 256, 64 * 4352
+MAX_SYMBOLS, MAX_ENTRIES, MAX_SLOTS = 256, 64 * 256, 64 * 4352
 HEAD = 16
-SMALL_BANK, LARGE_BANK = 2048, tables.BANK_TABLES * MOST_SYMBOLS
+SMALL_BANK, LARGE_BANK = 2048, tables.BANK_TABLES * MAX_SYMBOLS
 """Entries (tables times symbols) of a bank that the first and the second launch of ``bank.cu`` have room for."""
 BANK_BYTES = 7
 WIDE = 512
@@ -173,13 +173,13 @@ def encode(gpu: Launcher, parts: Parts) -> Coded:
     packed = mantissas.data_ptr() + 16 if parts.floats else 0
     gpu.launch("rans/scan:scan", walk, (blocks, count), 512, 128 * bins + 4 * masks, parts.addresses,
                *parts.geometry, rows, present, packed, stride, sums)  # fmt: skip
-    counts, symbols = empty(torch.int16, count, MOST_SYMBOLS, 64 * blocks), empty(torch.int16, count, MOST_SYMBOLS)
+    counts, symbols = empty(torch.int16, count, MAX_SYMBOLS, 64 * blocks), empty(torch.int16, count, MAX_SYMBOLS)
     maps, names = empty(torch.uint8, count, bins), empty(torch.uint8, count, channels)
-    codes, entries = empty(torch.uint8, count, MOST_ENTRIES), empty(torch.int64, count, MOST_ENTRIES)
+    codes, entries = empty(torch.uint8, count, MAX_ENTRIES), empty(torch.int64, count, MAX_ENTRIES)
     keys, meta = empty(torch.int32, count, channels), empty(torch.int32, count, META)
     bank, threads = tables.bank_size(parts.size, channels), 256 if channels <= WIDE else 512
     for least, most in ((0, SMALL_BANK), (SMALL_BANK, LARGE_BANK)):
-        if bank * min(bins, MOST_SYMBOLS) > least:
+        if bank * min(bins, MAX_SYMBOLS) > least:
             gpu.launch("rans/bank:bank", {**defines, "THREADS": threads}, (count, 1), threads,
                        BANK_BYTES * most + 2 * bank, rows, present, blocks, channels, bank, *rules, counts, symbols,
                        maps, names, codes, entries, keys, meta, least, most, LANE_BYTES)  # fmt: skip
@@ -252,12 +252,12 @@ def decode(gpu: Launcher, streams: Tensor, sizes: Tensor, parts: Parts, mantissa
 
     count, channels, groups = parts.count, parts.channels, parts.groups
     meta, bases = empty(torch.int32, count, META), empty(torch.int32, count, groups + 1)
-    names, entries = empty(torch.uint8, count, channels), empty(torch.int64, count, MOST_ENTRIES)
-    slots, tails = empty(torch.int32, count, MOST_SLOTS), empty(torch.int32, 2, count, tables.MAX_TABLES)
+    names, entries = empty(torch.uint8, count, channels), empty(torch.int64, count, MAX_ENTRIES)
+    slots, tails = empty(torch.int32, count, MAX_SLOTS), empty(torch.int32, 2, count, tables.MAX_TABLES)
     sums = None
     if ranges is not None:
         sums = torch.zeros(len(ranges[0]), dtype=torch.int64, device=gpu.device)
-        with gpu.beside():
+        with gpu.side_stream():
             gpu.launch("common/checksum:checksum", {}, (8, len(sums)), 256, 0, *ranges, sums)
     gpu.launch("rans/prepare:prepare", {}, (count, 1), 256, 0, streams, sizes, channels, parts.shape[1],
                parts.width, groups, _rules(gpu.device)[1], meta, bases, names, entries, slots, tails)  # fmt: skip

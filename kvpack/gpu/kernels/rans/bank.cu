@@ -35,12 +35,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) bank(
     if (least && (own[MODE] != CODED || K * own[ALPHABET] <= least)) return;
     const int groups = (BINS + 31) / 32;
     rows += part * blocks * BINS * 32, present += part * blocks * groups;
-    symbols += part * MOST_SYMBOLS, maps += part * BINS, names += part * channels, codes += part * MOST_ENTRIES;
-    entries += part * MOST_ENTRIES, counts += part * MOST_SYMBOLS * blocks * 64, keys += part * channels;
+    symbols += part * MAX_SYMBOLS, maps += part * BINS, names += part * channels, codes += part * MAX_ENTRIES;
+    entries += part * MAX_ENTRIES, counts += part * MAX_SYMBOLS * blocks * 64, keys += part * channels;
     int A = list_symbols(present, (int)blocks, symbols, maps);
-    if (threadIdx.x == 0) own[MODE] = A > MOST_SYMBOLS ? PACKED : CODED, own[ALPHABET] = A, live = 0, bits = 0;
+    if (threadIdx.x == 0) own[MODE] = A > MAX_SYMBOLS ? PACKED : CODED, own[ALPHABET] = A, live = 0, bits = 0;
     if (threadIdx.x < 32) renamed[threadIdx.x] = 0;
-    if (A > MOST_SYMBOLS || K * A > most) return;
+    if (A > MAX_SYMBOLS || K * A > most) return;
     int *sums = (int *)shared;
     u16 *values = (u16 *)(sums + K * A);
     Bank bank = {K, A, channels, (int)blocks * 64, counts, names, sums, values, (u8 *)(values + K * (A + A % 2))};

@@ -32,7 +32,7 @@ __device__ __forceinline__ u32 get(Lane &lane, Words &words, const u32 *slots, b
 
 #if FLOATS
 // Bits 8 to 23 of four rows of four lanes, to row lane % 4 of the same four channels.
-__device__ __forceinline__ u64 turn(const u32 *v, int lane) {
+__device__ __forceinline__ u64 transpose4(const u32 *v, int lane) {
     bool upper = lane & 2, odd = lane & 1;
     u32 first = __byte_perm(v[0], v[1], 0x6521), second = __byte_perm(v[2], v[3], 0x6521);
     u32 other = __shfl_xor_sync(ALL, upper ? first : second, 2);
@@ -50,14 +50,14 @@ template <bool FITS>
 __device__ __forceinline__ u64 run(Lane &lane, Words &words, const u32 *slots, bool live, Item *out, const u32 *packed,
                                    u64 element, int tokens) {
     int l = threadIdx.x % 32, t = 0;
-    u32 below = kept((1u << l) - 1);
+    u32 below = pin_register((1u << l) - 1);
     u64 sum = 0;
 #if FLOATS
     const u32 lower = (1u << SHIFT) - 1, codes = ~(lower << 16 | lower);
     u64 first = element - (l & 3) + (l & 3) * DIMS;  // of the lane's four codes
     const u32 *bits = packed + ((tokens < 4 ? element : first) * SHIFT >> 5);
     u32 bit = (u32)(first * SHIFT) & 31;  // rows are whole words long
-    Item *mine = kept(out + (l & 3) * (DIMS - 1));
+    Item *mine = pin_register(out + (l & 3) * (DIMS - 1));
     u64 key = (first / 4 + 1) * GOLDEN;
     u32 low_bits = device_word(bits), high_bits = device_word(bits + 1);  // ahead by four rows: main memory is far
     for (; t + 4 <= tokens; t += 4, mine += 4 * DIMS, key += DIMS * GOLDEN) {
@@ -70,7 +70,7 @@ __device__ __forceinline__ u64 run(Lane &lane, Words &words, const u32 *slots, b
 #pragma unroll
         for (int r = 0; r < 4; r++) v[r] = get<FITS>(lane, words, slots, live, below);
         refill(words);
-        u64 whole = turn(v, l);
+        u64 whole = transpose4(v, l);
         u32 low = (m & lower) | (m << (16 - SHIFT) & lower << 16) | ((u32)whole << (SHIFT - 4) & codes);
         m >>= 2 * SHIFT;
         u32 high = (m & lower) | (m << (16 - SHIFT) & lower << 16) | ((u32)(whole >> 32) << (SHIFT - 4) & codes);
@@ -90,7 +90,7 @@ __device__ __forceinline__ u64 run(Lane &lane, Words &words, const u32 *slots, b
         if (live && l % 4 == 0) sum += mixed((u64)next << 32 | pair, (element + (u64)t * DIMS) / 4);
     }
 #else
-    out = kept(out);
+    out = pin_register(out);
     for (; t + 4 <= tokens; t += 4, out += 4 * DIMS) {
 #pragma unroll
         for (int r = 0; r < 4; r++) {
@@ -133,7 +133,7 @@ __device__ __forceinline__ bool run_group(const Stream &s, u32 table, int group,
         c = live ? c : 0;
         int k = s.tables[c];
         lane.tail = s.tails[k], lane.runs = s.firsts[k] + (FITS ? table / 4 : 0);
-        lane.singles = kept(lane.runs + (lane.tail + 15) / 16 - lane.tail);
+        lane.singles = pin_register(lane.runs + (lane.tail + 15) / 16 - lane.tail);
         u64 element = (u64)(c / DIMS) * s.tokens * DIMS + c % DIMS;
         Item *out = s.target + channel_offset(c, DIMS, s.head_stride);
         u32 before = lane.state;
@@ -152,8 +152,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) decode(
     i64 part = blockIdx.y;
     int *own = meta + part * META, bytes = own[SLOT_BYTES], warps = blockDim.x / 32;
     if (own[FAULT] || own[MODE] != CODED) return;
-    Stream s = {own, tables + part * heads * DIMS, slots + part * (i64)MOST_TABLES * MOST_SLOTS,
-                tails + part * MOST_TABLES, tails + (gridDim.y + part) * MOST_TABLES,
+    Stream s = {own, tables + part * heads * DIMS, slots + part * (i64)MAX_TABLES * MAX_SLOTS,
+                tails + part * MAX_TABLES, tails + (gridDim.y + part) * MAX_TABLES,
                 mantissas ? (const u32 *)mantissas[part] : 0, (Item *)targets[part], head_stride, (int)heads * DIMS,
                 (int)tokens};
     u32 *table = shared + warps * (RING / 4);

@@ -105,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(256) emit(
             head[1] = own[PER_LANE], head[2] = own[SHORTEST], head[3] = own[WORDS];
         }
         for (int i = threadIdx.x; i < lanes; i += blockDim.x) ((u32 *)(out + HEAD))[i] = states[part * channels + i];
-        Fields fields = {symbols + part * MOST_SYMBOLS, levels + part * MOST_ENTRIES, tables + part * channels, lengths,
+        Fields fields = {symbols + part * MAX_SYMBOLS, levels + part * MAX_ENTRIES, tables + part * channels, lengths,
                          0, own[SHORTEST]};
         i64 counts[4] = {A, (i64)K * A, channels, groups};
         int widths[4] = {(int)width, 6, bits_for(K - 1), own[SPREAD]};

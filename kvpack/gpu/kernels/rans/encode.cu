@@ -73,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(256) encode(
     const int *own = meta + part * META;
     int tokens = (int)tokens_, channels = (int)heads_ * DIMS;
     int alphabet = own[ALPHABET], per_lane = own[PER_LANE], size = own[TABLES] * alphabet;
-    const u64 *table = entries + part * MOST_ENTRIES;
+    const u64 *table = entries + part * MAX_ENTRIES;
     if (own[MODE] != CODED) return;
     bool fits = size * 8 <= budget;
     for (int i = threadIdx.x; i < BINS; i += blockDim.x) map[i] = maps[part * BINS + i];
@@ -82,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(256) encode(
     int group = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, l = threadIdx.x % 32;
     if (group >= own[GROUPS]) return;
     const Item *source = (const Item *)sources[part];
-    u16 *end = kept(scratch + words_end(part, group, per_lane, groups_most) * tokens);
+    u16 *end = pin_register(scratch + words_end(part, group, per_lane, groups_most) * tokens);
     tables += part * channels;
     Lane lane = fits ? run<true>(table, shared, map, tables, source, head_stride, group, per_lane, channels, tokens, alphabet, end)
                      : run<false>(table, shared, map, tables, source, head_stride, group, per_lane, channels, tokens, alphabet, end);

@@ -15,10 +15,10 @@
 #define PACKED 0
 #define CODED 1
 #define LOW (1u << 15)
-#define MOST_TABLES 64
-#define MOST_SYMBOLS 256
-#define MOST_ENTRIES (MOST_TABLES * MOST_SYMBOLS)
-#define MOST_SLOTS 4352
+#define MAX_TABLES 64
+#define MAX_SYMBOLS 256
+#define MAX_ENTRIES (MAX_TABLES * MAX_SYMBOLS)
+#define MAX_SLOTS 4352
 #define REST 63
 
 __device__ __forceinline__ int bits_for(u32 most) { return most ? 32 - __clz(most) : 0; }

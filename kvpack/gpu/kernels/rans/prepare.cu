@@ -67,15 +67,15 @@ __device__ void fill(const u64 *entries, int A, u32 tail, u32 *runs) {
 extern "C" __global__ void __launch_bounds__(256) prepare(
     const u64 *streams, const i64 *sizes, i64 channels_, i64 tokens_, i64 width_, i64 groups_most, const u16 *levels_,
     int *meta, int *bases, u8 *tables, u64 *entries, u32 *slots, u32 *tails) {
-    __shared__ u16 symbols[MOST_SYMBOLS], values[48];
-    __shared__ u8 codes[MOST_ENTRIES];
-    __shared__ u32 tail_of[MOST_TABLES], first_of[MOST_TABLES + 1];
+    __shared__ u16 symbols[MAX_SYMBOLS], values[48];
+    __shared__ u8 codes[MAX_ENTRIES];
+    __shared__ u32 tail_of[MAX_TABLES], first_of[MAX_TABLES + 1];
     __shared__ int fault;
     i64 part = blockIdx.x, size = sizes[part];
     const u8 *stream = (const u8 *)streams[part];
     int channels = (int)channels_, width = (int)width_, *own = meta + part * META;
-    bases += part * (groups_most + 1), tables += part * channels, entries += part * MOST_ENTRIES;
-    slots += part * (i64)MOST_TABLES * MOST_SLOTS, tails += part * MOST_TABLES;
+    bases += part * (groups_most + 1), tables += part * channels, entries += part * MAX_ENTRIES;
+    slots += part * (i64)MAX_TABLES * MAX_SLOTS, tails += part * MAX_TABLES;
     i64 codes_bytes = packed_bytes(channels_ * tokens_, width);
     if (size < 1 || stream[0] != CODED) {
         if (threadIdx.x == 0) own[MODE] = PACKED, own[FAULT] = size != 1 + codes_bytes || stream[0] != PACKED;
@@ -86,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(256) prepare(
     const u32 *head = (const u32 *)stream;
     int K = stream[1] + 1, A = stream[2] + 1, spread = stream[3];
     i64 per_lane = head[1], shortest = head[2], words = head[3];
-    if (K > MOST_TABLES || per_lane < 1 || per_lane > channels || spread > 32 || words > channels_ * tokens_) return;
+    if (K > MAX_TABLES || per_lane < 1 || per_lane > channels || spread > 32 || words > channels_ * tokens_) return;
     i64 groups = (channels + 32 * per_lane - 1) / (32 * per_lane), tail = channels - (groups - 1) * 32 * per_lane;
     i64 lanes = (groups - 1) * 32 + (tail < 32 ? tail : 32);
     i64 at = HEAD + 4 * lanes + 2 * words;
@@ -128,6 +128,6 @@ extern "C" __global__ void __launch_bounds__(256) prepare(
     }
     __syncthreads();
     for (int k = threadIdx.x / 32; k < K; k += 8) fill(entries + k * A, A, tail_of[k], slots + first_of[k]);
-    for (int k = threadIdx.x; k < K; k += 256) tails[k] = tail_of[k], tails[MOST_TABLES * gridDim.x + k] = first_of[k];
+    for (int k = threadIdx.x; k < K; k += 256) tails[k] = tail_of[k], tails[MAX_TABLES * gridDim.x + k] = first_of[k];
     if (threadIdx.x == 0) own[FAULT] = fault;
 }

@@ -101,7 +101,7 @@ __device__ __forceinline__ Sums count(
     const u8 *source, i64 apart, bool live, i64 head_stride, int heads, int tokens, u32 *counts, u64 *mantissas) {
     int lane = threadIdx.x % 32, t = threadIdx.x / 32 * 8;
     const int step = THREADS / 32 * 8;
-    const u8 *rows = kept(source + (i64)t * (DIMS * ITEM));
+    const u8 *rows = pin_register(source + (i64)t * (DIMS * ITEM));
     Sums sums = {0, 0};
     u32 before = 0;
     bool above = true;
@@ -110,7 +110,7 @@ __device__ __forceinline__ Sums count(
     i64 element = ((i64)(first / DIMS) * tokens + t) * DIMS + first % DIMS;
     i64 packed = (element / 64 + (lane & 3) * (DIMS / 64)) * 7 + lane / 4;
     Place place = {(u64)(element / 4 + lane / 2 + (lane & 1) * (DIMS / 4) + 1) * GOLDEN, (u64)(packed + 1) * GOLDEN,
-                   kept(mantissas + packed)};
+                   pin_register(mantissas + packed)};
     above = t + lane || first % DIMS;  // else the row above is in the head above, or there is none
     if (!above && first) before = *(const u32 *)(source + ((i64)tokens * DIMS - head_stride - 2) * ITEM);
 #endif

@@ -118,7 +118,7 @@ __device__ int list_symbols(const u32 *present, int blocks, u16 *symbols, u8 *ma
         int symbol = before + __popc(bits & ((1u << bin % 32) - 1));
         bool here = bits >> bin % 32 & 1;
         map[bin] = (u8)symbol;
-        if (here && symbol < MOST_SYMBOLS) symbols[symbol] = bin;
+        if (here && symbol < MAX_SYMBOLS) symbols[symbol] = bin;
         if (bin == BINS - 1) alphabet = symbol + here;
     }
     __syncthreads();

@@ -30,14 +30,14 @@ Tensor = torch.Tensor
 META, FAULT = 8, 4
 """Ints of ``planes.cuh`` a plane, and a position."""
 SYMBOLS, RUN, WARPS, RING_BYTES = 64, 64, 4, 512
-MOST_TABLES = 64
-MOST_ROWS, MOST_CODES = 1 << 15, 1 << 29
+MAX_TABLES = 64
+MAX_ROWS, MAX_CODES = 1 << 15, 1 << 29
 """Tokens and codes a plane; raw bits of one are counted in 31 bits."""
 
 
 def supports(tokens: int, dims: int, tables: int) -> bool:
     """Whether the kernels take planes ``[1, T, D]`` with so many tables."""
-    return 0 < tokens <= MOST_ROWS and dims > 0 and tokens * dims <= MOST_CODES and tables <= MOST_TABLES
+    return 0 < tokens <= MAX_ROWS and dims > 0 and tokens * dims <= MAX_CODES and tables <= MAX_TABLES
 
 
 @dataclass(frozen=True)

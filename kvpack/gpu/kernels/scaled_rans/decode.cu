@@ -88,10 +88,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) decode(
     if (group >= own[GROUPS]) return;
     i64 first = (i64)group * span;
     int count = size - first < span ? (int)(size - first) : span;
-    u8 *cell = kept(cells + blockIdx.y * size + first + l);
+    u8 *cell = pin_register(cells + blockIdx.y * size + first + l);
     const u8 *stream = (const u8 *)streams[blockIdx.y] + HEAD + 4ll * own[GROUPS];
     bases += blockIdx.y * (groups_most + 1) + group;
-    u32 x = ((const u32 *)stream)[group * 32 + l], below = kept((1u << l) - 1);
+    u32 x = ((const u32 *)stream)[group * 32 + l], below = pin_register((1u << l) - 1);
     Words words = open_words((const u16 *)(stream + 128ll * own[GROUPS]) + bases[0], (u64 *)shared + threadIdx.x / 32 * (RING / 8));
     u32 begin = words.at;
     Lookup by = {runs, held};

@@ -39,8 +39,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) encode(
     if (group >= own[GROUPS]) return;
     i64 first = (i64)group * span;
     int count = size - first < span ? (int)(size - first) : span, step = count / 32;
-    const u16 *mine = kept(picks + blockIdx.y * size + first + l + 32 * step);
-    u16 *end = kept(scratch + blockIdx.y * size + first + count);
+    const u16 *mine = pin_register(picks + blockIdx.y * size + first + l + 32 * step);
+    u16 *end = pin_register(scratch + blockIdx.y * size + first + count);
     u32 below = (1u << l) - 1;
     Lane lane = {LOW, 0};
     if (count % 32) put(lane, table[l < count % 32 ? *mine : 0], l < count % 32, below, end);
