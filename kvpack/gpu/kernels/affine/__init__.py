@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import torch
 
+from kvpack.gpu.kernels.constants import AFFINE
 from kvpack.gpu.runtime.launch import Launcher
 
 Tensor = torch.Tensor
-GROUP = 32
+GROUP = AFFINE["GROUP"]
 AXES = {"token": "tokens", "channel": "channels"}
 
 

@@ -2,7 +2,6 @@
 //
 // BITS 1 to 8, DIMS a multiple of 32. Scales and zeros are halves, codes STEP bits each in row-major order: 8, or BITS where that
 // is 2 or 4. A thread has eight dimensions: of all tokens of a group where groups run along tokens, of one token where they run along dimensions.
-#define GROUP 32
 #define EIGHTS (DIMS / 8)
 #define LEVELS ((1 << BITS) - 1)
 #if STEP == 8

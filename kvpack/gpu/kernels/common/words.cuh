@@ -1,5 +1,5 @@
 // A group's words while a warp decodes it: a ring in shared memory, and the words behind it on their way.
-#define RING 512  // bytes, in two halves; a ring begins at a multiple of it, so kernels that use it have no static shared memory
+// A ring has RING bytes, in two halves. It begins at a multiple of RING, so kernels that use it have no static shared memory.
 
 struct Words {
     const u64 *next;      // what follows ahead

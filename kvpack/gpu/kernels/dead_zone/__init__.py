@@ -11,24 +11,20 @@ from numpy.typing import NDArray
 
 from kvpack.codecs.chain.base import Floats
 from kvpack.codecs.chain.quantizers.dead_zone.reference import (
-    BIT,
-    MOST_SHIFT,
-    SHIFT_BITS,
     THRESHOLDS,
     magnitude_costs,
     thresholds,
 )
 from kvpack.codecs.chain.symbols import ALPHABET
+from kvpack.gpu.kernels.constants import DEAD_ZONE
 from kvpack.gpu.runtime.launch import MAX_SHARED, Launcher
 from kvpack.gpu.runtime.tensors import sent
 
 Tensor = torch.Tensor
 
-WARPS = 8
+WARPS = DEAD_ZONE["ROW_WARPS"]
 SHARED = 64 << 10
 """Bytes of shared memory a block has for rows, so that three are under way at once."""
-
-_DEFINES = {"PAIRS": 0, "THRESHOLDS": THRESHOLDS, "MAX_SHIFT": MOST_SHIFT, "SHIFT_COST": SHIFT_BITS * BIT}
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ def quantize(
     codes = torch.empty(rows, dims, dtype=torch.int16, device=gpu.device)
     shifts, shifted = torch.empty(2, rows, dtype=torch.int32, device=gpu.device)
     warps = max(1, min(WARPS, SHARED // (2 * dims)))
-    gpu.launch("dead_zone/codes:quantize", _DEFINES, (-(-rows // warps), 1), 32 * warps,
+    gpu.launch("dead_zone/codes:quantize", {"PAIRS": 0}, (-(-rows // warps), 1), 32 * warps,
                choices.nbytes + 2 * dims * warps, z, rows, rows // len(faults), dims, steps, columns, classes,
                len(choices.wanted), choices.wanted, choices.costs, codes, shifts, shifted, faults)  # fmt: skip
     return codes, shifts, shifted
@@ -98,7 +94,7 @@ def restore(
     rows, dims = codes.shape
     out = torch.empty(rows, groups * common + dims - common, dtype=torch.float16, device=gpu.device)
     pairs = int(common % 2 == 0 and (dims - common) // groups % 2 == 0)
-    gpu.launch("dead_zone/codes:restore", {**_DEFINES, "PAIRS": pairs}, (-(-rows // 8), 1), 256, 0, codes,
+    gpu.launch("dead_zone/codes:restore", {"PAIRS": pairs}, (-(-rows // WARPS), 1), 32 * WARPS, 0, codes,
                rows, dims, steps, columns, classes, len(choices.centroids), choices.centroids, predicted,
                -predicted_exponent, exponent, common, groups, out)  # fmt: skip
     return out

@@ -4,10 +4,7 @@
 // step and its class are two arrays, because they need not follow from each other. Grid (slices of rows, 1), a warp a row.
 // What is only read is loaded as such (__ldg): loads of several coordinates then go together, whatever is stored between.
 // THRESHOLDS and MAX_SHIFT are reference.py's, SHIFT_COST is its SHIFT_BITS.
-#define LARGEST 32767
-#define SIGN 32768
-#define BUCKETS 32
-#define DIRECT 8
+#define SIGN (LARGEST + 1)
 #define AHEAD 8
 
 struct Row {
@@ -78,7 +75,7 @@ struct Ahead {
 // z, steps [N] in the same unit; wanted [K, THRESHOLDS]; table [K, BUCKETS] of costs. Codes zigzag; shifts [N] and the classes [N] that
 // they make of classes. faults [U] are set where a magnitude is too large or not a number. Magnitudes of a row are held in
 // shared memory, with their signs; shifts of one either way are tried while they are found.
-extern "C" __global__ void __launch_bounds__(256) quantize(
+extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS) quantize(
     const float *z, i64 rows, i64 tokens, i64 dims, const float *steps, const int *columns, const int *classes,
     i64 tables, const float *wanted_, const u32 *table, u16 *codes, int *shifts, int *shifted, int *faults) {
     extern __shared__ u32 shared[];  // costs, thresholds, magnitudes
@@ -165,10 +162,10 @@ struct Restored {
 #endif
 };
 
-extern "C" __global__ void __launch_bounds__(256) restore(
+extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS) restore(
     const u16 *codes, i64 rows, i64 dims, const float *steps, const int *columns, const int *classes, i64 tables,
     const float *centroids, const float *predicted, i64 shift, i64 out, i64 common_, i64 groups_, u16 *halves) {
-    i64 at = (i64)blockIdx.x * 8 + threadIdx.x / 32;
+    i64 at = (i64)blockIdx.x * ROW_WARPS + threadIdx.x / 32;
     if (at >= rows) return;
     Row row = {columns, classes[at], (int)dims, (int)tables - 1};
     Restored values = {codes + at * dims, centroids, predicted ? predicted + at * dims : 0, steps[at],

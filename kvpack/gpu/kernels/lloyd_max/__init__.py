@@ -16,9 +16,11 @@ import torch
 
 from kvpack.codecs.chain.quantizers.lloyd_max.reference import centroids
 from kvpack.codecs.chain.random import rotation_matrix
+from kvpack.gpu.kernels.constants import LLOYD_MAX
 from kvpack.gpu.runtime.launch import Launcher
 
 Tensor = torch.Tensor
+WARPS, ROWS, PADDING = LLOYD_MAX["WARPS"], LLOYD_MAX["ROWS"], LLOYD_MAX["PADDING"]
 BLOCKS = 1056
 """Blocks of a launch at most: as many for each of 132 multiprocessors, whose last ones end together."""
 
@@ -35,7 +37,7 @@ def _two(matrix: Tensor) -> Tensor:
 
 
 def _shared(dims: int) -> int:
-    return 2 * dims * (dims + 8) * 2
+    return 2 * dims * (dims + PADDING) * 2
 
 
 @lru_cache(maxsize=8)
@@ -64,7 +66,7 @@ def compress(gpu: Launcher, vectors: Tensor, seed: int, bits: int = 3, step: int
     codes = torch.empty(count, dims * step // 8, dtype=torch.uint8, device=gpu.device)
     norms = torch.empty(count, dtype=torch.float16, device=gpu.device)
     gpu.launch("lloyd_max/rotated:compress", {"BITS": bits, "STEP": step, "DIMS": dims},
-               (min(BLOCKS, -(-count // 128)), 1), 256, _shared(dims),
+               (min(BLOCKS, -(-count // (WARPS * ROWS))), 1), 32 * WARPS, _shared(dims),
                vectors, count, *_forward(gpu.device, dims, seed, bits), codes, norms)  # fmt: skip
     return codes, norms
 
@@ -74,6 +76,6 @@ def decompress(gpu: Launcher, codes: Tensor, norms: Tensor, seed: int, bits: int
     count, dims = codes.shape[0], codes.shape[1] * 8 // step
     vectors = torch.empty(count, dims, dtype=torch.bfloat16, device=gpu.device)
     gpu.launch("lloyd_max/rotated:decompress", {"BITS": bits, "STEP": step, "DIMS": dims},
-               (min(BLOCKS, -(-count // 128)), 1), 256, _shared(dims),
+               (min(BLOCKS, -(-count // (WARPS * ROWS))), 1), 32 * WARPS, _shared(dims),
                codes, norms, count, *_backward(gpu.device, dims, seed, bits), vectors)  # fmt: skip
     return vectors

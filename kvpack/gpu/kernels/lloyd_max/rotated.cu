@@ -3,11 +3,10 @@
 // DIMS 64 or 128, BITS 1 to 4. Codes take STEP bits: 8, or 3 (bitpack) where BITS is 3; DIMS * STEP / 8 bytes a vector, 4
 // bytes aligned. The rotation is given as two bf16 matrices whose sum it is to 16 bits, [2, DIMS, DIMS] row-major: for
 // compress R (rows are outputs), for decompress its transpose. A warp takes 16 vectors. (arXiv 2504.19874, algorithm 1.)
-#define PADDED (DIMS + 8)
+#define PADDED (DIMS + PADDING)
 #define TILES (DIMS / 8)
 #define WORDS (DIMS * STEP / 32)
 #define BOUNDS ((1 << BITS) - 1)
-#define WARPS 8
 
 #ifdef __CUDA_ARCH__
 __device__ __forceinline__ void multiply(float *sum, const u32 *a, u32 b0, u32 b1) {
@@ -100,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) compress(
     float bounds[BOUNDS];
     for (int i = 0; i < BOUNDS; i++) bounds[i] = bounds_[i];
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    for (i64 first = ((i64)blockIdx.x * WARPS + threadIdx.x / 32) * 16; first < count; first += (i64)gridDim.x * WARPS * 16) {
+    for (i64 first = ((i64)blockIdx.x * WARPS + threadIdx.x / 32) * ROWS; first < count; first += (i64)gridDim.x * WARPS * ROWS) {
         i64 rows[2] = {first + g, first + g + 8};
         const u32 *x = vectors + (rows[0] < count ? rows[0] : 0) * (DIMS / 2), *y = vectors + (rows[1] < count ? rows[1] : 0) * (DIMS / 2);
         float sums[TILES][4];
@@ -135,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) decompress(
     if (threadIdx.x < 1 << 2 * BITS) pairs[threadIdx.x] = pairs_[threadIdx.x];
     load_matrix(matrix, held);
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    for (i64 first = ((i64)blockIdx.x * WARPS + threadIdx.x / 32) * 16; first < count; first += (i64)gridDim.x * WARPS * 16) {
+    for (i64 first = ((i64)blockIdx.x * WARPS + threadIdx.x / 32) * ROWS; first < count; first += (i64)gridDim.x * WARPS * ROWS) {
         i64 rows[2] = {first + g, first + g + 8};
         float sums[TILES][4], scales[2];
         const u32 *from[2];

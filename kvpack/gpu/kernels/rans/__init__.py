@@ -17,15 +17,18 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from kvpack.codecs.chain.entropy.rans import LANE_BYTES, MAX_WIDTH, tables
+from kvpack.codecs.chain.entropy.rans import LANE_BYTES, MAX_SYMBOLS, MAX_WIDTH, tables
+from kvpack.gpu.kernels.constants import COMMON, RANS
 from kvpack.gpu.runtime.launch import Launcher
 
 Tensor = torch.Tensor
 
-META, MODE, TABLES, ALPHABET, SLOT_BYTES, FAULT = 16, 0, 1, 2, 9, 10
-"""Ints of ``meta.cuh`` a part, and positions."""
-MAX_SYMBOLS, MAX_ENTRIES, MAX_SLOTS = 256, 64 * 256, 64 * 4352
-HEAD = 16
+META, MODE, TABLES, ALPHABET, SLOT_BYTES, FAULT = (
+    RANS[name] for name in ("META", "MODE", "TABLES", "ALPHABET", "SLOT_BYTES", "FAULT")
+)
+"""Number of int32 values that are known of each part's stream (``meta`` ``[P, META]``), and positions of some."""
+MAX_ENTRIES, MAX_SLOTS = RANS["MAX_ENTRIES"], RANS["MAX_TABLES"] * RANS["MAX_SLOTS"]
+"""Entries of all encoding tables of a part, and slots of all its decoding tables, at most."""
 SMALL_BANK, LARGE_BANK = 2048, tables.BANK_TABLES * MAX_SYMBOLS
 """Entries (tables times symbols) of a bank that the first and the second launch of ``bank.cu`` have room for."""
 BANK_BYTES = 7
@@ -40,8 +43,8 @@ THREADS = 1152
 """Threads that find registers to decode on a multiprocessor at once."""
 PACK_BLOCKS = 16
 """Blocks that pack or unpack a part."""
-RING_BYTES = 512
-"""Shared memory a warp that decodes needs for words."""
+RING_BYTES = COMMON["RING"]
+"""Bytes of shared memory in which a decoding warp holds the words that come next."""
 SLOTS_A_TABLE = 464
 """Slots of a decoding table as a rule: 256 runs at most, and the rare symbols' (measured on SmolLM2-135M)."""
 
@@ -171,7 +174,7 @@ def encode(gpu: Launcher, parts: Parts) -> Coded:
     if parts.floats:
         mantissas[:, 15] = 0
     packed = mantissas.data_ptr() + 16 if parts.floats else 0
-    gpu.launch("rans/scan:scan", walk, (blocks, count), 512, 128 * bins + 4 * masks, parts.addresses,
+    gpu.launch("rans/scan:scan", walk, (blocks, count), RANS["SCAN_THREADS"], 128 * bins + 4 * masks, parts.addresses,
                *parts.geometry, rows, present, packed, stride, sums)  # fmt: skip
     counts, symbols = empty(torch.int16, count, MAX_SYMBOLS, 64 * blocks), empty(torch.int16, count, MAX_SYMBOLS)
     maps, names = empty(torch.uint8, count, bins), empty(torch.uint8, count, channels)

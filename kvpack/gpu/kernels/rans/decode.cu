@@ -6,7 +6,6 @@
 // (DIMS a multiple of 64). Tables lie in shared memory where they take no more than budget bytes.
 #include "meta.cuh"
 #include "words.cuh"
-#define HEAD 16
 #if ITEM == 2
 typedef u16 Item;
 #else

@@ -1,6 +1,5 @@
 // Streams of docs/format.md from lanes and tables: their sizes and places, then their bytes.
 #include "meta.cuh"
-#define HEAD 16
 
 __device__ __forceinline__ i64 packed_bytes(i64 count, int width) { return (count * width + 7) / 8; }
 

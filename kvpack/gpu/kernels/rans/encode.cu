@@ -22,7 +22,7 @@ __device__ __forceinline__ void put(Lane &lane, u64 entry, bool live, u32 below,
     u32 reciprocal = (u32)entry, packed = (u32)(entry >> 32);
     u32 rest = packed >> 20, start = packed >> 8 & 0xFFF;  // rest: 4096 - frequency; the low bits are the shift
     u32 x = lane.state;
-    bool full = (x >> 19) + rest >= 4096 && live;
+    bool full = (x >> 19) + rest >= TOTAL && live;
     u32 mask = __ballot_sync(ALL, full);
     lane.at -= __popc(mask);
     if (full) {

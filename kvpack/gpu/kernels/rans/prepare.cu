@@ -4,7 +4,6 @@
 // delta << 24, where slot - start is delta, in runs 16 delta + slot % 16. tails [2, P, 64]: tails, and where in slots
 // a table begins. The order of starts (docs/format.md) makes the runs whole. entries [P, 64 * 256] is scratch.
 #include "meta.cuh"
-#define HEAD 16
 
 struct Side {
     const u8 *bytes;
@@ -27,14 +26,14 @@ __device__ bool expand(const u8 *codes, const u16 *values, int A, const u16 *sym
     int sum = 0, rest = -1, first = 0;
     for (int s = 0; s < A; s++) {
         u32 code = codes[s];
-        if (code >= 44 && (code != REST || rest >= 0)) return false;
+        if (code >= LEVEL_COUNT && (code != REST || rest >= 0)) return false;
         if (code == REST) rest = s;
         int f = code == REST ? 0 : values[code];
         sum += f;
         first += f >= 64 ? f : 0;  // multiples of 16, all of them
     }
-    if (rest < 0 || sum >= 4096) return false;
-    int left = 4096 - sum, starts[3] = {0, 0, 0};
+    if (rest < 0 || sum >= TOTAL) return false;
+    int left = TOTAL - sum, starts[3] = {0, 0, 0};
     starts[1] = first + (left >= 64 && left % 16 == 0 ? left : 0);
     starts[2] = first + (left >= 64 ? left : 0);
     *tail = starts[2];
@@ -99,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(256) prepare(
     if (threadIdx.x == 0) fault = 0;
     for (int s = threadIdx.x; s < A; s += 256) symbols[s] = symbol_codes.at(s, width);
     for (int i = threadIdx.x; i < K * A; i += 256) codes[i] = (u8)levels.at(i, 6);
-    if (threadIdx.x < 44) values[threadIdx.x] = levels_[threadIdx.x];
+    if (threadIdx.x < LEVEL_COUNT) values[threadIdx.x] = levels_[threadIdx.x];
     __syncthreads();
     for (int s = threadIdx.x + 1; s < A; s += 256)
         if (symbols[s - 1] >= symbols[s]) fault = 1;
@@ -122,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(256) prepare(
         bases[groups] = (int)sum;
         if (sum != words) fault = 1;
         first_of[0] = 0;
-        for (int k = 0; k < K; k++) first_of[k + 1] = first_of[k] + (tail_of[k] + 15) / 16 + 4096 - tail_of[k];
+        for (int k = 0; k < K; k++) first_of[k + 1] = first_of[k] + (tail_of[k] + 15) / 16 + TOTAL - tail_of[k];
         own[TABLES] = K, own[ALPHABET] = A, own[PER_LANE] = (int)per_lane, own[GROUPS] = (int)groups;
         own[LANES] = (int)lanes, own[WORDS] = (int)words, own[SLOT_BYTES] = 4 * first_of[K];
     }

@@ -14,7 +14,7 @@ typedef u16 Pair;
 typedef u8 Item;
 #endif
 #define MASK ((1u << (8 * ITEM)) - 1)
-#define THREADS 512
+#define THREADS SCAN_THREADS
 
 struct Sums {
     u64 original, mantissas;

@@ -1,7 +1,5 @@
 // The bank of tables of a part, by the k-means of tables.py: the same integers. A block of THREADS a part.
 #include "meta.cuh"
-#define TOTAL 4096
-#define ROUNDS 2
 
 struct Bank {
     int tables, alphabet, channels, stride;

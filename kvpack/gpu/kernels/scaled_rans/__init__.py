@@ -21,15 +21,20 @@ from kvpack.codecs.chain.base import Scales
 from kvpack.codecs.chain.entropy.scaled_rans import GROUP_BYTES, costs
 from kvpack.codecs.chain.entropy.scaled_rans.reference import GROUP, PRECISION
 from kvpack.codecs.chain.symbols import ALPHABET
+from kvpack.gpu.kernels.constants import COMMON, SCALED_RANS
 from kvpack.gpu.kernels.rans import checksums
 from kvpack.gpu.runtime.launch import Launcher
 from kvpack.gpu.runtime.tensors import sent
 
 Tensor = torch.Tensor
 
-META, FAULT = 8, 4
-"""Ints of ``planes.cuh`` a plane, and a position."""
-SYMBOLS, RUN, WARPS, RING_BYTES = 64, 64, 4, 512
+META, FAULT = SCALED_RANS["META"], SCALED_RANS["FAULT"]
+"""Number of int32 values that are known of each plane's stream (``meta`` ``[U, META]``), and the fault's position."""
+SYMBOLS, RUN, WARPS, ROW_WARPS = (SCALED_RANS[name] for name in ("SYMBOLS", "RUN", "WARPS", "ROW_WARPS"))
+GROUP_OVERHEAD = SCALED_RANS["GROUP_OVERHEAD"]
+"""Bytes that a group takes beside its words: its length and its 32 states."""
+RING_BYTES = COMMON["RING"]
+"""Bytes of shared memory in which a decoding warp holds the words that come next."""
 MAX_TABLES = 64
 MAX_ROWS, MAX_CODES = 1 << 15, 1 << 29
 """Tokens and codes a plane; raw bits of one are counted in 31 bits."""
@@ -38,6 +43,11 @@ MAX_ROWS, MAX_CODES = 1 << 15, 1 << 29
 def supports(tokens: int, dims: int, tables: int) -> bool:
     """Whether the kernels take planes ``[1, T, D]`` with so many tables."""
     return 0 < tokens <= MAX_ROWS and dims > 0 and tokens * dims <= MAX_CODES and tables <= MAX_TABLES
+
+
+def _by_row(rows: int) -> tuple[tuple[int, int], int, int]:
+    """Grid, threads of a block and shared memory of a kernel in which each warp takes one row."""
+    return (-(-rows // ROW_WARPS), 1), 32 * ROW_WARPS, 0
 
 
 @dataclass(frozen=True)
@@ -123,6 +133,7 @@ def encode(gpu: Launcher, codes: Tensor, classes: Classes) -> Coded:
     """Streams of zigzag ``codes`` int16 (the bits of uint16) ``[U, T, D]``; waits for nothing."""
     planes, tokens, dims = codes.shape
     size, rows, tables = tokens * dims, planes * tokens, classes.tables
+    by_row = _by_row(rows)
 
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=gpu.device)
@@ -130,7 +141,7 @@ def encode(gpu: Launcher, codes: Tensor, classes: Classes) -> Coded:
     raw, starts, meta = empty(torch.int32, rows), empty(torch.int32, rows), empty(torch.int32, planes, META)
     totals = torch.zeros(planes, dtype=torch.int64, device=gpu.device)
     picks = empty(torch.int16, rows * dims)
-    gpu.launch("scaled_rans/measure:measure", {}, (-(-rows // 8), 1), 256, 0, codes, classes.columns,
+    gpu.launch("scaled_rans/measure:measure", {}, *by_row, codes, classes.columns,
                classes.rows, rows, tokens, dims, tables.count, tables.costs, raw, totals, picks)  # fmt: skip
     gpu.launch("scaled_rans/measure:divide", {}, (planes, 1), 1024, 0, raw, totals, tokens, dims, starts, meta)
     most = max(1, size * PRECISION // 8 // GROUP_BYTES) + 1
@@ -141,10 +152,10 @@ def encode(gpu: Launcher, codes: Tensor, classes: Classes) -> Coded:
                states)  # fmt: skip
     places, sizes = empty(torch.int64, planes + 1), empty(torch.int64, planes)
     gpu.launch("scaled_rans/emit:layout", {}, (1, 1), 32, 0, meta, lengths, planes, most, places, sizes)
-    arena = empty(torch.uint8, planes * (4 * size + 132 * most + 32))
+    arena = empty(torch.uint8, planes * (4 * size + GROUP_OVERHEAD * most + 32))
     gpu.launch("scaled_rans/emit:emit", {}, (1 + most, planes), 256, 0, meta, lengths, most, states, scratch,
                size, places, arena)  # fmt: skip
-    gpu.launch("scaled_rans/emit:raw", {}, (-(-rows // 8), 1), 256, 0, codes, rows, tokens, dims, raw, starts,
+    gpu.launch("scaled_rans/emit:raw", {}, *by_row, codes, rows, tokens, dims, raw, starts,
                meta, places, arena)  # fmt: skip
     return Coded(arena, places, sizes, checksums(gpu, places[:planes] + arena.data_ptr(), sizes))
 
@@ -154,7 +165,7 @@ def groups_of(heads: Sequence[bytes], sizes: Sequence[int], size: int) -> int:
     most = 1
     for head, length in zip(heads, sizes, strict=True):
         span = int.from_bytes(head[:4], "little")
-        most = max(most, min(-(-size // span) if span else 1, length // 132))
+        most = max(most, min(-(-size // span) if span else 1, length // GROUP_OVERHEAD))
     return most
 
 
@@ -170,7 +181,7 @@ def decode(gpu: Launcher, streams: Tensor, sizes: Tensor, classes: Classes, most
     :func:`slack` beyond any stream. ``most`` is :func:`groups_of`'s.
     """
     planes, tokens, dims, tables = classes.planes, classes.tokens, classes.dims, classes.tables
-    rows = planes * tokens
+    rows, by_row = planes * tokens, _by_row(planes * tokens)
     meta = torch.empty(planes, META, dtype=torch.int32, device=gpu.device)
     bases = torch.empty(planes, most + 1, dtype=torch.int32, device=gpu.device)
     raw, starts = torch.empty(2, rows, dtype=torch.int32, device=gpu.device)
@@ -178,13 +189,13 @@ def decode(gpu: Launcher, streams: Tensor, sizes: Tensor, classes: Classes, most
     codes = torch.empty(planes, tokens, dims, dtype=torch.int16, device=gpu.device)
     gpu.launch("scaled_rans/decode:heads", {}, (planes, 1), 1024, 0, streams, sizes, tokens * dims, most, bases,
                meta)  # fmt: skip
-    gpu.launch("scaled_rans/decode:classify", {}, (-(-rows // 8), 1), 256, 0, classes.columns, classes.rows,
+    gpu.launch("scaled_rans/decode:classify", {}, *by_row, classes.columns, classes.rows,
                rows, dims, tables.count, cells)  # fmt: skip
     gpu.launch("scaled_rans/decode:decode", {}, (-(-most // WARPS), planes), 32 * WARPS,
                WARPS * RING_BYTES + 4 * tables.decoding.numel() + 2 * tables.coarse.numel(), streams, bases, most,
                tokens * dims, tables.count, tables.decoding, tables.coarse, cells, meta)  # fmt: skip
-    gpu.launch("scaled_rans/decode:tally", {}, (-(-rows // 8), 1), 256, 0, cells, rows, dims, codes, raw)
+    gpu.launch("scaled_rans/decode:tally", {}, *by_row, cells, rows, dims, codes, raw)
     gpu.launch("scaled_rans/decode:place", {}, (planes, 1), 1024, 0, streams, sizes, raw, tokens, starts, meta)
-    gpu.launch("scaled_rans/decode:join", {}, (-(-rows // 8), 1), 256, 0, streams, rows, tokens, dims, raw,
+    gpu.launch("scaled_rans/decode:join", {}, *by_row, streams, rows, tokens, dims, raw,
                starts, meta, codes)  # fmt: skip
     return codes, meta[:, FAULT], checksums(gpu, streams, sizes)

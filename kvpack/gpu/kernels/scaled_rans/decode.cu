@@ -13,7 +13,7 @@ extern "C" __global__ void __launch_bounds__(1024) heads(
     if (threadIdx.x == 0) own[FAULT] = 1;
     if (size < HEAD) return;
     i64 span = stream[0], raw_bytes = stream[1], groups = span && span % 32 == 0 ? (count + span - 1) / span : 0;
-    i64 body = size - HEAD - 132 * groups - raw_bytes;
+    i64 body = size - HEAD - GROUP_OVERHEAD * groups - raw_bytes;
     if (groups < 1 || groups > groups_most || body < 0 || body % 2) return;
     __shared__ int huge;
     if (threadIdx.x == 0) huge = 0;
@@ -31,10 +31,10 @@ extern "C" __global__ void __launch_bounds__(1024) heads(
 }
 
 // cells [U * T * D]: the class of each code. A warp a row.
-extern "C" __global__ void __launch_bounds__(256) classify(
+extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS) classify(
     const int *columns, const int *rows, i64 all_rows, i64 dims, i64 tables, u8 *cells) {
     Plane plane = {columns, rows, 1, (int)dims, (int)tables - 1};
-    i64 row = (i64)blockIdx.x * 8 + threadIdx.x / 32;
+    i64 row = (i64)blockIdx.x * ROW_WARPS + threadIdx.x / 32;
     if (row >= all_rows) return;
     int mine = rows[row];
     cells += row * dims;
@@ -42,7 +42,6 @@ extern "C" __global__ void __launch_bounds__(256) classify(
     for (int c = threadIdx.x % 32; c < plane.dims; c += 32) cells[c] = (u8)plane.class_of(__ldg(columns + c), mine);
 }
 
-#define RUN 64
 #define RUNS ((1 << PRECISION) / RUN)
 #define STEPS 4  // as many as words may go by without refill
 
@@ -118,14 +117,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) decode(
 }
 
 // Symbols to codes with no raw bits set, and how many each row has. A warp a row.
-extern "C" __global__ void __launch_bounds__(256) tally(const u8 *cells, i64 all_rows, i64 dims_, u16 *codes, int *raw) {
+extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS) tally(const u8 *cells, i64 all_rows, i64 dims_, u16 *codes, int *raw) {
     __shared__ u32 known[SYMBOLS];  // of symbols: raw bits << 16 | code
     if (threadIdx.x < SYMBOLS) {
         u32 code = code_of(threadIdx.x);
         known[threadIdx.x] = (u32)raw_width(magnitude_of(code)) << 16 | code;
     }
     __syncthreads();
-    i64 row = (i64)blockIdx.x * 8 + threadIdx.x / 32;
+    i64 row = (i64)blockIdx.x * ROW_WARPS + threadIdx.x / 32;
     int dims = (int)dims_, bits = 0;
     if (row >= all_rows) return;
     cells += row * dims, codes += row * dims;
@@ -151,13 +150,13 @@ extern "C" __global__ void __launch_bounds__(1024) place(
 }
 
 // Raw bits into the codes of rows that have some. A warp a row.
-extern "C" __global__ void __launch_bounds__(256) join(
+extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS) join(
     const u64 *streams, i64 all_rows, i64 tokens, i64 dims, const int *raw, const int *starts, const int *meta, u16 *codes) {
-    int row = (int)(blockIdx.x * 8 + threadIdx.x / 32), unit = row / (int)tokens, l = threadIdx.x % 32;
+    int row = (int)(blockIdx.x * ROW_WARPS + threadIdx.x / 32), unit = row / (int)tokens, l = threadIdx.x % 32;
     if (row >= all_rows || !raw[row]) return;
     const int *own = meta + unit * META;
     if (own[FAULT]) return;
-    const u8 *tail = (const u8 *)streams[unit] + HEAD + 132ll * own[GROUPS] + 2ll * own[WORDS];
+    const u8 *tail = (const u8 *)streams[unit] + HEAD + (i64)GROUP_OVERHEAD * own[GROUPS] + 2ll * own[WORDS];
     i64 bit = starts[row];
     codes += (i64)row * dims;
     for (int first = 0; first < dims; first += 32 * BATCH) {

@@ -1,14 +1,13 @@
 // What a plane's codes will cost: bits and raw bits, and so how many symbols a group takes (docs/format.md).
 #include "planes.cuh"
-#define GROUP_BYTES 12288
 
 // costs [K, 64]: 64ths of a bit of each symbol. raw [U * T]: raw bits of each row; totals [U], zeroed before; picks [U * T * D]:
 // class * 64 + symbol of each code. A warp a row.
-extern "C" __global__ void __launch_bounds__(256) measure(
+extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS) measure(
     const u16 *codes, const int *columns, const int *rows, i64 all_rows, i64 tokens, i64 dims, i64 tables,
     const u16 *costs, int *raw, u64 *totals, u16 *picks) {
     Plane plane = {columns, rows, (int)tokens, (int)dims, (int)tables - 1};
-    int row = (int)(blockIdx.x * 8 + threadIdx.x / 32), bits = 0;
+    int row = (int)(blockIdx.x * ROW_WARPS + threadIdx.x / 32), bits = 0;
     u32 cost = 0;
     if (row >= all_rows) return;
     int mine = rows[row];

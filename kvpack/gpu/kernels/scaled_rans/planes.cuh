@@ -1,17 +1,5 @@
 // Codes of planes [U, T, D] and their classes; what is known of each plane's stream; symbols as in stages/symbols.py.
-#define META 8
-#define SPAN 0
-#define GROUPS 1
-#define RAW_BYTES 2
-#define WORDS 3
-#define FAULT 4
-
-#define PRECISION 14
-#define LOW (1u << 16)
-#define HEAD 8
-#define SYMBOLS 64  // entries a table has room for
-#define DIRECT 8
-#define WARPS 4
+static_assert(PRECISION == 14 && DIRECT == 8, "entries have fields of 14 bits, and octaves begin at 8");
 
 struct Plane {
     const int *columns, *rows;  // [D], [U * T]: a code's class is (column - row) >> 3, within the tables

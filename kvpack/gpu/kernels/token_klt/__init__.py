@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from kvpack.codecs.chain.base import Floats
 from kvpack.codecs.chain.transforms.token_klt.model import DECAYS, LAGS, PLACES, Predictor, TokenModel
+from kvpack.gpu.kernels.constants import TOKEN_KLT
 from kvpack.gpu.runtime.launch import Launcher
 from kvpack.gpu.runtime.tensors import product, sent
 
 Tensor = torch.Tensor
 
-SPAN = 64
-"""Tokens whose sums ``inputs.cu`` takes at once."""
+SPAN, THREADS = TOKEN_KLT["SPAN"], TOKEN_KLT["THREADS"]
+"""Tokens whose sums a block of ``inputs.cu`` takes at once, and threads of every block."""
 
 LARGEST = 10
 """A matrix' largest entry is brought near ``2**10``: entries ``2**-24`` times as large still have 11 bits."""
@@ -217,20 +218,20 @@ class Tokens:
         given = sent(ids, gpu.device)
         spans = -(-len(ids) // SPAN)
         sums = torch.empty(spans, len(DECAYS), prediction.reach, dtype=torch.float32, device=gpu.device)
-        gpu.launch(f"{_FOLDER}/inputs:tally", {}, (spans, 1), 256, 0, prediction.vectors, given, len(ids),
+        gpu.launch(f"{_FOLDER}/inputs:tally", {}, (spans, 1), THREADS, 0, prediction.vectors, given, len(ids),
                    prediction.vectors.shape[1], prediction.reach, prediction.decays, sums)  # fmt: skip
         return cls(given, sums)
 
     def inputs(self, gpu: Launcher, matrices: Matrices, first: int, out: Tensor) -> None:
         """Into ``out`` ``[T, I + H]``, rows of which may lie apart: inputs and units of tokens from ``first`` on."""
         its, count = matrices.prediction, len(out)
-        gpu.launch(f"{_FOLDER}/inputs:inputs", {}, (-(-count // SPAN), 1), 256, 0, its.vectors, self.ids,
+        gpu.launch(f"{_FOLDER}/inputs:inputs", {}, (-(-count // SPAN), 1), THREADS, 0, its.vectors, self.ids,
                    its.vectors.shape[1], its.reach, its.decays, self.sums, first, count, matrices.sinks, out,
                    out.stride(0), its.inputs)  # fmt: skip
         units = out[:, its.inputs :]
         product(units, out[:, : its.inputs], its.hidden, scale=2.0 ** (its.units_exponent - its.hidden_exponent))
         width = units.shape[1]
-        gpu.launch(f"{_FOLDER}/inputs:rectify", {}, (-(-count * width // 8 // 256), 1), 256, 0, units, count,
+        gpu.launch(f"{_FOLDER}/inputs:rectify", {}, (-(-count * width // 8 // THREADS), 1), THREADS, 0, units, count,
                    units.stride(0), width)  # fmt: skip
 
 
@@ -261,9 +262,9 @@ class Stacks:
         heads, tokens, dims = self.shape
         units, tensors = self.addresses.shape
         firsts = torch.arange(units, device=gpu.device) * tokens + self.first
-        tile = 256 // (dims // 16)
+        tile = THREADS // (dims // 16)
         defines = {"DIMS": dims, "TURNED": int(self.cosines.shape[1] > 0)}
-        gpu.launch(f"{_FOLDER}/rows:{name}", defines, (-(-tokens // tile), units * tensors), 256, 0, *before,
+        gpu.launch(f"{_FOLDER}/rows:{name}", defines, (-(-tokens // tile), units * tensors), THREADS, 0, *before,
                    self.addresses, self.head_stride, heads, tokens, tensors, firsts, self.cosines, self.sines,
                    matrices.places, *after)  # fmt: skip
 

@@ -7,7 +7,7 @@
 // thread has eight dimensions and those they are turned with, of one token and all heads.
 #define HALF (DIMS / 2)
 #define LANES (DIMS / 16)
-#define TILE (256 / LANES)
+#define TILE (THREADS / LANES)
 
 struct Sixteen { float left[8], right[8]; };
 
@@ -54,7 +54,7 @@ __device__ __forceinline__ bool odd(uint4 v) {
 }
 
 // rows [U * T, stride]; mean [P], in their order, is subtracted. digests [U, S] are added to, faults [U] set where a value is not finite.
-extern "C" __global__ void __launch_bounds__(256) gather(
+extern "C" __global__ void __launch_bounds__(THREADS) gather(
     const u64 *sources, i64 head_stride, i64 heads, i64 tokens, i64 tensors, const i64 *firsts, const float *cosines,
     const float *sines, const i64 *places, const float *mean, u16 *rows, i64 stride, u64 *digests, int *faults) {
     int unit = blockIdx.y / (int)tensors, s = blockIdx.y % (int)tensors, j = threadIdx.x % LANES;
@@ -93,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(256) gather(
 }
 
 // rows [U * T, P]; means [sinks + 1, P], each sink's and that of all other tokens. faults [U] are set where a value is not finite.
-extern "C" __global__ void __launch_bounds__(256) scatter(
+extern "C" __global__ void __launch_bounds__(THREADS) scatter(
     const u16 *rows, const u64 *targets, i64 head_stride, i64 heads, i64 tokens, i64 tensors, const i64 *firsts,
     const float *cosines, const float *sines, const i64 *places, const float *means, i64 sinks, int *faults) {
     int unit = blockIdx.y / (int)tensors, s = blockIdx.y % (int)tensors, j = threadIdx.x % LANES;
