@@ -27,7 +27,7 @@ class Counting:
     """Another launcher, and how often each kernel was launched."""
 
     def __init__(self, gpu: Any) -> None:
-        self.device, self._gpu = gpu.device, gpu
+        self.device, self.max_shared, self._gpu = gpu.device, gpu.max_shared, gpu
         self.counts: dict[str, int] = {}
 
     def side_stream(self) -> AbstractContextManager[Any]:

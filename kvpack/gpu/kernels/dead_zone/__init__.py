@@ -15,9 +15,9 @@ from kvpack.codecs.chain.quantizers.dead_zone.reference import (
     magnitude_costs,
     thresholds,
 )
-from kvpack.codecs.chain.symbols import ALPHABET
 from kvpack.gpu.kernels.constants import DEAD_ZONE
-from kvpack.gpu.runtime.launch import MAX_SHARED, Launcher
+from kvpack.gpu.runtime.launch import Launcher
+from kvpack.gpu.runtime.requirements import MIN_SHARED
 from kvpack.gpu.runtime.tensors import sent
 
 Tensor = torch.Tensor
@@ -49,9 +49,13 @@ class Choices:
         return 4 * (self.wanted.numel() + self.costs.numel())
 
 
-def supports(rank: int, tables: int) -> bool:
-    """Whether the tables and a row's magnitudes fit into shared memory."""
-    return 2 * rank + 4 * (THRESHOLDS + (ALPHABET + 1) // 2) * tables <= MAX_SHARED
+def supports(rank: int, tables: int, max_shared: int = MIN_SHARED) -> bool:
+    """Whether the kernels take rows of ``rank`` coefficients, coded by so many tables.
+
+    The tables and at least one row's magnitudes must fit into shared memory: into ``max_shared`` bytes, by default into
+    what every GPU has that kvpack uses.
+    """
+    return 2 * rank + 4 * (THRESHOLDS + DEAD_ZONE["BUCKETS"]) * tables <= max_shared
 
 
 def quantize(
@@ -66,7 +70,8 @@ def quantize(
     rows, dims = z.shape
     codes = torch.empty(rows, dims, dtype=torch.int16, device=gpu.device)
     shifts, shifted = torch.empty(2, rows, dtype=torch.int32, device=gpu.device)
-    warps = max(1, min(WARPS, SHARED // (2 * dims)))
+    room = min(SHARED, gpu.max_shared - choices.nbytes)
+    warps = max(1, min(WARPS, room // (2 * dims)))
     gpu.launch("dead_zone/codes:quantize", {"PAIRS": 0}, (-(-rows // warps), 1), 32 * warps,
                choices.nbytes + 2 * dims * warps, z, rows, rows // len(faults), dims, steps, columns, classes,
                len(choices.wanted), choices.wanted, choices.costs, codes, shifts, shifted, faults)  # fmt: skip

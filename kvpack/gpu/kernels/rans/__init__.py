@@ -165,6 +165,9 @@ def encode(gpu: Launcher, parts: Parts) -> Coded:
     count, channels, groups, defines, walk = parts.count, parts.channels, parts.groups, parts.defines, parts.walk
     bins, blocks, rules = 1 << parts.width, -(-parts.channels // 64), _rules(gpu.device)
     masks = -(-bins // 32)
+    scan_shared = 128 * bins + 4 * masks
+    if scan_shared > gpu.max_shared:
+        raise ValueError(f"codes of {parts.width} bits take {scan_shared} bytes of shared memory to be counted")
     rows, present = empty(torch.int32, count, blocks, bins, 32), empty(torch.int32, count, blocks, masks)
     packed_size = mantissa_size(parts)
     stride = (packed_size + 31) // 16 * 16 + 16 if parts.floats else 0
@@ -174,7 +177,7 @@ def encode(gpu: Launcher, parts: Parts) -> Coded:
     if parts.floats:
         mantissas[:, 15] = 0
     packed = mantissas.data_ptr() + 16 if parts.floats else 0
-    gpu.launch("rans/scan:scan", walk, (blocks, count), RANS["SCAN_THREADS"], 128 * bins + 4 * masks, parts.addresses,
+    gpu.launch("rans/scan:scan", walk, (blocks, count), RANS["SCAN_THREADS"], scan_shared, parts.addresses,
                *parts.geometry, rows, present, packed, stride, sums)  # fmt: skip
     counts, symbols = empty(torch.int16, count, MAX_SYMBOLS, 64 * blocks), empty(torch.int16, count, MAX_SYMBOLS)
     maps, names = empty(torch.uint8, count, bins), empty(torch.uint8, count, channels)
@@ -267,6 +270,7 @@ def decode(gpu: Launcher, streams: Tensor, sizes: Tensor, parts: Parts, mantissa
     digests = torch.full((count,), parts.size * parts.item, dtype=torch.int64, device=gpu.device)
     warps = min(32, groups)
     gpu.join()
+    shared = max(0, min(shared, gpu.max_shared - RING_BYTES * warps))
     block = {"BLOCK": 32 * warps, "BLOCKS": max(1, THREADS // (32 * warps))}
     gpu.launch("rans/decode:decode", {**parts.walk, **block}, (-(-groups // warps), count), 32 * warps,
                shared + RING_BYTES * warps, streams, meta, bases, names, slots, tails, groups, parts.addresses,
