@@ -144,12 +144,7 @@ def test_every_kernel_is_parsed() -> None:
     found = {f"{unit}:{name}" for unit in UNITS for name in signatures_in(unit)}
     declaration = r"__global__[^;{]*?\bvoid\s+(?:__launch_bounds__\(.*?\)\s*)?(\w+)\s*\("
     declared = {
-        f"{unit}:{name}"
-        for unit in UNITS
-        for name in re.findall(
-            r"__global__[^;{]*?\bvoid\s+(?:__launch_bounds__\(.*?\)\s*)?(\w+)\s*\(",
-            (KERNELS / f"{unit}.cu").read_text(),
-        )
+        f"{unit}:{name}" for unit in UNITS for name in re.findall(declaration, (KERNELS / f"{unit}.cu").read_text())
     }
     count = sum((KERNELS / f"{unit}.cu").read_text().count("__global__") for unit in UNITS)
     assert found == declared

@@ -1,10 +1,13 @@
-"""``scaled_rans`` on a GPU: the same streams as ``cpu.py``, many planes of one shape a launch, nothing waited for.
+"""The ``scaled_rans`` entropy coder on a GPU: it makes the same streams as the CPU's, to the byte.
 
-What is the same for every code is done by passes over all of them, so that lanes, which wait for their own last step,
-have little to do. Encoding: one pass says each code's class and symbol and sums what they will cost (``measure.cu``), a
-warp encodes a group (``encode.cu``), streams are placed one behind another and filled (``emit.cu``). Decoding
-(``decode.cu``): heads and lengths are checked, a pass says classes, a warp decodes a group's symbols, a pass makes them
-codes, and where codes have raw bits another adds them.
+One launch takes many planes of one shape, and no function here waits for the GPU. In shapes, U is the number of planes,
+T and D are a plane's tokens and columns, and K is the number of frequency tables.
+
+A lane can only go on when its last step is done. Whatever can be done for all codes at once is therefore done by passes
+of their own. To encode, ``measure.cu`` finds each code's class and symbol and sums what they will cost. In
+``encode.cu`` a warp encodes one group of 32 lanes. At last ``emit.cu`` places the streams one behind another and fills
+them. To decode (``decode.cu``), heads and lengths are checked, a pass finds the classes, a warp decodes the symbols of
+one group, a pass makes codes of them, and a last pass adds the raw bits of the codes that have some.
 """
 
 from __future__ import annotations
@@ -37,11 +40,11 @@ RING_BYTES = COMMON["RING"]
 """Bytes of shared memory in which a decoding warp holds the words that come next."""
 MAX_TABLES = 64
 MAX_ROWS, MAX_CODES = 1 << 15, 1 << 29
-"""Tokens and codes a plane; raw bits of one are counted in 31 bits."""
+"""Most tokens and most codes of a plane: a plane's raw bits are counted in 31 bits."""
 
 
 def supports(tokens: int, dims: int, tables: int) -> bool:
-    """Whether the kernels take planes ``[1, T, D]`` with so many tables."""
+    """Whether the kernels take planes ``[1, T, D]`` that are coded by so many tables."""
     return 0 < tokens <= MAX_ROWS and dims > 0 and tokens * dims <= MAX_CODES and tables <= MAX_TABLES
 
 
@@ -52,8 +55,14 @@ def _by_row(rows: int) -> tuple[tuple[int, int], int, int]:
 
 @dataclass(frozen=True)
 class Tables:
-    """A profile's frequencies as kernels take them: ``costs`` int16, ``entries`` int64 to encode by, ``decoding`` int32
-    to decode by, each ``[K, 64]``, and ``coarse`` int16 ``[K, 256]``: symbols of every 64 slots' first and last.
+    """A profile's frequencies in device memory, as kernels take them.
+
+    Attributes:
+        costs: int16 ``[K, 64]``, what a symbol costs, in 64ths of a bit.
+        entries: int64 ``[K, 64]``, what a symbol is encoded by (see ``encode.cu``).
+        decoding: int32 ``[K, 64]``, what a symbol is decoded by: ``frequency << 14 | start``.
+        coarse: int16 ``[K, 256]``, the symbols of the first and the last of every 64 slots: ``first | last << 8``.
+
     """
 
     costs: Tensor
@@ -63,7 +72,7 @@ class Tables:
 
     @classmethod
     def of(cls, frequencies: NDArray[np.int32], device: str) -> Tables:
-        """From ``[K, 63]`` frequencies."""
+        """Return the tables of frequencies ``[K, 63]``, on the device."""
         f = frequencies.astype(np.int64)
         starts = np.cumsum(f, 1) - f
         reciprocals = np.minimum((1 << 32) // f, (1 << 32) - 1)
@@ -85,13 +94,20 @@ class Tables:
 
     @property
     def count(self) -> int:
-        """K."""
+        """Number of tables, K."""
         return len(self.costs)
 
 
 @dataclass(frozen=True)
 class Classes:
-    """What says each code's class, in device memory: ``columns`` ``[D]`` and ``rows`` ``[U, T]`` of :class:`Scales`."""
+    """What says each code's class, in device memory.
+
+    Attributes:
+        columns: int32 ``[D]``, the columns of :class:`Scales`.
+        rows: int32 ``[U, T]``, the rows of :class:`Scales` of each plane.
+        tables: the tables that the classes count.
+
+    """
 
     columns: Tensor
     rows: Tensor
@@ -99,29 +115,37 @@ class Classes:
 
     @classmethod
     def of(cls, scales: Sequence[Scales], tables: Tables, device: str) -> Classes:
-        """Of planes of one shape, with the same columns and tables."""
+        """Return the classes of planes that have one shape, the same columns and the same tables."""
         rows = np.stack([one.rows for one in scales])
         return cls(sent(scales[0].columns, device), sent(rows, device), tables)
 
     @property
     def planes(self) -> int:
-        """U."""
+        """Number of planes, U."""
         return len(self.rows)
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """Number of tokens of a plane, T."""
         return self.rows.shape[1]
 
     @property
     def dims(self) -> int:
-        """D."""
+        """Number of columns of a plane, D."""
         return len(self.columns)
 
 
 @dataclass(frozen=True)
 class Coded:
-    """Streams in device memory: plane u's is ``arena[places[u]:][:sizes[u]]``; checksums as in ``docs/format.md``."""
+    """Streams in device memory; plane u's stream is ``arena[places[u]:][:sizes[u]]``.
+
+    Attributes:
+        arena: uint8, the memory in which all streams lie.
+        places: int64 ``[U + 1]``, where each stream begins, and where the last one ends.
+        sizes: int64 ``[U]``, bytes of each stream.
+        checksums: int64 ``[U]``, the bits of the unsigned checksums of ``docs/format.md``.
+
+    """
 
     arena: Tensor
     places: Tensor
@@ -130,7 +154,7 @@ class Coded:
 
 
 def encode(gpu: Launcher, codes: Tensor, classes: Classes) -> Coded:
-    """Streams of zigzag ``codes`` int16 (the bits of uint16) ``[U, T, D]``; waits for nothing."""
+    """Return the streams of zigzag ``codes``, int16 ``[U, T, D]`` with the bits of uint16."""
     planes, tokens, dims = codes.shape
     size, rows, tables = tokens * dims, planes * tokens, classes.tables
     by_row = _by_row(rows)
@@ -161,7 +185,14 @@ def encode(gpu: Launcher, codes: Tensor, classes: Classes) -> Coded:
 
 
 def groups_of(heads: Sequence[bytes], sizes: Sequence[int], size: int) -> int:
-    """The most groups that streams with these first 8 bytes, for planes of ``size`` codes, can have and be sound."""
+    """Return how many groups a sound stream among these can have at most.
+
+    Args:
+        heads: the first 8 bytes of each stream.
+        sizes: bytes of each stream.
+        size: codes of a plane.
+
+    """
     most = 1
     for head, length in zip(heads, sizes, strict=True):
         span = int.from_bytes(head[:4], "little")
@@ -170,15 +201,24 @@ def groups_of(heads: Sequence[bytes], sizes: Sequence[int], size: int) -> int:
 
 
 def slack(size: int) -> int:
-    """Bytes that must be readable behind streams of planes of ``size`` codes: what an unsound one could ask for."""
+    """Return how many bytes must be readable behind streams of ``size`` codes: an unsound stream may ask for them."""
     return 2 * size + 4096
 
 
 def decode(gpu: Launcher, streams: Tensor, sizes: Tensor, classes: Classes, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes int16 ``[U, T, D]``, faults int32 ``[U]`` (not 0 where a stream is unsound), and the streams' checksums.
+    """Decode streams.
 
-    ``streams`` int64 addresses, divisible by 4, ``sizes`` int64 bytes ``[U]``; memory must be readable for
-    :func:`slack` beyond any stream. ``most`` is :func:`groups_of`'s.
+    Args:
+        gpu: where the memory is.
+        streams: int64 ``[U]``, addresses divisible by 4; :func:`slack` bytes beyond each stream must be readable.
+        sizes: int64 ``[U]``, bytes.
+        classes: what says each code's class.
+        most: the number of groups that :func:`groups_of` returns for these streams.
+
+    Returns:
+        Codes int16 ``[U, T, D]`` with the bits of uint16; faults int32 ``[U]``, not 0 where a stream is unsound; and
+        the streams' checksums int64 ``[U]``.
+
     """
     planes, tokens, dims, tables = classes.planes, classes.tokens, classes.dims, classes.tables
     rows, by_row = planes * tokens, _by_row(planes * tokens)
