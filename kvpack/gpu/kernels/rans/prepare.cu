@@ -1,10 +1,15 @@
-// Reads the heads and tables of streams for decode.cu: a block a part. Writes meta (FAULT where a stream is not sound),
-// bases [P, groups_most + 1] (first word of each group), tables [P, C], and slots [P, 64 * 4352]: of every table, for
-// each run of 16 slots below its tail, then for each slot from the tail on, the symbol as frequency - 1 | code << 12 |
-// delta << 24, where slot - start is delta, in runs 16 delta + slot % 16. tails [2, P, 64]: tails, and where in slots
-// a table begins. The order of starts (docs/format.md) makes the runs whole. entries [P, 64 * 256] is scratch.
+// Reads the heads and tables of streams for decode.cu. A block of threads handles one part.
+//
+// Written are meta (FAULT is not 0 where a stream is not sound), bases [P, groups_most + 1] (the first word of each group),
+// tables [P, C] (of channels), slots [P, MAX_TABLES * MAX_SLOTS] and tails [2, P, MAX_TABLES] (each table's tail, and where
+// in slots the table begins). entries [P, MAX_ENTRIES] is scratch memory.
+//
+// In slots, a table has one value for each run of 16 slots below its tail, then one for each slot from the tail on. The value
+// is frequency - 1 | code << 12 | delta << 24. The distance of a slot from its symbol's start is delta, and in a run it is
+// 16 delta + slot % 16. The order of starts (docs/format.md) has the effect that a run never has slots of two symbols.
 #include "meta.cuh"
 
+// Values of `width` bits each, packed one behind another.
 struct Side {
     const u8 *bytes;
     __device__ u32 at(i64 i, int width) const {
@@ -21,7 +26,8 @@ struct Side {
 
 __device__ __forceinline__ i64 packed_bytes(i64 count, int width) { return (count * width + 7) / 8; }
 
-// Entries of table k, and where its frequencies below 64 begin: false where its codes are not sound. A thread a table.
+// Writes the entries of a table, and to *tail the slot at which frequencies below 64 begin. Returns false if the table's codes
+// are not sound. A thread handles one table.
 __device__ bool expand(const u8 *codes, const u16 *values, int A, const u16 *symbols, u64 *entries, u32 *tail) {
     int sum = 0, rest = -1, first = 0;
     for (int s = 0; s < A; s++) {
@@ -30,7 +36,7 @@ __device__ bool expand(const u8 *codes, const u16 *values, int A, const u16 *sym
         if (code == REST) rest = s;
         int f = code == REST ? 0 : values[code];
         sum += f;
-        first += f >= 64 ? f : 0;  // multiples of 16, all of them
+        first += f >= 64 ? f : 0;  // every frequency that is added here is a multiple of 16
     }
     if (rest < 0 || sum >= TOTAL) return false;
     int left = TOTAL - sum, starts[3] = {0, 0, 0};
@@ -48,7 +54,7 @@ __device__ bool expand(const u8 *codes, const u16 *values, int A, const u16 *sym
     return true;
 }
 
-// The slots of one table. A warp a table; a lane holds every 32nd entry, and hands it to all.
+// Writes the slots of one table. A warp handles one table; a lane holds every 32nd entry and hands it to the others.
 __device__ void fill(const u64 *entries, int A, u32 tail, u32 *runs) {
     u32 *singles = runs + (tail + 15) / 16;
     int lane = threadIdx.x % 32;

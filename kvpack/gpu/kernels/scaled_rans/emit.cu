@@ -1,7 +1,9 @@
-// Streams of planes from their groups: sizes and places, then bytes (docs/format.md).
+// Makes the streams of docs/format.md from the groups of planes: their sizes and places (layout), their bytes (emit), and the
+// raw bits of codes (raw).
 #include "planes.cuh"
 
-// places [U + 1]: where each stream starts in the arena, 16 bytes aligned; sizes [U]. One warp.
+// Writes places [U + 1], where each stream begins in the arena, divisible by 16, and where the last one ends, and sizes [U].
+// The grid is one warp.
 extern "C" __global__ void __launch_bounds__(32) layout(
     int *meta, const int *lengths, i64 planes, i64 groups_most, i64 *places, i64 *sizes) {
     i64 place = 0;
@@ -16,7 +18,8 @@ extern "C" __global__ void __launch_bounds__(32) layout(
     if (threadIdx.x == 0) places[planes] = place;
 }
 
-// Grid (1 + groups, U): block 0 writes the head and lengths and clears the raw bits, each other block one group.
+// The grid is (1 + groups, U). Block 0 of a plane writes the head and the lengths, and sets the raw bits to 0; each other block
+// writes one group.
 extern "C" __global__ void __launch_bounds__(256) emit(
     const int *meta, const int *lengths, i64 groups_most, const u32 *states, const u16 *scratch, i64 size,
     const i64 *places, u8 *arena) {
@@ -43,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(256) emit(
     for (int i = threadIdx.x; i < length; i += 256) to[i] = from[i];
 }
 
-// Raw bits of the rows' codes, each row's from starts on. A warp a row.
+// Writes the raw bits of each row's codes, which begin at starts. A warp handles one row.
 extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS) raw(
     const u16 *codes, i64 all_rows, i64 tokens, i64 dims, const int *bits, const int *starts, const int *meta,
     const i64 *places, u8 *arena) {

@@ -1,9 +1,9 @@
-// What tokens are predicted from (model.py, token_inputs), in halves: a token's own vector, those of the tokens before it,
-// decaying means of all before it (but for weights below 1e-9), its place. vectors [V, E]; the leading reach elements tell of
-// later tokens.
+// Computes what tokens are predicted from (token_inputs of model.py), as fp16 numbers: a token's own vector, the vectors of the
+// LAGS tokens before it, DECAYS decaying means of all tokens before it (except weights below 1e-9), and functions of its
+// position. vectors are [V, E]; of earlier tokens only the first `reach` elements of a vector are used.
 static_assert(PLACES == 3, "three functions of the position are written");
 
-// Each span's sum with weights that fall by a factor a token: sums [spans, DECAYS, reach].
+// Writes sums [spans, DECAYS, reach], the weighted sum of each span of SPAN tokens; a weight falls by a factor with each token.
 extern "C" __global__ void __launch_bounds__(THREADS) tally(
     const u16 *vectors, const int *tokens, i64 count, i64 width, i64 reach, const float *decays, float *sums) {
     i64 first = (i64)blockIdx.x * SPAN, last = first + SPAN < count ? first + SPAN : count;
@@ -27,7 +27,8 @@ __device__ __forceinline__ float power(float base, int exponent) {
     return result;
 }
 
-// Rows [count, stride] for the tokens from first on (a multiple of SPAN), zero for sinks and from the last input on.
+// Writes rows [count, stride] for the tokens from `first` on, a multiple of SPAN. Rows of sinks are 0, and so are elements from
+// the last input up to `padded`.
 extern "C" __global__ void __launch_bounds__(THREADS) inputs(
     const u16 *vectors, const int *tokens, i64 width, i64 reach, const float *decays, const float *sums, i64 first,
     i64 count, i64 sinks, u16 *rows, i64 stride, i64 padded) {
@@ -66,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) inputs(
     }
 }
 
-// Negative halves to zero, eight a thread: width of them, a multiple of 8, in rows [count, stride].
+// Sets negative fp16 numbers to 0: the first `width`, a multiple of 8, of rows [count, stride]. A thread handles eight.
 extern "C" __global__ void __launch_bounds__(THREADS) rectify(u16 *rows, i64 count, i64 stride, i64 width) {
     i64 i = (i64)blockIdx.x * THREADS + threadIdx.x, row = i / (width / 8);
     if (row >= count) return;
