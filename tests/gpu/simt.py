@@ -81,7 +81,7 @@ class Emulator:
         Raises:
             RuntimeError: a block asks for more shared memory than there is.
             TypeError: the kernel takes another number of arguments, or arguments of other kinds.
-            ValueError: there is no such kernel, or a block has more threads than the kernel is made for.
+            ValueError: there is no such kernel, or it is made for another number of threads.
 
         """
         words = checked_words(signature_of(name), block, arguments)

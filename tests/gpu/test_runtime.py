@@ -17,7 +17,7 @@ from kvpack.codecs.chain.entropy.rans import _HEAD, Rans
 from kvpack.codecs.chain.entropy.rans import cpu as rans_cpu
 from kvpack.codecs.chain.entropy.scaled_rans import _HEAD as SCALED_HEAD
 from kvpack.codecs.chain.transforms.token_klt import model
-from kvpack.gpu.kernels import constants, dead_zone, rans
+from kvpack.gpu.kernels import constants, dead_zone, lloyd_max, rans, scaled_rans
 from kvpack.gpu.runtime import host, launch, requirements
 from kvpack.gpu.runtime.signature import Signature, signature_of, signatures_in
 from kvpack.gpu.runtime.source import KERNELS, source_of
@@ -129,6 +129,9 @@ def test_little_shared_memory_is_enough(small_gpu: Any) -> None:
 def test_what_cannot_be_lowered_is_not_asked_for(small_gpu: Any) -> None:
     """Kernels without a choice need no more than every GPU has; what needs more is not supported."""
     assert rans.BANK_BYTES * rans.LARGE_BANK + 2 * rans.tables.BANK_TABLES < requirements.MIN_SHARED - (16 << 10)
+    assert lloyd_max._shared(128) + (2 << 10) < requirements.MIN_SHARED  # and the levels of pairs of codes
+    rings = scaled_rans.RING_BYTES * scaled_rans.WARPS
+    assert rings + scaled_rans.MAX_TABLES * (4 * 64 + 2 * 256) < requirements.MIN_SHARED
     assert dead_zone.supports(4096, 64)
     assert not dead_zone.supports(60_000, 64)
     assert dead_zone.supports(60_000, 64, 227 << 10)
@@ -163,7 +166,7 @@ def test_a_signature() -> None:
     layout = signature_of("scaled_rans/emit:layout")
     assert layout.parameters == ("meta", "lengths", "planes", "groups_most", "places", "sizes")
     assert layout.addresses == (True, True, False, False, True, True)
-    assert signature_of("rans/decode:decode").most_threads is None
+    assert signature_of("rans/decode:decode").threads is None
     assert signature_of("rans/decode:decode") is signature_of("rans/decode:decode")
     with pytest.raises(ValueError, match="no kernel 'missing'; it has: checksum"):
         signature_of("common/checksum:missing")
@@ -201,7 +204,7 @@ def test_a_wrong_launch_on_a_gpu() -> None:
         device.launch("scaled_rans/emit:layout", {}, (0, 1), 32, 0, 1, 2, torch.zeros(1), 4, 5, 6)
     with pytest.raises(TypeError, match="takes an integer as planes, and a NoneType was given"):
         device.launch("scaled_rans/emit:layout", {}, (0, 1), 32, 0, 1, 2, None, 4, 5, 6)
-    with pytest.raises(ValueError, match="made for 32 threads of a block, not 64"):
+    with pytest.raises(ValueError, match="made for blocks of 32 threads, not 64"):
         device.launch("scaled_rans/emit:layout", {}, (0, 1), 64, 0, 1, 2, 3, 4, 5, 6)
     device.launch("scaled_rans/emit:layout", {}, (0, 1), 32, 0, 1, 2, 3, 4, 5, 6)
 

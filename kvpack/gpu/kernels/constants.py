@@ -49,6 +49,7 @@ RANS = {
     "MAX_ENTRIES": tables.MAX_TABLES * rans.MAX_SYMBOLS,
     "MAX_SLOTS": tables.TOTAL + tables.TOTAL // 16,  # of one decoding table: single slots, and runs of 16 slots
     "SCAN_THREADS": 512,  # threads of a block of scan.cu
+    "ENCODE_WARPS": 8,  # groups that a block of encode.cu encodes at most
 }
 
 SCALED_RANS = {

@@ -46,7 +46,7 @@ class Launcher(Protocol):
 
         Raises:
             TypeError: the kernel takes another number of arguments, or arguments of other kinds.
-            ValueError: there is no such kernel, or a block has more threads than the kernel is made for.
+            ValueError: there is no such kernel, or it is made for another number of threads.
 
         """
 
@@ -65,11 +65,11 @@ def checked_words(signature: Signature, block: int, arguments: tuple[Any, ...]) 
 
     Raises:
         TypeError: see :meth:`Signature.words`.
-        ValueError: a block has more threads than the kernel is made for.
+        ValueError: the kernel is made for another number of threads.
 
     """
-    if signature.most_threads is not None and block > signature.most_threads:
-        raise ValueError(f"{signature.kernel} is made for {signature.most_threads} threads of a block, not {block}")
+    if signature.threads is not None and block != signature.threads:
+        raise ValueError(f"{signature.kernel} is made for blocks of {signature.threads} threads, not {block}")
     return signature.words(arguments)
 
 

@@ -26,8 +26,8 @@ class Signature:
     kernel: str
     parameters: tuple[str, ...]
     addresses: tuple[bool, ...]
-    most_threads: int | None
-    """Threads of a block at most, where ``__launch_bounds__`` gives a plain number."""
+    threads: int | None
+    """Threads of every block, if ``__launch_bounds__`` gives a plain number, else None."""
 
     def words(self, arguments: tuple[Any, ...]) -> list[int]:
         """Return the 64-bit words that are handed to the kernel for these arguments.
@@ -93,9 +93,9 @@ def signatures_in(unit: str) -> dict[str, Signature]:
     for bounds, function, inside in _KERNEL.findall(_COMMENT.sub("", source_of(unit))):
         kernel = f"{unit}:{function}"
         parsed = [_parameter(kernel, text) for text in inside.split(",")] if inside.strip() else []
-        most = int(bounds) if bounds.isdecimal() else None
+        threads = int(bounds) if bounds.isdecimal() else None
         names, addresses = tuple(name for name, _ in parsed), tuple(address for _, address in parsed)
-        found[function] = Signature(kernel, names, addresses, most)
+        found[function] = Signature(kernel, names, addresses, threads)
     return found
 
 

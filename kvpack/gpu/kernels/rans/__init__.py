@@ -233,7 +233,7 @@ def encode(gpu: Launcher, parts: Parts) -> Coded:
                        maps, names, codes, entries, keys, meta, least, most, LANE_BYTES)  # fmt: skip
     scratch = empty(torch.int16, count, groups * 32 * parts.shape[1])
     lengths, states = empty(torch.int32, count, groups), empty(torch.int32, count, channels)
-    warps, room = min(8, groups), min(ENCODE_SHARED, 8 * ENCODE_ENTRIES * bank)
+    warps, room = min(RANS["ENCODE_WARPS"], groups), min(ENCODE_SHARED, 8 * ENCODE_ENTRIES * bank)
     gpu.launch("rans/encode:encode", walk, (-(-groups // warps), count), 32 * warps, room,
                parts.addresses, *parts.geometry, meta, entries, maps, names, scratch, groups, lengths, states,
                room)  # fmt: skip

@@ -67,7 +67,7 @@ __device__ __forceinline__ Lane run(const u64 *table, const u64 *shared, const u
     return lane;
 }
 
-extern "C" __global__ void __launch_bounds__(256) encode(
+extern "C" __global__ void __launch_bounds__(32 * ENCODE_WARPS) encode(
     const u64 *sources, i64 head_stride, i64 heads_, i64 tokens_, const int *meta, const u64 *entries, const u8 *maps,
     const u8 *tables, u16 *scratch, i64 groups_most, int *lengths, u32 *states, i64 budget) {
     extern __shared__ u64 shared[];
