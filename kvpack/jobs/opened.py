@@ -83,7 +83,7 @@ class Opened:
 
         def room(block: WindowSpec) -> Room:
             views = (integers[p.tensor.name][:, p.first : p.first + p.tokens] for p in block.parts)
-            if device == "cpu":
+            if isinstance(engine, CpuEngine):
                 return Room(tuple(view.numpy().view(f"u{view.element_size()}") for view in views))
             return Room(tuple(views))
 

@@ -1,4 +1,5 @@
-// Runs CUDA kernels on a CPU, a block at a time, a fiber a thread: for tests of their logic, not of races or speed.
+// Runs CUDA kernels on a CPU: one block after another, and a fiber for each thread. This tests their logic; it finds no races
+// and says nothing about speed.
 #include <cmath>
 #include <csetjmp>
 #include <cstdint>
@@ -20,15 +21,15 @@ static Dim gridDim, blockDim, blockIdx, threadIdx;
 
 namespace simt {
 struct Barrier { int arrived = 0, alive = 0; unsigned generation = 0; };
-static const int MOST = 1024, STACK = 64 << 10;
-static ucontext_t fibers[MOST];
-static jmp_buf scheduler, places[MOST];  // switched by setjmp: swapcontext asks the kernel each time
-static bool begun[MOST];
+static const int MAX_THREADS = 1024, STACK = 64 << 10;
+static ucontext_t fibers[MAX_THREADS];
+static jmp_buf scheduler, places[MAX_THREADS];  // fibers are switched by setjmp, because swapcontext calls the operating system each time
+static bool begun[MAX_THREADS];
 static char *stacks;
-static bool done[MOST];
+static bool done[MAX_THREADS];
 static int current;
-static Barrier block, warps[MOST / 32];
-static uint64_t values[MOST / 32][2][32];
+static Barrier block, warps[MAX_THREADS / 32];
+static uint64_t values[MAX_THREADS / 32][2][32];
 alignas(1024) static char dynamic[256 << 10];
 static void *function;
 static const uint64_t *arguments;
@@ -51,7 +52,8 @@ inline void wait(Barrier &barrier) {
     release(barrier);
     while (barrier.generation == generation) leave();
 }
-inline uint64_t *exchange(uint64_t value) {  // all lanes' values
+// Hands in a lane's value and returns the values of all lanes of its warp.
+inline uint64_t *exchange(uint64_t value) {
     Barrier &warp = warps[current / 32];
     uint64_t *mine = values[current / 32][warp.generation % 2];
     mine[current % 32] = value;
@@ -155,14 +157,15 @@ inline float __shfl_xor_sync(unsigned mask, float value, int step) {
     return __uint_as_float(__shfl_xor_sync(mask, __float_as_uint(value), step));
 }
 inline float bf16_of(unsigned pair, int half) { return __uint_as_float(half ? pair & 0xFFFF0000u : pair << 16); }
-inline void multiply(float *sum, const unsigned *a, unsigned b0, unsigned b1) {  // mma.sync.m16n8k16 of bf16
+// The instruction mma.sync.m16n8k16 of bf16 numbers (see rotated.cu).
+inline void multiply(float *sum, const unsigned *a, unsigned b0, unsigned b1) {
     float rows[2][16], columns[2][16];
     int g = simt::current % 32 / 4, t = simt::current % 4;
-    for (int i = 0; i < 4; i++) {  // of a: rows g and g + 8, elements 2 t and 2 t + 8 on
+    for (int i = 0; i < 4; i++) {  // of matrix a, rows g and g + 8: the elements from 2 t and from 2 t + 8 on
         uint64_t *all = simt::exchange(a[i]);
         for (int k = 0; k < 8; k++) rows[i % 2][i / 2 * 8 + k] = bf16_of((unsigned)all[4 * g + k / 2], k % 2);
     }
-    for (int i = 0; i < 2; i++) {  // of b: columns 2 t and 2 t + 1
+    for (int i = 0; i < 2; i++) {  // of matrix b, columns 2 t and 2 t + 1
         uint64_t *all = simt::exchange(i ? b1 : b0);
         for (int c = 0; c < 2; c++)
             for (int k = 0; k < 8; k++) columns[c][i * 8 + k] = bf16_of((unsigned)all[4 * (2 * t + c) + k / 2], k % 2);
@@ -178,7 +181,8 @@ inline float from_half(unsigned short half) {
                                  : ldexpf(exponent ? 1024 + mantissa : mantissa, (exponent ? exponent : 1) - 25);
     return half >> 15 ? -value : value;
 }
-inline unsigned to_half(float value) {  // to nearest, ties to even, as rintf does
+// The nearest fp16 number; of two equally near ones that whose last bit is 0, as rintf chooses.
+inline unsigned to_half(float value) {
     unsigned sign = __float_as_uint(value) >> 16 & 0x8000;
     float size = fabsf(value);
     if (!(size < 65520)) return sign | (size != size ? 0x7E00 : 0x7C00);
@@ -197,11 +201,11 @@ inline unsigned shared_address(const void *at) { return (unsigned)((const char *
 inline unsigned shared_word(unsigned address) { return *(unsigned *)(simt::dynamic + address); }
 inline unsigned shared_half(unsigned address) { return *(unsigned short *)(simt::dynamic + address); }
 inline unsigned device_word(const unsigned *at) { return *at; }
-template <typename T> inline T kept(T value) { return value; }
+template <typename T> inline T pin_register(T value) { return value; }
 template <typename T> inline T __ldg(const T *at) { return *at; }
 
 extern "C" void simt_launch(void *function, const unsigned *grid, const unsigned *block, const uint64_t *arguments) {
-    if (!simt::stacks) simt::stacks = (char *)malloc((size_t)simt::MOST * simt::STACK);
+    if (!simt::stacks) simt::stacks = (char *)malloc((size_t)simt::MAX_THREADS * simt::STACK);
     simt::function = function, simt::arguments = arguments;
     gridDim = {grid[0], grid[1], grid[2]}, blockDim = {block[0], 1, 1};
     for (unsigned y = 0; y < grid[1]; y++)

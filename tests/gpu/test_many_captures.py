@@ -26,11 +26,11 @@ class Counting:
     """Another launcher, and how often each kernel was launched."""
 
     def __init__(self, gpu: Any) -> None:
-        self.device, self._gpu = gpu.device, gpu
+        self.device, self.max_shared, self._gpu = gpu.device, gpu.max_shared, gpu
         self.counts: dict[str, int] = {}
 
-    def beside(self) -> AbstractContextManager[Any]:
-        return self._gpu.beside()
+    def side_stream(self) -> AbstractContextManager[Any]:
+        return self._gpu.side_stream()
 
     def join(self) -> None:
         self._gpu.join()

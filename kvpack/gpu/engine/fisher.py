@@ -76,7 +76,7 @@ class _Windows:
             return None
         array = codec.array_of(block.take(stacks[0]).parts, context)
         fits = len(stacks) == 1 and prod(array.shape) > 0 and array.shape[0] % 2 == 0
-        if not fits or not FisherKernels.supports(array, codec.keys, len(stacks[0])):
+        if not fits or not FisherKernels.supports(array, codec.keys, len(stacks[0]), self._gpu.max_shared):
             return None
         return _Stack(tuple(stacks[0]), array)
 

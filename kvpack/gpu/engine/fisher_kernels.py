@@ -97,8 +97,8 @@ class FisherKernels:
         return self.matrices.rank
 
     @staticmethod
-    def supports(part: Part, chain: Chain, tensors: int) -> bool:
-        """Whether the kernels take such units, of so many tensors each."""
+    def supports(part: Part, chain: Chain, tensors: int, max_shared: int) -> bool:
+        """Whether the kernels take such windows, of so many tensors each, with so much shared memory a block."""
         from kvpack.gpu.kernels import dead_zone
         from kvpack.gpu.kernels import scaled_rans as coder
         from kvpack.gpu.kernels import token_klt as klt
@@ -111,7 +111,7 @@ class FisherKernels:
         model, (rows, tokens, dims) = stage.model(part), part.shape
         tables = len(part.array(f"{chain.quantizer.section}.tables"))
         shape = (rows // tensors, tokens, dims)
-        fits = dead_zone.supports(model.rank, tables) and coder.supports(tokens, model.rank, tables)
+        fits = dead_zone.supports(model.rank, tables, max_shared) and coder.supports(tokens, model.rank, tables)
         return fits and klt.supports(shape, model)
 
     def _scales(self, levels: NDArray[np.int32], shifts: NDArray[np.int32]) -> Scales:

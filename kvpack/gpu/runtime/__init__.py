@@ -1,1 +1,1 @@
-"""What the stages' GPU files share: CUDA sources by name, compiled at run time, launched on torch's tensors."""
+"""What all kernels share: CUDA sources by name, compiled at run time, checked and launched on torch's tensors."""

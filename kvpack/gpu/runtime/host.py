@@ -1,4 +1,4 @@
-"""The host's side of a GPU: finding one, and streams with pinned memory."""
+"""The host's side of a GPU: finding one, and streams with the pinned memory that bytes are sent from."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvpack.errors import UnsupportedError, UsageError
+from kvpack.gpu.runtime.requirements import shortcoming_of
 
 if TYPE_CHECKING:
     import torch
@@ -14,16 +15,25 @@ if TYPE_CHECKING:
     from kvpack.gpu.runtime.launch import Launcher
 
 AUTO_BYTES = 256 << 20
-"""Less work than this, of all files of a command together, is the CPU's with ``auto``: starting a GPU takes longer."""
+"""With ``auto``, the CPU does the work if all files of a command together have fewer bytes than this.
+
+Starting a GPU takes longer than the CPU needs for them.
+"""
 
 
 def find_gpu(device: str, size: int) -> tuple[Launcher | None, str | None]:
-    """The GPU that ``device`` (``auto``, ``cpu``, ``cuda``, ``cuda:1``) asks for work on ``size`` bytes, and why not.
+    """Return the GPU for work on ``size`` bytes, else None and the reason why there is none.
 
-    A reason comes only where a GPU was asked for and the CPU has to do; ``auto`` falls back in silence.
+    Args:
+        device: ``auto``, ``cpu``, ``cuda`` (the first GPU) or ``cuda:N`` (the GPU with number N).
+        size: bytes of all files of a command together.
+
+    Returns:
+        The GPU or None; and a reason in plain words, if a GPU was asked for by name and the CPU has to do the work
+        instead. With ``auto`` the CPU is taken without a reason.
 
     Raises:
-        UsageError: another device.
+        UsageError: ``device`` is none of these.
 
     """
     kind, _, index = device.partition(":")
@@ -31,7 +41,7 @@ def find_gpu(device: str, size: int) -> tuple[Launcher | None, str | None]:
         raise UsageError(f"--device is auto, cpu, cuda or cuda:N, not {device!r}")
     if device == "cpu" or (device == "auto" and size < AUTO_BYTES):
         return None, None
-    reason = _why_not(int(index or 0))
+    reason = _reason_against(int(index or 0))
     if reason is None:
         from kvpack.gpu.runtime.launch import Gpu
 
@@ -42,9 +52,10 @@ def find_gpu(device: str, size: int) -> tuple[Launcher | None, str | None]:
     return None, None if device == "auto" else reason
 
 
-def _why_not(index: int) -> str | None:
+def _reason_against(index: int) -> str | None:
+    """Return why the GPU with this number cannot be used; None if nothing is known against it."""
     try:
-        ctypes.CDLL("libcuda.so.1")  # before torch, which takes a second to import
+        ctypes.CDLL("libcuda.so.1")  # asked before torch, which takes a second to import
     except OSError:
         return "no NVIDIA driver"
     import torch
@@ -53,14 +64,17 @@ def _why_not(index: int) -> str | None:
         return "torch sees no GPU"
     if index >= torch.cuda.device_count():
         return f"there are {torch.cuda.device_count()} GPUs, none is number {index}"
-    return None
+    return shortcoming_of(index)
 
 
 class Slot:
-    """A stream, so that batches overlap; on a stand-in for a GPU, nothing."""
+    """A stream of a GPU and pinned memory of its own, so that batches can overlap.
+
+    On a stand-in for a GPU there are no streams, and nothing needs to be waited for.
+    """
 
     def __init__(self, gpu: Launcher) -> None:
-        """On ``gpu``."""
+        """Make a new stream on ``gpu``."""
         import torch
 
         cuda: Any = torch.cuda
@@ -70,7 +84,7 @@ class Slot:
         self._staging: torch.Tensor | None = None
 
     def __enter__(self) -> Slot:
-        """Make it torch's current stream."""
+        """Make this torch's current stream."""
         if self.stream is not None:
             cuda: Any = self.torch.cuda
             self._context = cuda.stream(self.stream)
@@ -78,27 +92,30 @@ class Slot:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Back to the stream before."""
+        """Make the stream current again that was current before."""
         if self.stream is not None:
             self._context.__exit__(*error)
 
     def pinned(self, size: int) -> torch.Tensor:
-        """Bytes that the device can be sent from, the same every time: their last use must be over."""
+        """Return pinned memory, uint8 ``[size]``, from which the device can be sent bytes without waiting.
+
+        It is the same memory every time, so whatever was sent from it must have arrived before this is called again.
+        """
         if self._staging is None or len(self._staging) < size:
             self._staging = self.torch.empty(size * 5 // 4, dtype=self.torch.uint8, pin_memory=self.on_gpu)
         return self._staging[:size]
 
     def send(self, host: torch.Tensor) -> torch.Tensor:
-        """To the device, without waiting."""
+        """Return a copy of ``host`` on the device, without waiting for it to arrive."""
         return host.to(self.device, non_blocking=True)
 
     def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
-        """To pinned memory, without waiting."""
+        """Return a copy of ``tensor`` in new pinned memory, without waiting for it to arrive."""
         host = self.torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.on_gpu)
         return host.copy_(tensor, non_blocking=True)
 
     def record_event(self) -> Callable[[], None]:
-        """What waits for all that was asked of the stream so far, and for nothing that is asked later."""
+        """Return a function that waits for everything the stream was given so far, and for nothing given later."""
         if self.stream is None:
             return lambda: None
         event = self.stream.record_event()
@@ -106,11 +123,11 @@ class Slot:
         return wait
 
     def synchronize(self) -> None:
-        """Wait for all that was asked of the device: what other streams made may then be used on this one."""
+        """Wait for everything the device was given, on all streams; this stream may then use what they made."""
         if self.on_gpu:
             self.torch.cuda.synchronize(self.device)
 
     def wait(self) -> None:
-        """For all that was asked of the stream."""
+        """Wait for everything this stream was given."""
         if self.stream is not None:
             self.stream.synchronize()

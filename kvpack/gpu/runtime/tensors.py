@@ -1,4 +1,4 @@
-"""Arrays to a device, and products of halves there: cuBLAS through torch; on a stand-in for a GPU in float32."""
+"""Arrays sent to a device, and products of fp16 matrices there: by cuBLAS on a GPU, in float32 on a stand-in."""
 
 from __future__ import annotations
 
@@ -12,12 +12,24 @@ Tensor = torch.Tensor
 
 
 def sent(array: NDArray[Any], device: str) -> Tensor:
-    """A copy of an array (which may be read-only) in device memory, without waiting for what is under way there."""
+    """Return a copy of an array in device memory, with the same shape and dtype.
+
+    The array may be read-only, and may be changed afterwards. Work that is under way on the device is not waited for.
+    """
     return torch.from_numpy(np.array(array, order="C")).to(device, non_blocking=True)
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, *, scale: float = 1, add: bool = False) -> None:
-    """``scale * (a @ b)`` of halves into ``out``, float32 or halves, rows of which may lie apart; or added to it."""
+    """Write ``scale * (a @ b)`` into ``out``, or with ``add`` add it to what is there; sums are float32.
+
+    Args:
+        out: float32 or fp16 ``[M, N]``; its rows may lie apart.
+        a: fp16 ``[M, K]``.
+        b: fp16 ``[K, N]``.
+        scale: factor of the product.
+        add: whether the product is added to ``out``.
+
+    """
     if not out.is_cuda:
         found = scale * (a.float() @ b.float())
         out.copy_(out.float() + found if add else found)

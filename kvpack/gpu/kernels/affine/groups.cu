@@ -1,8 +1,8 @@
-// KIVI's codes (arXiv 2402.02750, section 3) of bf16 tensors [N, T, DIMS]: a scale and a zero a group of 32, packed codes.
+// KIVI's codes (arXiv 2402.02750, section 3) of bf16 tensors [N, T, DIMS]: a scale and a zero for each group of GROUP values.
 //
-// BITS 1 to 8, DIMS a multiple of 32. Scales and zeros are halves, codes STEP bits each in row-major order: 8, or BITS where that
-// is 2 or 4. A thread has eight dimensions: of all tokens of a group where groups run along tokens, of one token where they run along dimensions.
-#define GROUP 32
+// BITS is 1 to 8, DIMS a multiple of 32. Scales and zeros are fp16. A code takes STEP bits, in row-major order: 8, or BITS if
+// that is 2 or 4. A thread handles eight dimensions: of all tokens of a group if groups run along tokens, of one token if they
+// run along dimensions.
 #define EIGHTS (DIMS / 8)
 #define LEVELS ((1 << BITS) - 1)
 #if STEP == 8
@@ -28,7 +28,7 @@ __device__ __forceinline__ void include(Eight &low, Eight &high, const Eight &v)
     for (int i = 0; i < 8; i++) low.x[i] = fminf(low.x[i], v.x[i]), high.x[i] = fmaxf(high.x[i], v.x[i]);
 }
 
-struct Parameters { u32 scale, zero; };  // halves
+struct Parameters { u32 scale, zero; };  // the bits of fp16 numbers
 
 __device__ __forceinline__ Parameters parameters(float low, float high) {
     return {to_halves((high - low) / LEVELS, 0) & 0xFFFF, to_halves(__fadd_rn(low, 0), 0) & 0xFFFF};
@@ -45,7 +45,7 @@ __device__ __forceinline__ float value_of(u32 code, u32 scale, u32 zero) {
 
 __device__ __forceinline__ uint4 pairs(const u32 *p) { return make_uint4(p[0], p[1], p[2], p[3]); }
 
-// scales, zeros [N, ceil(T / 32), DIMS]. A thread a group of eight channels.
+// scales and zeros are [N, ceil(T / GROUP), DIMS]. A thread handles the groups of eight channels.
 extern "C" __global__ void __launch_bounds__(128) compress_tokens(
     const u16 *values, i64 count, i64 tokens, Packed *codes, u16 *scales, u16 *zeros) {
     i64 groups = (tokens + GROUP - 1) / GROUP, i = (i64)blockIdx.x * 128 + threadIdx.x;
@@ -74,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(128) compress_tokens(
     }
 }
 
-// scales, zeros [N, T, DIMS / 32]. Four threads a group.
+// scales and zeros are [N, T, DIMS / GROUP]. Four threads handle one group.
 extern "C" __global__ void __launch_bounds__(256) compress_channels(
     const u16 *values, i64 count, i64 tokens, Packed *codes, u16 *scales, u16 *zeros) {
     i64 i = (i64)blockIdx.x * 256 + threadIdx.x, all = count * tokens * EIGHTS;

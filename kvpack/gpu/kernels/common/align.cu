@@ -1,6 +1,7 @@
-// Byte ranges to aligned places: starts [S] any addresses, sizes [S], targets [S] 8 bytes aligned. Grid (Y, S).
+// Copies byte ranges to addresses that are divisible by 8.
 //
-// Up to 15 bytes around a range are read, never used; its last word is filled with zeros.
+// starts [S] are any addresses, sizes [S] are bytes, targets [S] are addresses divisible by 8. The grid is (Y, S), with any Y.
+// Up to 15 bytes around a range are read, but not used. The last word of a copy is filled with zeros.
 extern "C" __global__ void __launch_bounds__(256) align(const u64 *starts, const i64 *sizes, const u64 *targets) {
     i64 size = sizes[blockIdx.y];
     u64 start = starts[blockIdx.y], *to = (u64 *)targets[blockIdx.y];

@@ -1,7 +1,8 @@
-// The 64-bit checksum of byte ranges: sums[s] += sum over words of mixed(word, index), + length.
+// Adds the 64-bit checksums of byte ranges to sums: for each range the sum of mixed(word, index) over its words, and its length.
 //
-// starts [S] addresses, sizes [S] bytes, sums [S] zeroed before. Grid (Y, S). Ranges may start anywhere; up to 15 bytes
-// around a range are read, never used. A thread takes four words in a row, an aligned 32 bytes and the word behind.
+// starts [S] are any addresses, sizes [S] are bytes, sums [S] must be zero before. The grid is (Y, S), with any Y. Up to 15
+// bytes around a range are read, but not used. A thread takes four words in a row: it reads 32 aligned bytes and the word
+// behind them.
 extern "C" __global__ void __launch_bounds__(256) checksum(const u64 *starts, const i64 *sizes, u64 *sums) {
     i64 size = sizes[blockIdx.y];
     u64 start = starts[blockIdx.y], total = 0;

@@ -1,13 +1,10 @@
-// Coefficients to codes and back, as reference.py decides them.
+// Quantizes coefficients to codes, as reference.py decides them, and restores values from codes.
 //
-// Rows [N, D] of U units of equal length; a code's class is (columns[d] - classes[n]) >> 3, within the K tables. A row's
-// step and its class are two arrays, because they need not follow from each other. Grid (slices of rows, 1), a warp a row.
-// What is only read is loaded as such (__ldg): loads of several coordinates then go together, whatever is stored between.
-// THRESHOLDS and MAX_SHIFT are reference.py's, SHIFT_COST is its SHIFT_BITS.
-#define LARGEST 32767
-#define SIGN 32768
-#define BUCKETS 32
-#define DIRECT 8
+// There are N rows of D coefficients, of U units with equally many rows. A code's class is (columns[d] - classes[n]) >> 3, but
+// never outside the K tables. A row's step and its class are in two arrays, because neither follows from the other. A warp
+// handles one row. Arrays that are only read are loaded by __ldg, so that the compiler may move loads before stores.
+// Names in capitals that are not defined here come from kernels/constants.py; SHIFT_COST is reference.py's SHIFT_BITS.
+#define SIGN (LARGEST + 1)
 #define AHEAD 8
 
 struct Row {
@@ -24,7 +21,7 @@ __device__ __forceinline__ int bucket_of(u32 m) {
     return DIRECT + 2 * (octave - 3) + (int)(m >> (octave - 1) & 1);
 }
 
-// The largest magnitude whose threshold, of wanted [THRESHOLDS], is reached.
+// The largest magnitude whose threshold in wanted [THRESHOLDS] is reached.
 __device__ __forceinline__ int magnitude_of(float scaled, const float *wanted) {
     int m = (int)__fadd_rn(scaled, 0.5f);
     while (m > 0) {
@@ -35,7 +32,7 @@ __device__ __forceinline__ int magnitude_of(float scaled, const float *wanted) {
     return m;
 }
 
-// What a row takes if its classes are shifted; bits are whole numbers, so that no order of sums matters.
+// What a row costs if its classes are shifted. Costs are integers, so that the order of sums does not matter.
 struct Costs {
     const u32 *table;  // [K, BUCKETS]
     __device__ __forceinline__ u64 of(int k, int bucket) const { return table[k * BUCKETS + bucket]; }
@@ -51,7 +48,7 @@ struct Costs {
     }
 };
 
-// The shift beyond one that pays, for as long as the next one pays more.
+// The shift in this direction (way is 1 or -1) at which the next one would not cost less. That by `way` costs `best`.
 __device__ int climb(const u16 *held, const Row &row, const Costs &costs, int way, u64 best) {
     int shift = way;
     for (int next = 2 * way; -MAX_SHIFT < next && next < MAX_SHIFT; next += way) {
@@ -62,10 +59,10 @@ __device__ int climb(const u16 *held, const Row &row, const Costs &costs, int wa
     return shift;
 }
 
-// A lane's next coordinates: main memory is far.
+// The next coefficients of a lane and their classes, loaded early because device memory is slow.
 struct Ahead {
     float values[AHEAD];
-    int classes[AHEAD];  // beyond the tables, too
+    int classes[AHEAD];  // may be outside the tables
     __device__ __forceinline__ Ahead(const float *z, const Row &row, int first) {
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
@@ -75,13 +72,14 @@ struct Ahead {
     }
 };
 
-// z, steps [N] in the same unit; wanted [K, THRESHOLDS]; table [K, BUCKETS] of costs. Codes zigzag; shifts [N] and the classes [N] that
-// they make of classes. faults [U] are set where a magnitude is too large or not a number. Magnitudes of a row are held in
-// shared memory, with their signs; shifts of one either way are tried while they are found.
-extern "C" __global__ void __launch_bounds__(256) quantize(
+// z [N, D] and steps [N] have the same unit; wanted is [K, THRESHOLDS]; table [K, BUCKETS] has costs. Written are zigzag codes,
+// shifts [N], and shifted [N], the classes after these shifts. faults [U] are set to 1 where a magnitude is too large or not a
+// number. The magnitudes of a row are held in shared memory, with their signs; the costs of shifts by one in both directions
+// are summed while magnitudes are found.
+extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS) quantize(
     const float *z, i64 rows, i64 tokens, i64 dims, const float *steps, const int *columns, const int *classes,
     i64 tables, const float *wanted_, const u32 *table, u16 *codes, int *shifts, int *shifted, int *faults) {
-    extern __shared__ u32 shared[];  // costs, thresholds, magnitudes
+    extern __shared__ u32 shared[];  // costs, then thresholds, then magnitudes
     float *wanted = (float *)shared + tables * BUCKETS;
     for (int i = threadIdx.x; i < tables * BUCKETS; i += blockDim.x) shared[i] = table[i];
     for (int i = threadIdx.x; i < tables * THRESHOLDS; i += blockDim.x) wanted[i] = wanted_[i];
@@ -134,9 +132,10 @@ extern "C" __global__ void __launch_bounds__(256) quantize(
     }
 }
 
-// halves = (value at its bin's centroid * step + prediction * 2^shift) * 2^out. centroids [K, 4]; predicted [N, D] or none.
-// Rows of halves are windows, one for each group of own coordinates: the common ones, the first of a row, and its own.
-// With PAIRS both are even: two coordinates at a time.
+// Restores (value at its bin's centroid * step + prediction * 2^shift) * 2^out as fp16 numbers. centroids are [K, 4], predicted
+// is [N, D] or null. Of a row's values the first `common` are for all groups, and the others in equal shares for one group
+// each. A row of the result has, for each group, the common values and then the group's own. With PAIRS, both numbers are even,
+// and two values are handled at a time.
 struct Restored {
     const u16 *codes;
     const float *centroids, *predicted;
@@ -165,10 +164,10 @@ struct Restored {
 #endif
 };
 
-extern "C" __global__ void __launch_bounds__(256) restore(
+extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS) restore(
     const u16 *codes, i64 rows, i64 dims, const float *steps, const int *columns, const int *classes, i64 tables,
     const float *centroids, const float *predicted, i64 shift, i64 out, i64 common_, i64 groups_, u16 *halves) {
-    i64 at = (i64)blockIdx.x * 8 + threadIdx.x / 32;
+    i64 at = (i64)blockIdx.x * ROW_WARPS + threadIdx.x / 32;
     if (at >= rows) return;
     Row row = {columns, classes[at], (int)dims, (int)tables - 1};
     Restored values = {codes + at * dims, centroids, predicted ? predicted + at * dims : 0, steps[at],

@@ -1,13 +1,13 @@
-// TurboQuant on tensor cores (mma.sync m16n8k16, bf16 in, float32 out): rotation and Lloyd-Max codes in one pass.
+// TurboQuant (arXiv 2504.19874, algorithm 1) on tensor cores: rotation and Lloyd-Max codes in one pass. The instruction is
+// mma.sync m16n8k16, which multiplies bf16 numbers and adds float32.
 //
-// DIMS 64 or 128, BITS 1 to 4. Codes take STEP bits: 8, or 3 (bitpack) where BITS is 3; DIMS * STEP / 8 bytes a vector, 4
-// bytes aligned. The rotation is given as two bf16 matrices whose sum it is to 16 bits, [2, DIMS, DIMS] row-major: for
-// compress R (rows are outputs), for decompress its transpose. A warp takes 16 vectors. (arXiv 2504.19874, algorithm 1.)
-#define PADDED (DIMS + 8)
+// DIMS is 64 or 128, BITS is 1 to 4. A code takes STEP bits: 8, or 3 if BITS is 3. A vector's codes take DIMS * STEP / 8 bytes,
+// at an address divisible by 4. The rotation is given as two bf16 matrices [2, DIMS, DIMS], row-major, whose sum has 16 of its
+// bits; a row makes one output. For decompress it is transposed. A warp handles ROWS vectors at a time.
+#define PADDED (DIMS + PADDING)
 #define TILES (DIMS / 8)
 #define WORDS (DIMS * STEP / 32)
 #define BOUNDS ((1 << BITS) - 1)
-#define WARPS 8
 
 #ifdef __CUDA_ARCH__
 __device__ __forceinline__ void multiply(float *sum, const u32 *a, u32 b0, u32 b1) {
@@ -18,15 +18,16 @@ __device__ __forceinline__ void multiply(float *sum, const u32 *a, u32 b0, u32 b
 #endif
 
 __device__ __forceinline__ void load_matrix(const u32 *matrix, u32 *held) {
-    for (int i = threadIdx.x; i < DIMS * DIMS; i += WARPS * 32) {  // words: two elements each, both matrices
+    for (int i = threadIdx.x; i < DIMS * DIMS; i += WARPS * 32) {  // both matrices, in words of two elements
         int row = i / (DIMS / 2), column = i % (DIMS / 2);
         held[row * (PADDED / 2) + column] = matrix[i];
     }
     __syncthreads();
 }
 
-// sums [TILES][4] of 16 vectors times both matrices: of row g = lane / 4 columns 8 j + 2 t, + 1 (t = lane % 4), then row g + 8.
-// vectors(k, a, low) gives fragments of elements 16 k on, with TWO as two bf16 matrices; they are asked for one k ahead.
+// Multiplies ROWS vectors by both matrices. With g = lane / 4 and t = lane % 4, sums[j] gets columns 8 j + 2 t and 8 j + 2 t + 1
+// of row g, then of row g + 8. vectors(k, a, low) gives the fragments of elements 16 k to 16 k + 15; with TWO a vector is the
+// sum of two bf16 vectors, a and low. They are loaded one k ahead.
 template <bool TWO, typename Vectors>
 __device__ __forceinline__ void rotate(Vectors vectors, const u32 *held, float (*sums)[4]) {
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -57,7 +58,8 @@ __device__ __forceinline__ u32 code_of(float value, const float *bounds) {
     return code;
 }
 
-// Codes of one row, a pair a lane and tile; of three bits a quad's lanes make whole words of four tiles' 96 bits.
+// Stores the codes of one row, of which a lane has a pair in each tile. Codes of three bits are packed: four neighbouring lanes
+// make three whole words of the 96 bits of four tiles.
 __device__ __forceinline__ void store_codes(const u32 *pairs, u32 *out, bool live) {
     int t = threadIdx.x % 4;
 #if STEP == 8
@@ -80,7 +82,7 @@ __device__ __forceinline__ void store_codes(const u32 *pairs, u32 *out, bool liv
 #endif
 }
 
-// A lane's pair of codes in the half (0 or 1) of a row's k-th 16, as an index of 2 BITS bits.
+// A lane's pair of codes in one half (0 or 1) of a row's elements 16 k to 16 k + 15, as an index of 2 * BITS bits.
 __device__ __forceinline__ u32 load_codes(const u32 *row, int k, int half, int t) {
 #if STEP == 8
     u32 pair = ((const u16 *)row)[8 * k + 4 * half + t];
@@ -100,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) compress(
     float bounds[BOUNDS];
     for (int i = 0; i < BOUNDS; i++) bounds[i] = bounds_[i];
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    for (i64 first = ((i64)blockIdx.x * WARPS + threadIdx.x / 32) * 16; first < count; first += (i64)gridDim.x * WARPS * 16) {
+    for (i64 first = ((i64)blockIdx.x * WARPS + threadIdx.x / 32) * ROWS; first < count; first += (i64)gridDim.x * WARPS * ROWS) {
         i64 rows[2] = {first + g, first + g + 8};
         const u32 *x = vectors + (rows[0] < count ? rows[0] : 0) * (DIMS / 2), *y = vectors + (rows[1] < count ? rows[1] : 0) * (DIMS / 2);
         float sums[TILES][4];
@@ -127,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) compress(
     }
 }
 
-// pairs_ [4 ** BITS]: for two codes (2 BITS bits) their levels as two bf16 pairs, the nearest and what it leaves.
+// pairs_ [4 ** BITS] has, for every pair of codes, the nearest bf16 numbers to their levels, and those nearest to the rest.
 extern "C" __global__ void __launch_bounds__(WARPS * 32) decompress(
     const u32 *codes, const u16 *norms, i64 count, const u32 *matrix, const u64 *pairs_, u32 *vectors) {
     extern __shared__ u32 held[];
@@ -135,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) decompress(
     if (threadIdx.x < 1 << 2 * BITS) pairs[threadIdx.x] = pairs_[threadIdx.x];
     load_matrix(matrix, held);
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    for (i64 first = ((i64)blockIdx.x * WARPS + threadIdx.x / 32) * 16; first < count; first += (i64)gridDim.x * WARPS * 16) {
+    for (i64 first = ((i64)blockIdx.x * WARPS + threadIdx.x / 32) * ROWS; first < count; first += (i64)gridDim.x * WARPS * ROWS) {
         i64 rows[2] = {first + g, first + g + 8};
         float sums[TILES][4], scales[2];
         const u32 *from[2];

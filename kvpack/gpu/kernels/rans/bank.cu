@@ -1,7 +1,10 @@
-// rows and present as scan.cu leaves them; nearest [4097], levels [44] and cost [4097] are tables.py's own. Writes
-// counts [P, 256, stride], symbols [P, 256], maps [P, BINS] (code to symbol), names [P, C] (table of each channel), codes
-// [P, 64 * 256] (frequency codes, A a table), entries [P, 64 * 256] for encode.cu, and meta. Parts with tables * ALPHABET
-// outside (least, most] are left alone: most parts need little shared memory, and pass through a first launch.
+// Makes the bank of frequency tables of each part.
+//
+// rows and present come from scan.cu; nearest [TOTAL + 1], levels [LEVEL_COUNT] and cost [TOTAL + 1] are those of tables.py.
+// Written are counts [P, MAX_SYMBOLS, stride], symbols [P, MAX_SYMBOLS], maps [P, BINS] (from codes to symbols), names [P, C]
+// (the table of each channel), codes [P, MAX_ENTRIES] (frequency codes, one table behind another), entries [P, MAX_ENTRIES]
+// for encode.cu, and meta. Only parts are handled whose number of tables times ALPHABET is in (least, most]: most parts need
+// little shared memory and are done by a first launch.
 #include "tables.cuh"
 
 __device__ void cluster(const Bank &bank, const u8 *nearest, const u16 *levels, const int *cost) {
@@ -46,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) bank(
     Bank bank = {K, A, channels, (int)blocks * 64, counts, names, sums, values, (u8 *)(values + K * (A + A % 2))};
     gather(bank, rows, present, symbols, counts, keys);
     cluster(bank, nearest, levels, cost);
-    for (int c = threadIdx.x; c < channels; c += THREADS) renamed[names[c]] = 1;  // tables without channels go
+    for (int c = threadIdx.x; c < channels; c += THREADS) renamed[names[c]] = 1;  // a table that no channel uses is dropped
     __syncthreads();
     if (threadIdx.x == 0)
         for (int k = 0; k < K; k++)

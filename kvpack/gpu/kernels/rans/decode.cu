@@ -1,12 +1,14 @@
-// rANS lanes back to codes, and with FLOATS merged with packed mantissas to bf16, with the digest of what comes out.
+// Decodes the rANS lanes of streams to codes. With FLOATS it merges the codes with packed mantissas to bf16, and sums the
+// digest of what comes out.
 //
-// ITEM, SHIFT, DIMS as in scan.cu; blocks of BLOCK threads, BLOCKS of which find registers. Grid (slices of groups, P), a warp a group. streams [P] addresses, and what prepare.cu
-// made of them. targets [P] addresses of parts [H, T, DIMS] with heads head_stride elements apart; mantissas [P] addresses
-// of packed codes of SHIFT bits, 4 bytes aligned; sums [P] gets the digest, but for the length, with FLOATS alone
-// (DIMS a multiple of 64). Tables lie in shared memory where they take no more than budget bytes.
+// ITEM, SHIFT and DIMS are those of scan.cu. A block has BLOCK threads, and a multiprocessor must have registers for BLOCKS
+// blocks. The grid is (slices of groups, P), and a warp decodes one group. streams [P] are addresses; meta, bases, tables,
+// slots and tails are what prepare.cu has made of them. targets [P] are addresses of parts [H, T, DIMS] whose heads lie
+// head_stride elements apart. mantissas [P] are addresses, divisible by 4, of packed mantissas of SHIFT bits. With FLOATS,
+// DIMS is a multiple of 64, and the digest without the length is added to sums [P]. Decoding tables are copied to shared
+// memory if they take no more than budget bytes.
 #include "meta.cuh"
 #include "words.cuh"
-#define HEAD 16
 #if ITEM == 2
 typedef u16 Item;
 #else
@@ -14,10 +16,13 @@ typedef u8 Item;
 #endif
 
 struct Lane {
-    u32 state, tail, runs, singles;  // where the table's runs of 16 slots lie, and its single slots less the tail
+    u32 state;
+    u32 tail;     // the slot from which on slots are stored one by one, and not in runs of 16
+    u32 runs;     // where the table's runs of 16 slots begin
+    u32 singles;  // where its single slots begin, minus the tail
 };
 
-// The entry of one code (prepare.cu): code << 12 in it.
+// Decodes one code and returns its entry (see prepare.cu), in which the code is at bit 12.
 template <bool FITS>
 __device__ __forceinline__ u32 get(Lane &lane, Words &words, const u32 *slots, bool live, u32 below) {
     u32 x = lane.state, slot = x & 0xFFF;
@@ -31,8 +36,9 @@ __device__ __forceinline__ u32 get(Lane &lane, Words &words, const u32 *slots, b
 }
 
 #if FLOATS
-// Bits 8 to 23 of four rows of four lanes, to row lane % 4 of the same four channels.
-__device__ __forceinline__ u64 turn(const u32 *v, int lane) {
+// Transposes 4 x 4 codes of four neighbouring lanes. v has entries of four rows of one channel, whose bits 8 to 23 are used;
+// the result has those of row lane % 4 of the four lanes' channels.
+__device__ __forceinline__ u64 transpose4(const u32 *v, int lane) {
     bool upper = lane & 2, odd = lane & 1;
     u32 first = __byte_perm(v[0], v[1], 0x6521), second = __byte_perm(v[2], v[3], 0x6521);
     u32 other = __shfl_xor_sync(ALL, upper ? first : second, 2);
@@ -44,22 +50,23 @@ __device__ __forceinline__ u64 turn(const u32 *v, int lane) {
 }
 #endif
 
-// All tokens of 32 channels; element: the channel's first code in the part. Returns the lane's share of the digest.
-// With FLOATS, four rows' codes are turned before they meet the mantissas: four a lane, next to each other.
+// Decodes all tokens of 32 channels, of which the lane has one; element is the channel's first code in the part. Returns what
+// the lane adds to the digest. With FLOATS, the codes of four rows are transposed before they are merged with the mantissas,
+// so that a lane has four codes that lie next to each other.
 template <bool FITS>
 __device__ __forceinline__ u64 run(Lane &lane, Words &words, const u32 *slots, bool live, Item *out, const u32 *packed,
                                    u64 element, int tokens) {
     int l = threadIdx.x % 32, t = 0;
-    u32 below = kept((1u << l) - 1);
+    u32 below = pin_register((1u << l) - 1);
     u64 sum = 0;
 #if FLOATS
     const u32 lower = (1u << SHIFT) - 1, codes = ~(lower << 16 | lower);
-    u64 first = element - (l & 3) + (l & 3) * DIMS;  // of the lane's four codes
+    u64 first = element - (l & 3) + (l & 3) * DIMS;  // the first of the lane's four codes
     const u32 *bits = packed + ((tokens < 4 ? element : first) * SHIFT >> 5);
     u32 bit = (u32)(first * SHIFT) & 31;  // rows are whole words long
-    Item *mine = kept(out + (l & 3) * (DIMS - 1));
+    Item *mine = pin_register(out + (l & 3) * (DIMS - 1));
     u64 key = (first / 4 + 1) * GOLDEN;
-    u32 low_bits = device_word(bits), high_bits = device_word(bits + 1);  // ahead by four rows: main memory is far
+    u32 low_bits = device_word(bits), high_bits = device_word(bits + 1);  // loaded four rows ahead, because device memory is slow
     for (; t + 4 <= tokens; t += 4, mine += 4 * DIMS, key += DIMS * GOLDEN) {
         u32 v[4];
         u32 m = __funnelshift_r(low_bits, high_bits, bit);
@@ -70,7 +77,7 @@ __device__ __forceinline__ u64 run(Lane &lane, Words &words, const u32 *slots, b
 #pragma unroll
         for (int r = 0; r < 4; r++) v[r] = get<FITS>(lane, words, slots, live, below);
         refill(words);
-        u64 whole = turn(v, l);
+        u64 whole = transpose4(v, l);
         u32 low = (m & lower) | (m << (16 - SHIFT) & lower << 16) | ((u32)whole << (SHIFT - 4) & codes);
         m >>= 2 * SHIFT;
         u32 high = (m & lower) | (m << (16 - SHIFT) & lower << 16) | ((u32)(whole >> 32) << (SHIFT - 4) & codes);
@@ -90,7 +97,7 @@ __device__ __forceinline__ u64 run(Lane &lane, Words &words, const u32 *slots, b
         if (live && l % 4 == 0) sum += mixed((u64)next << 32 | pair, (element + (u64)t * DIMS) / 4);
     }
 #else
-    out = kept(out);
+    out = pin_register(out);
     for (; t + 4 <= tokens; t += 4, out += 4 * DIMS) {
 #pragma unroll
         for (int r = 0; r < 4; r++) {
@@ -117,7 +124,7 @@ struct Stream {
     int channels, tokens;
 };
 
-// A group's channels; false where it does not end where and as it must.
+// Decodes the channels of a group. Returns false if the group does not end where and as it must.
 template <bool FITS>
 __device__ __forceinline__ bool run_group(const Stream &s, u32 table, int group, const int *bases, const u8 *stream,
                                           u64 *ring, u64 &sum) {
@@ -133,7 +140,7 @@ __device__ __forceinline__ bool run_group(const Stream &s, u32 table, int group,
         c = live ? c : 0;
         int k = s.tables[c];
         lane.tail = s.tails[k], lane.runs = s.firsts[k] + (FITS ? table / 4 : 0);
-        lane.singles = kept(lane.runs + (lane.tail + 15) / 16 - lane.tail);
+        lane.singles = pin_register(lane.runs + (lane.tail + 15) / 16 - lane.tail);
         u64 element = (u64)(c / DIMS) * s.tokens * DIMS + c % DIMS;
         Item *out = s.target + channel_offset(c, DIMS, s.head_stride);
         u32 before = lane.state;
@@ -148,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) decode(
     const u64 *streams, int *meta, const int *bases, const u8 *tables, const u32 *slots, const u32 *tails,
     i64 groups_most, const u64 *targets, i64 head_stride, i64 heads, i64 tokens, const u64 *mantissas, u64 *sums,
     i64 budget) {
-    extern __shared__ u32 shared[];  // rings of the warps, then tables
+    extern __shared__ u32 shared[];  // the warps' rings, then the decoding tables
     i64 part = blockIdx.y;
     int *own = meta + part * META, bytes = own[SLOT_BYTES], warps = blockDim.x / 32;
     if (own[FAULT] || own[MODE] != CODED) return;

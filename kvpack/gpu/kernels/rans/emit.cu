@@ -1,10 +1,10 @@
-// Streams of docs/format.md from lanes and tables: their sizes and places, then their bytes.
+// Makes the streams of docs/format.md from lanes and tables: first their sizes and places (layout), then their bytes (emit).
 #include "meta.cuh"
-#define HEAD 16
 
 __device__ __forceinline__ i64 packed_bytes(i64 count, int width) { return (count * width + 7) / 8; }
 
-// Bytes of one part's stream, and what its head says. codes_bytes: of all codes packed, without the mode byte.
+// Returns the bytes of one part's stream, and writes what its head says to `own`. codes_bytes is what all codes would take
+// packed, without the mode byte.
 __device__ i64 stream_bytes(int *own, const int *lengths, int channels, int width, i64 codes_bytes) {
     if (own[MODE] != CODED) return 1 + codes_bytes;
     int shortest = lengths[0], longest = shortest;
@@ -23,7 +23,8 @@ __device__ i64 stream_bytes(int *own, const int *lengths, int channels, int widt
     return 1 + codes_bytes;
 }
 
-// places [P + 1]: where each stream starts in the arena, 16 bytes aligned; sizes [P]. One block.
+// Writes places [P + 1], where each stream begins in the arena, divisible by 16, and where the last one ends, and sizes [P].
+// The grid is one block.
 extern "C" __global__ void __launch_bounds__(1024) layout(
     int *meta, const int *lengths, i64 parts, i64 groups_most, i64 channels, i64 width, i64 codes, i64 *places,
     i64 *sizes) {
@@ -53,7 +54,9 @@ extern "C" __global__ void __launch_bounds__(1024) layout(
     if (threadIdx.x == 0) places[0] = 0;
 }
 
-struct Fields {  // side information as a function of the position: what docs/format.md packs
+// The side information that docs/format.md packs, as a function of the position. kind is 0 for symbols, 1 for levels, 2 for
+// tables of channels, 3 for lengths of groups.
+struct Fields {
     const u16 *symbols;
     const u8 *levels, *tables;
     const int *lengths;
@@ -75,7 +78,7 @@ __device__ void pack_field(u8 *out, const Fields &fields, u32 count, u32 width) 
     }
 }
 
-// Words from where encode.cu left them; eight loads are under way before the first is stored.
+// Copies words from where encode.cu has left them; eight loads are under way before the first word is stored.
 __device__ __forceinline__ void copy_words(u16 *__restrict__ to, const u16 *__restrict__ from, int count) {
     for (int i = threadIdx.x; i < count; i += 8 * 256) {
         u16 v[8];
@@ -87,7 +90,8 @@ __device__ __forceinline__ void copy_words(u16 *__restrict__ to, const u16 *__re
     }
 }
 
-// Grid (Y, P): block 0 of a part writes head and side information, each other block copies one group's words.
+// The grid is (1 + groups, P). Block 0 of a part writes the head and the side information; each other block copies the words
+// of one group.
 extern "C" __global__ void __launch_bounds__(256) emit(
     const int *meta, const int *lengths, i64 groups_most, i64 channels, i64 width, const u16 *symbols, const u8 *levels,
     const u8 *tables, const u32 *states, const u16 *scratch, i64 tokens, const i64 *places, u8 *arena) {

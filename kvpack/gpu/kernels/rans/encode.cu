@@ -1,9 +1,11 @@
-// rANS lanes, 32 to a warp and a stream of words (docs/format.md): the words of a step are written side by side.
+// Encodes codes by rANS. A warp encodes one group: 32 lanes that share a stream of words (docs/format.md), into which the
+// words of one step are written side by side.
 //
-// ITEM, SHIFT, BINS, DIMS as in scan.cu. Grid (slices of groups, P), a warp a group. meta [P, META], entries
-// [P, 64 * 256], maps [P, BINS] of codes to symbols and tables of channels [P, C] are bank.cu's. scratch has room for a
-// word a symbol, a group's words end where its channels' do; lengths [P, groups_most] and states [P, C] are written.
-// Tables lie in shared memory where they take no more than budget bytes.
+// ITEM, SHIFT, BINS and DIMS are those of scan.cu. The grid is (slices of groups, P). meta [P, META], entries
+// [P, MAX_ENTRIES], maps [P, BINS] (from codes to symbols) and tables [P, C] (of channels) come from bank.cu. scratch has
+// room for a word for each symbol, and a group's words end where those of its last channel would. lengths [P, groups_most],
+// words of each group, and states [P, C] are written. Encoding tables are copied to shared memory if they take no more than
+// budget bytes.
 #include "meta.cuh"
 #if ITEM == 2
 typedef u16 Item;
@@ -14,15 +16,16 @@ typedef u8 Item;
 
 struct Lane {
     u32 state;
-    int at;  // words from the end of the group's scratch, negative
+    int at;  // the next word's place, counted from the end of the group's scratch: zero or negative
 };
 
-// Division by a frequency f: q = umulhi(2 x, reciprocal) >> shift, exact for x < 2^31 (Alverson 1991).
+// Encodes one symbol. The state is divided by the frequency f as umulhi(2 x, reciprocal) >> shift, which is exact for
+// x < 2^31 (Alverson 1991).
 __device__ __forceinline__ void put(Lane &lane, u64 entry, bool live, u32 below, u16 *end) {
     u32 reciprocal = (u32)entry, packed = (u32)(entry >> 32);
-    u32 rest = packed >> 20, start = packed >> 8 & 0xFFF;  // rest: 4096 - frequency; the low bits are the shift
+    u32 rest = packed >> 20, start = packed >> 8 & 0xFFF;  // rest is 4096 - frequency; the lowest bits of packed are the shift
     u32 x = lane.state;
-    bool full = (x >> 19) + rest >= 4096 && live;
+    bool full = (x >> 19) + rest >= TOTAL && live;
     u32 mask = __ballot_sync(ALL, full);
     lane.at -= __popc(mask);
     if (full) {
@@ -33,7 +36,7 @@ __device__ __forceinline__ void put(Lane &lane, u64 entry, bool live, u32 below,
     if (live) lane.state = x + start + quotient * rest;
 }
 
-// All channels of a group, last symbol first; returns the words written, by their negative count.
+// Encodes all channels of a group, the last symbol first. Returns the state and the negative number of words written.
 template <bool FITS>
 __device__ __forceinline__ Lane run(const u64 *table, const u64 *shared, const u8 *map, const u8 *tables,
                                     const Item *source, i64 head_stride, int group, int per_lane, int channels,
@@ -64,7 +67,7 @@ __device__ __forceinline__ Lane run(const u64 *table, const u64 *shared, const u
     return lane;
 }
 
-extern "C" __global__ void __launch_bounds__(256) encode(
+extern "C" __global__ void __launch_bounds__(32 * ENCODE_WARPS) encode(
     const u64 *sources, i64 head_stride, i64 heads_, i64 tokens_, const int *meta, const u64 *entries, const u8 *maps,
     const u8 *tables, u16 *scratch, i64 groups_most, int *lengths, u32 *states, i64 budget) {
     extern __shared__ u64 shared[];
@@ -82,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(256) encode(
     int group = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, l = threadIdx.x % 32;
     if (group >= own[GROUPS]) return;
     const Item *source = (const Item *)sources[part];
-    u16 *end = kept(scratch + words_end(part, group, per_lane, groups_most) * tokens);
+    u16 *end = pin_register(scratch + words_end(part, group, per_lane, groups_most) * tokens);
     tables += part * channels;
     Lane lane = fits ? run<true>(table, shared, map, tables, source, head_stride, group, per_lane, channels, tokens, alphabet, end)
                      : run<false>(table, shared, map, tables, source, head_stride, group, per_lane, channels, tokens, alphabet, end);

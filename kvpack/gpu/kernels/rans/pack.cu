@@ -1,5 +1,6 @@
-// Streams without a model: a mode byte, then width bits a code in row-major order, the last byte's spare bits zero. ITEM bytes
-// an element, of which the code is the width bits above shift; width at most 12. Grid (Y, P).
+// Packs and unpacks streams without a model: a mode byte, then `width` bits for each code in row-major order; the spare bits
+// of the last byte are zero. An element has ITEM bytes, and its code is the `width` bits above `shift`; width is at most 12.
+// The grid is (Y, P), with any Y.
 #include "meta.cuh"
 #if ITEM == 2
 typedef u16 Item;
@@ -7,7 +8,8 @@ typedef u16 Item;
 typedef u8 Item;
 #endif
 
-// sources as in scan.cu; with meta only of parts in mode PACKED. A thread takes eight codes: whole bytes.
+// sources are those of scan.cu. With meta, only parts in mode PACKED are packed. A thread takes eight codes, which are
+// whole bytes.
 extern "C" __global__ void __launch_bounds__(256) pack(
     const u64 *sources, i64 head_stride, i64 heads, i64 tokens, i64 dims, i64 width_, i64 shift_, const int *meta,
     const i64 *places, u8 *arena) {
@@ -32,8 +34,8 @@ extern "C" __global__ void __launch_bounds__(256) pack(
     }
 }
 
-// And back, to targets [P] of count codes without gaps; with merge beside what lies in other bits there. streams [P] 4 bytes
-// aligned; faults [P] is set where one is not such a stream.
+// Unpacks streams [P], addresses divisible by 4, to targets [P], addresses of `count` elements without gaps. With merge, the
+// other bits of the elements keep their values. faults [P] are set to 1 where a stream is not sound.
 extern "C" __global__ void __launch_bounds__(256) unpack(
     const u64 *streams, const i64 *sizes, const u64 *targets, i64 count, i64 width, i64 shift, i64 merge, int *faults) {
     const u32 *words = (const u32 *)streams[blockIdx.y];

@@ -1,11 +1,15 @@
-// Reads the heads and tables of streams for decode.cu: a block a part. Writes meta (FAULT where a stream is not sound),
-// bases [P, groups_most + 1] (first word of each group), tables [P, C], and slots [P, 64 * 4352]: of every table, for
-// each run of 16 slots below its tail, then for each slot from the tail on, the symbol as frequency - 1 | code << 12 |
-// delta << 24, where slot - start is delta, in runs 16 delta + slot % 16. tails [2, P, 64]: tails, and where in slots
-// a table begins. The order of starts (docs/format.md) makes the runs whole. entries [P, 64 * 256] is scratch.
+// Reads the heads and tables of streams for decode.cu. A block of threads handles one part.
+//
+// Written are meta (FAULT is not 0 where a stream is not sound), bases [P, groups_most + 1] (the first word of each group),
+// tables [P, C] (of channels), slots [P, MAX_TABLES * MAX_SLOTS] and tails [2, P, MAX_TABLES] (each table's tail, and where
+// in slots the table begins). entries [P, MAX_ENTRIES] is scratch memory.
+//
+// In slots, a table has one value for each run of 16 slots below its tail, then one for each slot from the tail on. The value
+// is frequency - 1 | code << 12 | delta << 24. The distance of a slot from its symbol's start is delta, and in a run it is
+// 16 delta + slot % 16. The order of starts (docs/format.md) has the effect that a run never has slots of two symbols.
 #include "meta.cuh"
-#define HEAD 16
 
+// Values of `width` bits each, packed one behind another.
 struct Side {
     const u8 *bytes;
     __device__ u32 at(i64 i, int width) const {
@@ -22,19 +26,20 @@ struct Side {
 
 __device__ __forceinline__ i64 packed_bytes(i64 count, int width) { return (count * width + 7) / 8; }
 
-// Entries of table k, and where its frequencies below 64 begin: false where its codes are not sound. A thread a table.
+// Writes the entries of a table, and to *tail the slot at which frequencies below 64 begin. Returns false if the table's codes
+// are not sound. A thread handles one table.
 __device__ bool expand(const u8 *codes, const u16 *values, int A, const u16 *symbols, u64 *entries, u32 *tail) {
     int sum = 0, rest = -1, first = 0;
     for (int s = 0; s < A; s++) {
         u32 code = codes[s];
-        if (code >= 44 && (code != REST || rest >= 0)) return false;
+        if (code >= LEVEL_COUNT && (code != REST || rest >= 0)) return false;
         if (code == REST) rest = s;
         int f = code == REST ? 0 : values[code];
         sum += f;
-        first += f >= 64 ? f : 0;  // multiples of 16, all of them
+        first += f >= 64 ? f : 0;  // every frequency that is added here is a multiple of 16
     }
-    if (rest < 0 || sum >= 4096) return false;
-    int left = 4096 - sum, starts[3] = {0, 0, 0};
+    if (rest < 0 || sum >= TOTAL) return false;
+    int left = TOTAL - sum, starts[3] = {0, 0, 0};
     starts[1] = first + (left >= 64 && left % 16 == 0 ? left : 0);
     starts[2] = first + (left >= 64 ? left : 0);
     *tail = starts[2];
@@ -49,7 +54,7 @@ __device__ bool expand(const u8 *codes, const u16 *values, int A, const u16 *sym
     return true;
 }
 
-// The slots of one table. A warp a table; a lane holds every 32nd entry, and hands it to all.
+// Writes the slots of one table. A warp handles one table; a lane holds every 32nd entry and hands it to the others.
 __device__ void fill(const u64 *entries, int A, u32 tail, u32 *runs) {
     u32 *singles = runs + (tail + 15) / 16;
     int lane = threadIdx.x % 32;
@@ -99,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(256) prepare(
     if (threadIdx.x == 0) fault = 0;
     for (int s = threadIdx.x; s < A; s += 256) symbols[s] = symbol_codes.at(s, width);
     for (int i = threadIdx.x; i < K * A; i += 256) codes[i] = (u8)levels.at(i, 6);
-    if (threadIdx.x < 44) values[threadIdx.x] = levels_[threadIdx.x];
+    if (threadIdx.x < LEVEL_COUNT) values[threadIdx.x] = levels_[threadIdx.x];
     __syncthreads();
     for (int s = threadIdx.x + 1; s < A; s += 256)
         if (symbols[s - 1] >= symbols[s]) fault = 1;
@@ -122,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(256) prepare(
         bases[groups] = (int)sum;
         if (sum != words) fault = 1;
         first_of[0] = 0;
-        for (int k = 0; k < K; k++) first_of[k + 1] = first_of[k] + (tail_of[k] + 15) / 16 + 4096 - tail_of[k];
+        for (int k = 0; k < K; k++) first_of[k + 1] = first_of[k] + (tail_of[k] + 15) / 16 + TOTAL - tail_of[k];
         own[TABLES] = K, own[ALPHABET] = A, own[PER_LANE] = (int)per_lane, own[GROUPS] = (int)groups;
         own[LANES] = (int)lanes, own[WORDS] = (int)words, own[SLOT_BYTES] = 4 * first_of[K];
     }

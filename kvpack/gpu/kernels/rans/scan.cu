@@ -1,11 +1,14 @@
-// One pass over parts: histograms of codes by channel; for bf16 also packed mantissas and the digest of the original.
+// Counts the codes of each channel in one pass over parts; for bf16 it also packs the mantissas and sums the digest of the
+// original.
 //
-// ITEM bytes an element (1 or 2), SHIFT bits below the code, BINS codes; FLOATS: bf16 with DIMS a multiple of 64.
-// sources [P] addresses of parts [H, T, DIMS], rows contiguous, heads head_stride elements apart. Grid (B, P).
-// A block takes 64 channels: rows [P, B, BINS, 32] holds, for the codes that occur in the block, in ascending order,
-// the counts of channels 2 i (low 16 bits) and 2 i + 1 (high); present [P, B, BINS / 32] says which codes those are.
-// mantissas: part p at p * mantissa_stride, 7 bits a code (bitpack); sums [P, 2] gets the digest of the original and the
-// checksum of the mantissas' stream (mode byte 0 before them), but for the lengths.
+// An element has ITEM bytes (1 or 2); its code is above SHIFT bits, and there are BINS codes. With FLOATS, elements are bf16
+// and DIMS is a multiple of 64. sources [P] are addresses of parts [H, T, DIMS], with contiguous rows, whose heads lie
+// head_stride elements apart. The grid is (B, P), and a block handles 64 channels.
+//
+// rows [P, B, BINS, 32] gets, for the codes that occur in the block, in ascending order, the counts of channels 2 i (lower 16
+// bits) and 2 i + 1 (upper 16 bits); present [P, B, BINS / 32] says which codes those are. The packed mantissas of part p go
+// to mantissas + p * mantissa_stride, 7 bits for each. To sums [P, 2] are added the digest of the original and the checksum of
+// the mantissas' stream, which has the mode byte 0 before them, both without the lengths.
 #if ITEM == 2
 typedef u32 Pair;
 typedef u16 Item;
@@ -14,27 +17,29 @@ typedef u16 Pair;
 typedef u8 Item;
 #endif
 #define MASK ((1u << (8 * ITEM)) - 1)
-#define THREADS 512
+#define THREADS SCAN_THREADS
 
 struct Sums {
     u64 original, mantissas;
 };
 
 #if FLOATS
-// The checksum's keys of a lane's words, and where its word of mantissas goes.
+// The checksum's keys for a lane's words, and where its word of packed mantissas goes.
 struct Place {
     u64 key, packed_key;
     u64 *packed;
 };
 
-__device__ __forceinline__ u64 seven_bits(u64 word) {  // mantissas of four bf16
+// The mantissas of four bf16, side by side.
+__device__ __forceinline__ u64 seven_bits(u64 word) {
     return word & 127 | word >> 9 & 127 << 7 | word >> 18 & 127 << 14 | word >> 27 & 127 << 21;
 }
 
+// The last eight bits of the packed mantissas that end with these two bf16.
 __device__ __forceinline__ u32 last_bits(u32 pair) { return pair >> 6 & 1 | (pair >> 16 & 127) << 1; }
 
-// Four rows of 64 bf16: two words of the digest a lane, then 56 bits of mantissas, then whole words of the stream.
-// before: the two elements before this lane's row, for lanes 0 to 3. rows of them are there.
+// Handles four rows of 64 bf16, of which `rows` are there: a lane adds two words to the digest, then has 56 bits of mantissas,
+// then a whole word of the stream. In lanes 0 to 3, `before` has the two elements before the lane's row.
 __device__ __forceinline__ void four_rows(const u32 *v, u32 before, const Place &place, int rows, Sums &sums) {
     int lane = threadIdx.x % 32, octet = lane / 4, row = lane & 3;
     bool odd = lane & 1, upper = lane & 2;
@@ -56,7 +61,7 @@ __device__ __forceinline__ void four_rows(const u32 *v, u32 before, const Place 
 }
 #endif
 
-// One token of two channels, the second `apart` bytes behind the first: of odd DIMS they may be of two heads.
+// One token of two channels. The second lies `apart` bytes behind the first: with odd DIMS it may be in the next head.
 __device__ __forceinline__ u32 pair_at(const u8 *at, i64 apart) {
 #if DIMS % 2
     return *(const Item *)at | (u32)*(const Item *)(at + apart) << 8 * ITEM;
@@ -65,7 +70,7 @@ __device__ __forceinline__ u32 pair_at(const u8 *at, i64 apart) {
 #endif
 }
 
-// Counts of 64 channels' codes over eight tokens, of which `left` are there; with FLOATS sums and packed mantissas.
+// Counts the codes of 64 channels in eight tokens, of which `left` are there; with FLOATS it also sums, and packs mantissas.
 template <bool FULL>
 __device__ __forceinline__ void eight_rows(
     const u8 *rows, i64 apart, bool live, int left, u32 *counts, u32 before, bool above
@@ -78,7 +83,7 @@ __device__ __forceinline__ void eight_rows(
 #pragma unroll
     for (int r = 0; r < 8; r++) v[r] = live && (FULL || r < left) ? pair_at(rows + r * (DIMS * ITEM), apart) : 0;
 #if FLOATS
-    const u8 *mine = rows + (lane & 3) * (DIMS * ITEM) - 4 * lane - 4;  // the row's first element is 2 lane before ours
+    const u8 *mine = rows + (lane & 3) * (DIMS * ITEM) - 4 * lane - 4;  // the row's first element is 2 * lane elements before this lane's
     if (lane < 4 && above && (FULL || lane < left)) prior[0] = *(const u32 *)mine;
     if (lane < 4 && (FULL || lane + 4 < left)) prior[1] = *(const u32 *)(mine + 4 * DIMS * ITEM);
 #endif
@@ -96,12 +101,12 @@ __device__ __forceinline__ void eight_rows(
 #endif
 }
 
-// All tokens of 64 channels: a warp takes eight rows at a time.
+// Counts the codes of all tokens of 64 channels; a warp handles eight rows at a time.
 __device__ __forceinline__ Sums count(
     const u8 *source, i64 apart, bool live, i64 head_stride, int heads, int tokens, u32 *counts, u64 *mantissas) {
     int lane = threadIdx.x % 32, t = threadIdx.x / 32 * 8;
     const int step = THREADS / 32 * 8;
-    const u8 *rows = kept(source + (i64)t * (DIMS * ITEM));
+    const u8 *rows = pin_register(source + (i64)t * (DIMS * ITEM));
     Sums sums = {0, 0};
     u32 before = 0;
     bool above = true;
@@ -110,8 +115,8 @@ __device__ __forceinline__ Sums count(
     i64 element = ((i64)(first / DIMS) * tokens + t) * DIMS + first % DIMS;
     i64 packed = (element / 64 + (lane & 3) * (DIMS / 64)) * 7 + lane / 4;
     Place place = {(u64)(element / 4 + lane / 2 + (lane & 1) * (DIMS / 4) + 1) * GOLDEN, (u64)(packed + 1) * GOLDEN,
-                   kept(mantissas + packed)};
-    above = t + lane || first % DIMS;  // else the row above is in the head above, or there is none
+                   pin_register(mantissas + packed)};
+    above = t + lane || first % DIMS;  // otherwise the row above is in the head above, or there is none
     if (!above && first) before = *(const u32 *)(source + ((i64)tokens * DIMS - head_stride - 2) * ITEM);
 #endif
     for (; t < tokens; t += step, rows += step * (DIMS * ITEM)) {
@@ -127,7 +132,7 @@ __device__ __forceinline__ Sums count(
 #endif
     }
 #if FLOATS
-    if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 31) {  // the stream's last byte, alone in its word
+    if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 31) {  // the stream's last byte is alone in its word
         u32 pair = *(const u32 *)(source + (i64)(tokens - 1) * (DIMS * ITEM));
         u64 words = (u64)heads * tokens * (DIMS / 64) * 7;
         sums.mantissas += mixed(last_bits(pair), words);
@@ -136,7 +141,7 @@ __device__ __forceinline__ Sums count(
     return sums;
 }
 
-// The codes that occur, and their counts, from shared memory.
+// Writes which codes occur, and their counts, from shared memory.
 __device__ void write_rows(const u32 *counts, u32 *seen, u32 *rows, u32 *present) {
     const int groups = (BINS + 31) / 32;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, before = 0;
@@ -164,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) scan(
     bool live = FLOATS || channel < (int)heads * DIMS;
     const u8 *source = (const u8 *)sources[blockIdx.y];
     i64 first = live ? channel_offset(channel, DIMS, head_stride) : 0, apart = ITEM;
-    if (DIMS % 2)  // a last channel without a second is counted twice, once where no channel is
+    if (DIMS % 2)  // a last channel without a second one is counted twice, once where there is no channel
         apart = (channel_offset(channel + (channel + 1 < (int)heads * DIMS), DIMS, head_stride) - first) * ITEM;
     source += first * ITEM;
     for (int i = threadIdx.x; i < BINS * 32 + (BINS + 31) / 32; i += THREADS) counts[i] = 0;

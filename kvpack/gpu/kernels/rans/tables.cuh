@@ -1,18 +1,18 @@
-// The bank of tables of a part, by the k-means of tables.py: the same integers. A block of THREADS a part.
+// The bank of tables of a part, by the k-means of tables.py, with the same integers. A block of THREADS threads handles one
+// part, with A = alphabet symbols and K = tables tables.
 #include "meta.cuh"
-#define TOTAL 4096
-#define ROUNDS 2
 
 struct Bank {
     int tables, alphabet, channels, stride;
-    const u16 *counts;  // [A, stride]: of each symbol, by channel
-    u8 *names;          // [C]: table of each channel
-    int *sums;          // [K, A]
-    u16 *values;        // [K, A] frequency; before, of two symbols at a time and [K], four bytes of costs (set_cost)
-    u8 *codes;          // [K, A]
+    const u16 *counts;  // [A, stride], how often each channel has each symbol
+    u8 *names;          // [C], the table of each channel
+    int *sums;          // [K, A], the counts of each table's channels
+    u16 *values;        // [K, A], frequencies; before they are known [A / 2, K] costs, four bytes for two symbols (set_cost)
+    u8 *codes;          // [K, A], frequency codes
 };
 
-// Frequency codes of table k from its sums; returns what the symbols other than the rest take. A warp a table.
+// Finds the frequency codes of table k from its sums. Returns the sum of all frequencies but that of the symbol that gets the
+// rest. A warp handles one table.
 __device__ int quantize(const Bank &bank, int k, const u8 *nearest, const u16 *levels) {
     int lane = threadIdx.x % 32, alphabet = bank.alphabet;
     const int *sums = bank.sums + k * alphabet;
@@ -61,13 +61,15 @@ __device__ void sum_channels(const Bank &bank) {
     __syncthreads();
 }
 
-// A symbol's cost by a table: its low three bits and the eight above them, where dot_low and dot_high want them.
+// Stores a symbol's cost in a table: its lowest three bits and the eight bits above them, where dot_low and dot_high want
+// them.
 __device__ __forceinline__ void set_cost(const Bank &bank, int s, int k, int cost) {
     u8 *four = (u8 *)bank.values + 4 * (s / 2 * bank.tables + k);
     four[s % 2] = cost & 7, four[2 + s % 2] = cost >> 3;
 }
 
-// Every channel to the table that codes it shortest, the first of several. A warp takes eight channels, a lane a table.
+// Gives every channel to the table that codes it shortest, the first of several. A warp handles eight channels at a time, and
+// a lane one table.
 __device__ void assign(const Bank &bank) {
     int lane = threadIdx.x % 32, K = bank.tables;
     const u32 *costs = (const u32 *)bank.values + (lane < K ? lane : 0);
@@ -82,7 +84,7 @@ __device__ void assign(const Bank &bank) {
 #pragma unroll
             for (int j = 0; j < 4; j += 2) {
                 u32 a[4] = {n[j].x, n[j].y, n[j].z, n[j].w}, b[4] = {n[j + 1].x, n[j + 1].y, n[j + 1].z, n[j + 1].w};
-                if (!(a[0] | a[1] | a[2] | a[3] | b[0] | b[1] | b[2] | b[3])) continue;  // the same for all lanes, and often so
+                if (!(a[0] | a[1] | a[2] | a[3] | b[0] | b[1] | b[2] | b[3])) continue;  // this is the same for all lanes, and often true
                 u32 cost = costs[(first + j) / 2 * K];
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
@@ -100,7 +102,7 @@ __device__ void assign(const Bank &bank) {
     }
 }
 
-// Symbols that occur, ascending; returns how many.
+// Lists the codes that occur, ascending, as symbols; returns how many there are.
 __device__ int list_symbols(const u32 *present, int blocks, u16 *symbols, u8 *map) {
     __shared__ u32 every[BINS / 32 + 1];
     __shared__ int alphabet;
@@ -125,9 +127,10 @@ __device__ int list_symbols(const u32 *present, int blocks, u16 *symbols, u8 *ma
     return alphabet;
 }
 
-// counts [A, stride] from the blocks' rows; where each channel stands by its mean code, as first table.
+// Collects counts [A, stride] from the rows of scan.cu's blocks. Then sorts channels by their mean code, and gives equal
+// shares of them to the tables to begin with.
 __device__ void gather(const Bank &bank, const u32 *rows, const u32 *present, const u16 *symbols, u16 *counts, int *keys) {
-    __shared__ int near[2048];  // the keys of most parts
+    __shared__ int near[2048];  // has room for the keys of most parts
     const int groups = (BINS + 31) / 32;
     if (bank.channels <= 2048) keys = near;
     int lane = threadIdx.x % 32, blocks = bank.stride / 64, channels = bank.channels;
@@ -160,11 +163,11 @@ __device__ void gather(const Bank &bank, const u32 *rows, const u32 *present, co
     __syncthreads();
 }
 
-// Where a symbol of this frequency stands in its table (docs/format.md): 0 first, 2 last.
+// Which symbols of a table come first (docs/format.md): those for which this is 0, then 1, then 2.
 __device__ __forceinline__ int place_of(int f) { return f < 64 ? 2 : f % 16 != 0; }
 
-// Frequencies [K, A] into values, starts into sums; then the entries of encode.cu for the live tables in order. A thread
-// a table, then all.
+// Writes frequencies [K, A] to values and starts to sums, where a thread handles one table; then all threads write the entries
+// of encode.cu for the tables that are used, in their new order.
 __device__ void entries_of(const Bank &bank, const u16 *levels, const int *order, int live, u64 *entries) {
     for (int k = threadIdx.x; k < bank.tables; k += THREADS) {
         const u8 *codes = bank.codes + k * bank.alphabet;

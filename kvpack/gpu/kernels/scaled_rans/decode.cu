@@ -1,10 +1,11 @@
-// Streams of planes back to codes: heads and lengths checked (heads), lanes (decode), raw bits added (place, join).
+// Decodes the streams of planes to codes. Kernels follow each other: heads checks heads and lengths, classify finds the classes
+// of codes, decode decodes symbols, tally makes codes of them, place finds where raw bits are, join adds them to the codes.
 //
-// streams [U] addresses, 4 bytes aligned. meta [U, META]; FAULT is not 0 where a stream is not sound.
+// streams [U] are addresses divisible by 4. In meta [U, META], FAULT is not 0 where a stream is not sound.
 #include "planes.cuh"
 #include "words.cuh"
 
-// bases [U, groups_most + 1]: first word of each group. A block a plane.
+// Writes bases [U, groups_most + 1], the first word of each group. A block handles one plane.
 extern "C" __global__ void __launch_bounds__(1024) heads(
     const u64 *streams, const i64 *sizes, i64 count, i64 groups_most, int *bases, int *meta) {
     int *own = meta + blockIdx.x * META;
@@ -13,13 +14,13 @@ extern "C" __global__ void __launch_bounds__(1024) heads(
     if (threadIdx.x == 0) own[FAULT] = 1;
     if (size < HEAD) return;
     i64 span = stream[0], raw_bytes = stream[1], groups = span && span % 32 == 0 ? (count + span - 1) / span : 0;
-    i64 body = size - HEAD - 132 * groups - raw_bytes;
+    i64 body = size - HEAD - GROUP_OVERHEAD * groups - raw_bytes;
     if (groups < 1 || groups > groups_most || body < 0 || body % 2) return;
     __shared__ int huge;
     if (threadIdx.x == 0) huge = 0;
     __syncthreads();
     for (int g = threadIdx.x; g < groups; g += 1024)
-        if (stream[2 + g] > (u32)(span < count ? span : count)) huge = 1;  // also keeps sums below 2^31
+        if (stream[2 + g] > (u32)(span < count ? span : count)) huge = 1;  // this also keeps the sums below 2^31
     __syncthreads();
     if (huge) return;
     bases += blockIdx.x * (groups_most + 1);
@@ -30,11 +31,11 @@ extern "C" __global__ void __launch_bounds__(1024) heads(
     own[RAW_BYTES] = (int)raw_bytes, own[WORDS] = words, own[FAULT] = 2 * words != body;
 }
 
-// cells [U * T * D]: the class of each code. A warp a row.
-extern "C" __global__ void __launch_bounds__(256) classify(
+// Writes cells [U * T * D], the class of each code. A warp handles one row.
+extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS) classify(
     const int *columns, const int *rows, i64 all_rows, i64 dims, i64 tables, u8 *cells) {
     Plane plane = {columns, rows, 1, (int)dims, (int)tables - 1};
-    i64 row = (i64)blockIdx.x * 8 + threadIdx.x / 32;
+    i64 row = (i64)blockIdx.x * ROW_WARPS + threadIdx.x / 32;
     if (row >= all_rows) return;
     int mine = rows[row];
     cells += row * dims;
@@ -42,16 +43,15 @@ extern "C" __global__ void __launch_bounds__(256) classify(
     for (int c = threadIdx.x % 32; c < plane.dims; c += 32) cells[c] = (u8)plane.class_of(__ldg(columns + c), mine);
 }
 
-#define RUN 64
 #define RUNS ((1 << PRECISION) / RUN)
-#define STEPS 4  // as many as words may go by without refill
+#define STEPS 4  // codes between two refills, as many as words.cuh allows
 
 struct Lookup {
     const u16 *runs;
     const u32 *held;
 };
 
-// The symbol of a code of class k, for a lane that has one.
+// Decodes the symbol of a code of class k, for a lane that is live.
 __device__ __forceinline__ int get(u32 &x, const Lookup &by, int k, Words &words, bool live, u32 below) {
     u32 slot = x & ((1u << PRECISION) - 1);
     u32 run = by.runs[k * RUNS + slot / RUN];
@@ -69,12 +69,12 @@ __device__ __forceinline__ int get(u32 &x, const Lookup &by, int k, Words &words
     return symbol;
 }
 
-// cells: classes become symbols. coarse [K, RUNS]: of 64 slots the first's symbol and, above it, the last's; entries [K, 64]: frequency << 14 | start.
-// A warp a group.
+// Decodes symbols, which replace the classes in cells. coarse [K, RUNS] has the symbol of the first of RUN slots and, above it,
+// that of the last; entries [K, SYMBOLS] are frequency << 14 | start. A warp handles one group.
 extern "C" __global__ void __launch_bounds__(32 * WARPS) decode(
     const u64 *streams, const int *bases, i64 groups_most, i64 size, i64 tables, const u32 *entries, const uint4 *coarse,
     u8 *cells, int *meta) {
-    extern __shared__ u32 shared[];  // rings of the warps, entries, coarse
+    extern __shared__ u32 shared[];  // the warps' rings, then entries, then coarse
     int *own = meta + blockIdx.y * META;
     if (own[FAULT] == 1 || blockIdx.x * WARPS >= own[GROUPS]) return;
     u32 *held = shared + WARPS * RING / 4;
@@ -88,10 +88,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) decode(
     if (group >= own[GROUPS]) return;
     i64 first = (i64)group * span;
     int count = size - first < span ? (int)(size - first) : span;
-    u8 *cell = kept(cells + blockIdx.y * size + first + l);
+    u8 *cell = pin_register(cells + blockIdx.y * size + first + l);
     const u8 *stream = (const u8 *)streams[blockIdx.y] + HEAD + 4ll * own[GROUPS];
     bases += blockIdx.y * (groups_most + 1) + group;
-    u32 x = ((const u32 *)stream)[group * 32 + l], below = kept((1u << l) - 1);
+    u32 x = ((const u32 *)stream)[group * 32 + l], below = pin_register((1u << l) - 1);
     Words words = open_words((const u16 *)(stream + 128ll * own[GROUPS]) + bases[0], (u64 *)shared + threadIdx.x / 32 * (RING / 8));
     u32 begin = words.at;
     Lookup by = {runs, held};
@@ -117,15 +117,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) decode(
     if (l == 0 && !fine) own[FAULT] = 2;
 }
 
-// Symbols to codes with no raw bits set, and how many each row has. A warp a row.
-extern "C" __global__ void __launch_bounds__(256) tally(const u8 *cells, i64 all_rows, i64 dims_, u16 *codes, int *raw) {
-    __shared__ u32 known[SYMBOLS];  // of symbols: raw bits << 16 | code
+// Makes codes of symbols, with all raw bits 0, and counts the raw bits of each row. A warp handles one row.
+extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS) tally(const u8 *cells, i64 all_rows, i64 dims_, u16 *codes, int *raw) {
+    __shared__ u32 known[SYMBOLS];  // for each symbol: number of raw bits << 16 | code
     if (threadIdx.x < SYMBOLS) {
         u32 code = code_of(threadIdx.x);
         known[threadIdx.x] = (u32)raw_width(magnitude_of(code)) << 16 | code;
     }
     __syncthreads();
-    i64 row = (i64)blockIdx.x * 8 + threadIdx.x / 32;
+    i64 row = (i64)blockIdx.x * ROW_WARPS + threadIdx.x / 32;
     int dims = (int)dims_, bits = 0;
     if (row >= all_rows) return;
     cells += row * dims, codes += row * dims;
@@ -150,14 +150,14 @@ extern "C" __global__ void __launch_bounds__(1024) place(
     own[FAULT] = (bits + 7) / 8 != own[RAW_BYTES] || (bits % 8 && *last >> bits % 8) ? 3 : 0;
 }
 
-// Raw bits into the codes of rows that have some. A warp a row.
-extern "C" __global__ void __launch_bounds__(256) join(
+// Adds the raw bits to the codes of rows that have some. A warp handles one row.
+extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS) join(
     const u64 *streams, i64 all_rows, i64 tokens, i64 dims, const int *raw, const int *starts, const int *meta, u16 *codes) {
-    int row = (int)(blockIdx.x * 8 + threadIdx.x / 32), unit = row / (int)tokens, l = threadIdx.x % 32;
+    int row = (int)(blockIdx.x * ROW_WARPS + threadIdx.x / 32), unit = row / (int)tokens, l = threadIdx.x % 32;
     if (row >= all_rows || !raw[row]) return;
     const int *own = meta + unit * META;
     if (own[FAULT]) return;
-    const u8 *tail = (const u8 *)streams[unit] + HEAD + 132ll * own[GROUPS] + 2ll * own[WORDS];
+    const u8 *tail = (const u8 *)streams[unit] + HEAD + (i64)GROUP_OVERHEAD * own[GROUPS] + 2ll * own[WORDS];
     i64 bit = starts[row];
     codes += (i64)row * dims;
     for (int first = 0; first < dims; first += 32 * BATCH) {

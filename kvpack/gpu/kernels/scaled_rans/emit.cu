@@ -1,7 +1,9 @@
-// Streams of planes from their groups: sizes and places, then bytes (docs/format.md).
+// Makes the streams of docs/format.md from the groups of planes: their sizes and places (layout), their bytes (emit), and the
+// raw bits of codes (raw).
 #include "planes.cuh"
 
-// places [U + 1]: where each stream starts in the arena, 16 bytes aligned; sizes [U]. One warp.
+// Writes places [U + 1], where each stream begins in the arena, divisible by 16, and where the last one ends, and sizes [U].
+// The grid is one warp.
 extern "C" __global__ void __launch_bounds__(32) layout(
     int *meta, const int *lengths, i64 planes, i64 groups_most, i64 *places, i64 *sizes) {
     i64 place = 0;
@@ -9,20 +11,21 @@ extern "C" __global__ void __launch_bounds__(32) layout(
         int *own = meta + u * META, words = 0;
         for (int g = threadIdx.x; g < own[GROUPS]; g += 32) words += lengths[u * groups_most + g];
         words = warp_total(words);
-        i64 size = HEAD + 132ll * own[GROUPS] + 2ll * words + own[RAW_BYTES];
+        i64 size = HEAD + (i64)GROUP_OVERHEAD * own[GROUPS] + 2ll * words + own[RAW_BYTES];
         if (threadIdx.x == 0) own[WORDS] = words, sizes[u] = size, places[u] = place;
         place += (size + 15) / 16 * 16;
     }
     if (threadIdx.x == 0) places[planes] = place;
 }
 
-// Grid (1 + groups, U): block 0 writes the head and lengths and clears the raw bits, each other block one group.
+// The grid is (1 + groups, U). Block 0 of a plane writes the head and the lengths, and sets the raw bits to 0; each other block
+// writes one group.
 extern "C" __global__ void __launch_bounds__(256) emit(
     const int *meta, const int *lengths, i64 groups_most, const u32 *states, const u16 *scratch, i64 size,
     const i64 *places, u8 *arena) {
     const int *own = meta + blockIdx.y * META;
     int groups = own[GROUPS], g = (int)blockIdx.x - 1, span = own[SPAN];
-    u8 *out = arena + places[blockIdx.y], *words = out + HEAD + 132ll * groups;
+    u8 *out = arena + places[blockIdx.y], *words = out + HEAD + (i64)GROUP_OVERHEAD * groups;
     lengths += blockIdx.y * groups_most, states += blockIdx.y * groups_most * 32;
     if (g >= groups) return;
     if (g < 0) {
@@ -43,14 +46,14 @@ extern "C" __global__ void __launch_bounds__(256) emit(
     for (int i = threadIdx.x; i < length; i += 256) to[i] = from[i];
 }
 
-// Raw bits of the rows' codes, each row's from starts on. A warp a row.
-extern "C" __global__ void __launch_bounds__(256) raw(
+// Writes the raw bits of each row's codes, which begin at starts. A warp handles one row.
+extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS) raw(
     const u16 *codes, i64 all_rows, i64 tokens, i64 dims, const int *bits, const int *starts, const int *meta,
     const i64 *places, u8 *arena) {
-    int row = (int)(blockIdx.x * 8 + threadIdx.x / 32), unit = row / (int)tokens, l = threadIdx.x % 32;
+    int row = (int)(blockIdx.x * ROW_WARPS + threadIdx.x / 32), unit = row / (int)tokens, l = threadIdx.x % 32;
     if (row >= all_rows || !bits[row]) return;
     const int *own = meta + unit * META;
-    i64 byte = places[unit] + HEAD + 132ll * own[GROUPS] + 2ll * own[WORDS], bit = byte * 8 + starts[row];
+    i64 byte = places[unit] + HEAD + (i64)GROUP_OVERHEAD * own[GROUPS] + 2ll * own[WORDS], bit = byte * 8 + starts[row];
     codes += (i64)row * dims;
     for (int first = 0; first < dims; first += 32 * BATCH) {
         u32 held[BATCH];

@@ -1,17 +1,18 @@
-// rANS lanes of planes, 32 to a warp and a stream of words. Grid (slices of groups, U), a warp a group.
+// Encodes planes by rANS. A warp encodes one group: 32 lanes that share a stream of words. The grid is (slices of groups, U).
 //
-// picks [U, T * D]: class * 64 + symbol of each code. entries [K, 64]: of each symbol 2^32 over its frequency, rounded down
-// (32 bits), frequency (14), start (14). scratch [U, T * D] has room for a word a symbol, a group's words end where its codes
-// do; lengths [U, groups_most] and states [U, groups_most, 32] are written.
+// picks [U, T * D] are class * SYMBOLS + symbol of each code. entries [K, SYMBOLS] have, of each symbol, 2^32 over its
+// frequency, rounded down (32 bits), the frequency (14 bits) and the start (14 bits). scratch [U, T * D] has room for a word
+// for each symbol, and a group's words end where its codes end. lengths [U, groups_most] and states [U, groups_most, 32] are
+// written.
 #include "planes.cuh"
 #define AHEAD 8
 
 struct Lane {
     u32 state;
-    int at;  // words from the end of the group's scratch, negative
+    int at;  // the next word's place, counted from the end of the group's scratch: zero or negative
 };
 
-// The quotient by the rounded reciprocal is at most one too small.
+// Encodes one symbol. The quotient that the rounded reciprocal gives is at most one too small.
 __device__ __forceinline__ void put(Lane &lane, u64 entry, bool live, u32 below, u16 *end) {
     u32 reciprocal = (u32)entry, f = (u32)(entry >> 32) & 0x3FFF, start = (u32)(entry >> 46), x = lane.state;
     bool full = live && x >= f << (32 - PRECISION);
@@ -39,12 +40,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) encode(
     if (group >= own[GROUPS]) return;
     i64 first = (i64)group * span;
     int count = size - first < span ? (int)(size - first) : span, step = count / 32;
-    const u16 *mine = kept(picks + blockIdx.y * size + first + l + 32 * step);
-    u16 *end = kept(scratch + blockIdx.y * size + first + count);
+    const u16 *mine = pin_register(picks + blockIdx.y * size + first + l + 32 * step);
+    u16 *end = pin_register(scratch + blockIdx.y * size + first + count);
     u32 below = (1u << l) - 1;
     Lane lane = {LOW, 0};
     if (count % 32) put(lane, table[l < count % 32 ? *mine : 0], l < count % 32, below, end);
-    u32 next[AHEAD];  // main memory is far, and a lane has no other to wait beside
+    u32 next[AHEAD];  // loaded early, because device memory is slow and few warps are there to hide it
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) next[i] = i < step ? mine[-32 * (i + 1)] : 0;
     for (; step >= AHEAD; step -= AHEAD) {

@@ -1,14 +1,13 @@
-// What a plane's codes will cost: bits and raw bits, and so how many symbols a group takes (docs/format.md).
+// Finds what a plane's codes will cost, and from that how many symbols a group takes (docs/format.md).
 #include "planes.cuh"
-#define GROUP_BYTES 12288
 
-// costs [K, 64]: 64ths of a bit of each symbol. raw [U * T]: raw bits of each row; totals [U], zeroed before; picks [U * T * D]:
-// class * 64 + symbol of each code. A warp a row.
-extern "C" __global__ void __launch_bounds__(256) measure(
+// costs [K, SYMBOLS] are in 64ths of a bit. Written are raw [U * T], the number of raw bits of each row, and picks [U * T * D],
+// class * SYMBOLS + symbol of each code. The costs are added to totals [U], which must be 0 before. A warp handles one row.
+extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS) measure(
     const u16 *codes, const int *columns, const int *rows, i64 all_rows, i64 tokens, i64 dims, i64 tables,
     const u16 *costs, int *raw, u64 *totals, u16 *picks) {
     Plane plane = {columns, rows, (int)tokens, (int)dims, (int)tables - 1};
-    int row = (int)(blockIdx.x * 8 + threadIdx.x / 32), bits = 0;
+    int row = (int)(blockIdx.x * ROW_WARPS + threadIdx.x / 32), bits = 0;
     u32 cost = 0;
     if (row >= all_rows) return;
     int mine = rows[row];
@@ -27,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(256) measure(
     atomicAdd(&totals[row / plane.tokens], sum);
 }
 
-// meta [U, META], and where in the raw bits each row's begin. A block a plane.
+// Writes meta [U, META] and starts [U * T], where in the raw bits those of each row begin. A block handles one plane.
 extern "C" __global__ void __launch_bounds__(1024) divide(
     const int *raw, const u64 *totals, i64 tokens, i64 dims, int *starts, int *meta) {
     int bits = block_scan(raw + blockIdx.x * tokens, (int)tokens, starts + blockIdx.x * tokens);

@@ -1,21 +1,11 @@
-// Codes of planes [U, T, D] and their classes; what is known of each plane's stream; symbols as in stages/symbols.py.
-#define META 8
-#define SPAN 0
-#define GROUPS 1
-#define RAW_BYTES 2
-#define WORDS 3
-#define FAULT 4
-
-#define PRECISION 14
-#define LOW (1u << 16)
-#define HEAD 8
-#define SYMBOLS 64  // entries a table has room for
-#define DIRECT 8
-#define WARPS 4
+// Codes of planes [U, T, D], their classes, and their symbols as in codecs/chain/symbols.py. META ints are known of each plane's
+// stream; SPAN, GROUPS, ... are their positions. These and all other names in capitals that no source defines come from
+// kernels/constants.py.
+static_assert(PRECISION == 14 && DIRECT == 8, "entries have fields of 14 bits, and octaves begin at 8");
 
 struct Plane {
-    const int *columns, *rows;  // [D], [U * T]: a code's class is (column - row) >> 3, within the tables
-    int tokens, dims, top;      // top: the last table
+    const int *columns, *rows;  // [D] and [U * T]; a code's class is (column - row) >> 3, but never outside the tables
+    int tokens, dims, top;      // top is the last table
     __device__ __forceinline__ int class_of(int column, int row) const {
         int k = (column - row) >> 3;
         return k < 0 ? 0 : k > top ? top : k;
@@ -24,7 +14,7 @@ struct Plane {
 
 __device__ __forceinline__ u32 magnitude_of(u32 code) { return (code + 1) >> 1; }
 
-// Raw bits of a magnitude, 0 for those that are symbols of their own.
+// The number of raw bits of a magnitude; 0 for a magnitude that has a symbol of its own.
 __device__ __forceinline__ int raw_width(u32 magnitude) { return magnitude < DIRECT ? 0 : 30 - __clz(magnitude); }
 
 __device__ __forceinline__ int symbol_of(u32 code) {
@@ -41,7 +31,8 @@ __device__ __forceinline__ u32 code_of(int symbol) {
     return symbol ? 2 * magnitude - ((symbol & 1) ^ 1) : 0;
 }
 
-// Four times 32 codes of a row, of which so many are left, those of lane l at l, 32 + l, ...; whether any has raw bits.
+// Loads BATCH times 32 codes of a row, of which `left` are there; lane l has those at l, 32 + l, ... Returns whether any of
+// them has raw bits.
 #define BATCH 4
 __device__ __forceinline__ bool any_raw(u32 *held, const u16 *codes, int left) {
     int l = threadIdx.x % 32;
@@ -54,9 +45,10 @@ __device__ __forceinline__ bool any_raw(u32 *held, const u16 *codes, int left) {
     return __ballot_sync(ALL, magnitude_of(most) >= DIRECT);
 }
 
+// The sum of the values of all lanes, in every lane.
 __device__ __forceinline__ int warp_total(int value) { return (int)__reduce_add_sync(ALL, (u32)value); }
 
-// Sum of the lanes' values up to and with the own one's.
+// The sum of the values of all lanes up to and including this one.
 __device__ __forceinline__ int warp_scan(int value) {
     int lane = threadIdx.x % 32;
     for (int step = 1; step < 32; step *= 2) {
@@ -66,7 +58,7 @@ __device__ __forceinline__ int warp_scan(int value) {
     return value;
 }
 
-// Exclusive sums of values [count] into starts; returns the total. A block of 1,024.
+// Writes to starts [count] the sum of all values before each; returns the sum of all. A block must have 1,024 threads.
 __device__ int block_scan(const int *values, int count, int *starts) {
     __shared__ int totals[32];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, carry = 0;

@@ -1,7 +1,13 @@
-"""``token_klt`` on a GPU: bf16 tensors to coordinates and back, matrices multiplied as halves with float32 sums.
+"""The ``token_klt`` transform on a GPU: bf16 tensors to coordinates and back.
 
-Halves have 11 bits where the cache itself has 8, so their rounding is lost in the cache's own; bf16 would add as much
-as the cache has (``docs/performance.md`` measures both). Powers of two bring matrices into the halves' range.
+Matrices are multiplied in fp16 with float32 sums. A fp16 number has 11 significant bits and the cache itself only 8, so
+the rounding to fp16 is lost in the cache's own rounding; a rounding to bf16 would add as much again
+(``docs/performance.md`` measures both). Matrices are multiplied by powers of two that bring them into fp16's range.
+
+In shapes, S is the number of tensors of a unit (the keys of all layers, then the values), H, T and D are a tensor's
+heads, tokens and dimensions, and U is the number of units. P = S * H * D is the number of elements of a token in all
+tensors. A token has R common coordinates, and C coordinates for each of G groups of layers. I and W are the numbers of
+inputs and of units of the predictor's hidden layer.
 """
 
 from __future__ import annotations
@@ -15,43 +21,51 @@ from numpy.typing import NDArray
 
 from kvpack.codecs.chain.base import Floats
 from kvpack.codecs.chain.transforms.token_klt.model import DECAYS, LAGS, PLACES, Predictor, TokenModel
+from kvpack.gpu.kernels.constants import TOKEN_KLT
 from kvpack.gpu.runtime.launch import Launcher
 from kvpack.gpu.runtime.tensors import product, sent
 
 Tensor = torch.Tensor
 
-SPAN = 64
-"""Tokens whose sums ``inputs.cu`` takes at once."""
+SPAN, THREADS = TOKEN_KLT["SPAN"], TOKEN_KLT["THREADS"]
+"""Tokens whose sums a block of ``inputs.cu`` takes at once, and threads of every block."""
 
 LARGEST = 10
-"""A matrix' largest entry is brought near ``2**10``: entries ``2**-24`` times as large still have 11 bits."""
-
-_FOLDER = "transforms/token_klt"
+"""A matrix's largest entry is brought near ``2**10``; entries down to ``2**-24`` of it then keep all 11 bits."""
 
 
 def supports(shape: tuple[int, int, int], model: TokenModel) -> bool:
-    """Whether the kernels take tensors ``[H, T, D]``: keys are turned in all of D or not, groups are whole tensors."""
+    """Whether the kernels take tensors ``[H, T, D]`` with this model.
+
+    D must be a multiple of 16; RoPE must turn all of D or nothing; and a group must consist of whole tensors.
+    """
     heads, _, dims = shape
     whole = all(a % (heads * dims) == 0 for a, _ in model.local.bounds)
     return dims % 16 == 0 and len(model.frequencies) in (0, dims // 2) and whole
 
 
 def _exponent(*matrices: Tensor) -> int:
-    """``e`` such that the largest entry times ``2**e`` is near ``2**LARGEST``."""
+    """Return ``e`` such that the largest entry of all matrices times ``2**e`` is near ``2**LARGEST``."""
     most = max(float(matrix.abs().max()) if matrix.numel() else 0.0 for matrix in matrices)
     return LARGEST - ceil(log2(most)) if most > 0 else 0
 
 
 def _halves(matrix: Tensor, exponent: int) -> Tensor:
+    """Return the matrix times ``2**exponent`` in fp16."""
     return (matrix * 2.0**exponent).half()
 
 
 @dataclass(frozen=True)
 class Group:
-    """Directions of a group of layers, whose elements are ``columns`` of rows, its own coordinates ``own`` of all.
+    """The directions of a group of layers, which has n elements of keys and n of values.
 
-    Halves, ``analysis`` ``[2 * n, C]``, whose columns are contiguous (cuBLAS is twice as fast then), and ``synthesis``
-    ``[R + C, 2 * n]`` of a ``window`` of what is decoded: the common coordinates and, behind them, its own.
+    Attributes:
+        columns: which elements of a row are the group's.
+        own: which of all coordinates are the group's own.
+        window: which columns of the decoded coordinates are the group's: the common ones, then its own.
+        analysis: fp16 ``[2 * n, C]``. Its columns are contiguous, with which cuBLAS is twice as fast.
+        synthesis: fp16 ``[R + C, 2 * n]``, by which the window is multiplied.
+
     """
 
     columns: slice
@@ -63,11 +77,18 @@ class Group:
 
 @dataclass(frozen=True)
 class Prediction:
-    """In device memory, I inputs and H units (multiples of 8, the last ones zero).
+    """The predictor of coordinates in device memory. I and W are rounded up to multiples of 8 by zeros.
 
-    Halves: ``vectors`` ``[V, E]``; ``hidden`` ``[I, H]`` times ``2**hidden_exponent``, so that inputs give units
-    times that, which are then brought to ``2**units_exponent``; ``weights`` ``[I + H, R + G * C]`` of both times
-    ``2**weights_exponent``. Float32: ``decays``.
+    Attributes:
+        vectors: fp16 ``[V, E]``, a vector for each of V tokens of the vocabulary.
+        hidden: fp16 ``[I, W]``, the hidden layer's weights times ``2**hidden_exponent``.
+        weights: fp16 ``[I + W, R + G * C]``, the weights of inputs and units times ``2**weights_exponent``.
+        decays: float32, the factors by which the weights of earlier tokens fall.
+        reach: leading elements of a token's vector that later tokens are predicted from, too.
+        hidden_exponent: see ``hidden``.
+        units_exponent: the hidden layer's units are kept times ``2**units_exponent``.
+        weights_exponent: see ``weights``.
+
     """
 
     vectors: Tensor
@@ -81,7 +102,7 @@ class Prediction:
 
     @classmethod
     def of(cls, gpu: Launcher, given: Predictor) -> tuple[Prediction, Tensor]:
-        """Send and round one; the weights float32 too, as they are before they are rounded."""
+        """Send a predictor to the device and round it; return also its weights in float32, before they were rounded."""
         vectors, scale, hidden, weights = (
             sent(a, gpu.device).float() for a in (given.table, given.scale, given.hidden, given.weights)
         )
@@ -111,24 +132,37 @@ class Prediction:
 
     @property
     def inputs(self) -> int:
-        """I."""
+        """Number of inputs, I."""
         return len(self.hidden)
 
     @property
     def width(self) -> int:
-        """I + H."""
+        """Number of inputs and units, I + W."""
         return len(self.weights)
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """A :class:`TokenModel` in device memory, of P elements, R common and G * C local coordinates.
+    """A :class:`TokenModel` in device memory.
 
-    Rows hold a group's keys and values side by side: ``places`` int64 ``[P]`` says where an element stands. Float32
-    ``means`` ``[S + 1, P]`` in that order. Halves: ``common`` ``[P + I + H, R]`` (of elements and, negative, of inputs
-    and units) and the groups' analysis times ``2**analysis_exponent``; ``told`` ``[I + H + R, G * C]``, negative, what
-    inputs, units and common coordinates times ``2**exponent`` have told of the local ones; the groups' synthesis times
-    ``2**synthesis_exponent``.
+    A row holds the P elements of a token, with a group's keys and values side by side.
+
+    Attributes:
+        prediction: the predictor of coordinates.
+        groups: the groups' directions. Their analysis is times ``2**analysis_exponent``, their synthesis times
+            ``2**synthesis_exponent``.
+        places: int64 ``[P]``, where each element stands in a row.
+        means: float32 ``[sinks + 1, P]`` in the order of rows: the mean of each of the first tokens, the attention
+            sinks, and then that of all other tokens.
+        common: fp16 ``[P + I + W, R]`` times ``2**analysis_exponent``: from elements to common coordinates, and the
+            negative weights of inputs and units, which subtract the prediction.
+        told: fp16 ``[I + W + R, G * C]`` times ``2**analysis_exponent``: the negative of what inputs, units and
+            common coordinates (times ``2**exponent``) already tell of the groups' coordinates.
+        frequencies: float32, the angles per position by which RoPE turns pairs of a key's elements; empty without it.
+        exponent: coordinates are kept times ``2**exponent``.
+        analysis_exponent: see above.
+        synthesis_exponent: see above.
+
     """
 
     prediction: Prediction
@@ -144,7 +178,7 @@ class Matrices:
 
     @classmethod
     def of(cls, gpu: Launcher, model: TokenModel, exponent: int) -> Matrices:
-        """Send and round a model whose coordinates, times ``2**exponent``, are within the halves' range."""
+        """Send a model to the device and round it; its coordinates times ``2**exponent`` must be in fp16's range."""
 
         def to(array: Floats) -> Tensor:
             return sent(array, gpu.device).float()
@@ -155,8 +189,8 @@ class Matrices:
         ordered, places = (sent(a, gpu.device) for a in (order, np.argsort(order)))
         analysis, synthesis = to(model.analysis)[ordered], to(model.synthesis)[:, ordered]
         cross = to(model.local.cross)
-        # local coordinates are x @ own - (x @ analysis) @ cross - p, with p their prediction and q that of the common:
-        # x @ own - (x @ analysis - q) @ cross - (p + q @ cross)
+        # A group's coordinates are x @ own - (x @ analysis) @ cross - p, where p is their prediction. With the
+        # prediction q of the common coordinates this is x @ own - (x @ analysis - q) @ cross - (p + q @ cross).
         told = -torch.cat([weights[:, common:] + weights[:, :common] @ cross, cross * 2.0**-exponent])
         both = torch.cat([analysis, -weights[:, :common]])
         own, back = ([to(array) for array in arrays] for arrays in (model.local.analysis, model.local.synthesis))
@@ -185,61 +219,82 @@ class Matrices:
 
     @property
     def size(self) -> int:
-        """P."""
+        """Number of elements of a token, P."""
         return self.means.shape[1]
 
     @property
     def shared(self) -> int:
-        """R."""
+        """Number of common coordinates, R."""
         return self.common.shape[1]
 
     @property
     def rank(self) -> int:
-        """R + G * C."""
+        """Number of all coordinates of a token, R + G * C."""
         return self.shared + self.told.shape[1]
 
     @property
     def sinks(self) -> int:
-        """S."""
+        """Number of attention sinks: the first tokens, which have a mean of their own and no coordinates."""
         return len(self.means) - 1
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A capture's token ids int32 ``[N]``, and sums of their vectors for ``inputs.cu``."""
+    """A capture's tokens in device memory.
+
+    Attributes:
+        ids: int32 ``[N]``, the token ids.
+        sums: float32 ``[N / SPAN, decays, reach]``, sums of the vectors of each span, from which ``inputs.cu`` makes
+            decaying means.
+
+    """
 
     ids: Tensor
     sums: Tensor
 
     @classmethod
     def of(cls, gpu: Launcher, prediction: Prediction, ids: NDArray[np.int32]) -> Tokens:
-        """Ids that the model has."""
+        """Send token ids, all of which the model must have, to the device and sum their vectors."""
         given = sent(ids, gpu.device)
         spans = -(-len(ids) // SPAN)
         sums = torch.empty(spans, len(DECAYS), prediction.reach, dtype=torch.float32, device=gpu.device)
-        gpu.launch(f"{_FOLDER}/inputs:tally", {}, (spans, 1), 256, 0, prediction.vectors, given, len(ids),
+        gpu.launch("token_klt/inputs:tally", {}, (spans, 1), THREADS, 0, prediction.vectors, given, len(ids),
                    prediction.vectors.shape[1], prediction.reach, prediction.decays, sums)  # fmt: skip
         return cls(given, sums)
 
     def inputs(self, gpu: Launcher, matrices: Matrices, first: int, out: Tensor) -> None:
-        """Into ``out`` ``[T, I + H]``, rows of which may lie apart: inputs and units of tokens from ``first`` on."""
+        """Write the inputs and units of tokens from ``first`` on into ``out``.
+
+        Args:
+            gpu: where the tokens are.
+            matrices: the model.
+            first: position of the first token, a multiple of ``SPAN``.
+            out: fp16 ``[T, I + W]``, rows of which may lie apart.
+
+        """
         its, count = matrices.prediction, len(out)
-        gpu.launch(f"{_FOLDER}/inputs:inputs", {}, (-(-count // SPAN), 1), 256, 0, its.vectors, self.ids,
+        gpu.launch("token_klt/inputs:inputs", {}, (-(-count // SPAN), 1), THREADS, 0, its.vectors, self.ids,
                    its.vectors.shape[1], its.reach, its.decays, self.sums, first, count, matrices.sinks, out,
                    out.stride(0), its.inputs)  # fmt: skip
         units = out[:, its.inputs :]
         product(units, out[:, : its.inputs], its.hidden, scale=2.0 ** (its.units_exponent - its.hidden_exponent))
         width = units.shape[1]
-        gpu.launch(f"{_FOLDER}/inputs:rectify", {}, (-(-count * width // 8 // 256), 1), 256, 0, units, count,
+        gpu.launch("token_klt/inputs:rectify", {}, (-(-count * width // 8 // THREADS), 1), THREADS, 0, units, count,
                    units.stride(0), width)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Stacks:
-    """Units of one shape: the tensors ``[H, T, D]`` of all layers, keys before values, bf16 in device memory.
+    """Units of one shape in device memory: the bf16 tensors ``[H, T, D]`` of all layers, keys before values.
 
-    ``addresses`` int64 ``[U, S]``, 16 bytes aligned; heads lie ``head_stride`` elements apart. Unit u's first token
-    stands at ``first + u * T``. ``cosines`` and ``sines`` ``[positions, D / 2]`` turn keys.
+    Attributes:
+        addresses: int64 ``[U, S]``, where each tensor begins; divisible by 16.
+        shape: heads, tokens and dimensions of a tensor.
+        head_stride: elements from the beginning of one head to that of the next.
+        first: position of the first token of unit 0; the units follow each other.
+        cosines: float32 ``[positions, D / 2]``, by which RoPE turns keys; ``[positions, 0]`` without RoPE.
+        sines: as ``cosines``.
+
     """
 
     addresses: Tensor
@@ -251,25 +306,25 @@ class Stacks:
 
     @property
     def tokens(self) -> int:
-        """Of all units."""
+        """Number of tokens of all units together."""
         return len(self.addresses) * self.shape[1]
 
     def launch(
         self, gpu: Launcher, name: str, matrices: Matrices, before: tuple[Tensor, ...], *after: Tensor | int
     ) -> None:
-        """Run a kernel of ``rows.cu``."""
+        """Launch the kernel ``name`` of ``rows.cu``; ``before`` and ``after`` are its first and its last arguments."""
         heads, tokens, dims = self.shape
         units, tensors = self.addresses.shape
         firsts = torch.arange(units, device=gpu.device) * tokens + self.first
-        tile = 256 // (dims // 16)
+        tile = THREADS // (dims // 16)
         defines = {"DIMS": dims, "TURNED": int(self.cosines.shape[1] > 0)}
-        gpu.launch(f"{_FOLDER}/rows:{name}", defines, (-(-tokens // tile), units * tensors), 256, 0, *before,
+        gpu.launch(f"token_klt/rows:{name}", defines, (-(-tokens // tile), units * tensors), THREADS, 0, *before,
                    self.addresses, self.head_stride, heads, tokens, tensors, firsts, self.cosines, self.sines,
                    matrices.places, *after)  # fmt: skip
 
 
 def turns(frequencies: NDArray[np.float32], positions: int, device: str) -> tuple[Tensor, Tensor]:
-    """Cosines and sines float32 ``[positions, pairs]``, of angles in float64 as on the CPU."""
+    """Return cosines and sines, float32 ``[positions, pairs]``, of angles that are float64 as on the CPU."""
     steps = sent(frequencies, device).double()
     angles = torch.arange(positions, dtype=torch.float64, device=device)[:, None] * steps
     return angles.cos().float(), angles.sin().float()
@@ -278,9 +333,19 @@ def turns(frequencies: NDArray[np.float32], positions: int, device: str) -> tupl
 def forward(
     gpu: Launcher, matrices: Matrices, stacks: Stacks, tokens: Tokens | None, faults: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Coordinates float32 ``[U * T, R + G * C]`` times ``2**analysis_exponent``; digests int64 ``[U, S]`` of originals.
+    """Transform the tensors of units to coordinates, from which predictions are subtracted.
 
-    ``faults`` int32 ``[U]`` are set where a value is not finite.
+    Args:
+        gpu: where the units are.
+        matrices: the model.
+        stacks: the units.
+        tokens: the tokens that coordinates are predicted from; None if nothing is predicted.
+        faults: int32 ``[U]``, set to 1 where a value of a unit is not finite.
+
+    Returns:
+        Coordinates float32 ``[U * T, R + G * C]`` times ``2**analysis_exponent``, and digests int64 ``[U, S]``, the
+        checksums of the original tensors.
+
     """
     units, tensors = stacks.addresses.shape
     heads, count, dims = stacks.shape
@@ -306,7 +371,7 @@ def forward(
 
 
 def predict(gpu: Launcher, matrices: Matrices, tokens: Tokens, first: int, count: int) -> Tensor:
-    """Expected coordinates float32 ``[count, R + G * C]`` times ``2**weights_exponent``, from position ``first`` on."""
+    """Return predictions float32 ``[count, R + G * C]`` times ``2**weights_exponent``, from position ``first`` on."""
     weights = matrices.prediction.weights
     rows = torch.empty(count, len(weights), dtype=torch.float16, device=gpu.device)
     tokens.inputs(gpu, matrices, first, rows)
@@ -316,10 +381,16 @@ def predict(gpu: Launcher, matrices: Matrices, tokens: Tokens, first: int, count
 
 
 def inverse(gpu: Launcher, matrices: Matrices, z: Tensor, stacks: Stacks, faults: Tensor) -> None:
-    """Coordinates into the stacks' tensors: halves times ``2**exponent``, ``[U * T, G * (R + C)]``, predictions added.
+    """Transform coordinates to the tensors of units, which are overwritten.
 
-    A row has the common ones and its own for each group. ``faults`` int32 ``[U]`` are set where what comes out is not
-    finite.
+    Args:
+        gpu: where the units are.
+        matrices: the model.
+        z: fp16 ``[U * T, G * (R + C)]``, coordinates times ``2**exponent`` with their predictions added. A row has,
+            for each group, the common coordinates and the group's own.
+        stacks: the units.
+        faults: int32 ``[U]``, set to 1 where a value that comes out is not finite.
+
     """
     rows = torch.empty(stacks.tokens, matrices.size, dtype=torch.float16, device=gpu.device)
     for group in matrices.groups:

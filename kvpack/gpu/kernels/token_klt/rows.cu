@@ -1,13 +1,13 @@
-// bf16 keys and values of all layers to one row of halves a token (gather), and back (scatter).
+// Makes one row of fp16 numbers for each token from the bf16 keys and values of all layers (gather), and goes back (scatter).
 //
-// DIMS, a multiple of 16; with TURNED keys are turned by RoPE, pairs (i, i + DIMS / 2). A unit has S tensors [H, T, DIMS], keys
-// before values, heads head_stride elements apart, at addresses [U, S]; element (s H + h) DIMS + d of its tokens stands in a
-// row at places [P] of s H DIMS, and h DIMS + d further.
-// firsts [U]: position of each unit's first token. cosines, sines [positions, DIMS / 2]. Grid (slices of tokens, U * S); a
-// thread has eight dimensions and those they are turned with, of one token and all heads.
+// DIMS is a multiple of 16. With TURNED, keys are turned by RoPE, in pairs (i, i + DIMS / 2). A unit has S tensors
+// [H, T, DIMS], keys before values, at addresses [U, S], whose heads lie head_stride elements apart. Element (h, d) of tensor
+// s of a token stands in its row at places[s H DIMS] + h DIMS + d. firsts [U] are the positions of the units' first tokens;
+// cosines and sines are [positions, DIMS / 2]. The grid is (slices of tokens, U * S). A thread handles eight dimensions and
+// the eight they are turned with, of one token and all heads.
 #define HALF (DIMS / 2)
 #define LANES (DIMS / 16)
-#define TILE (256 / LANES)
+#define TILE (THREADS / LANES)
 
 struct Sixteen { float left[8], right[8]; };
 
@@ -39,6 +39,7 @@ struct Turn {
     }
 };
 
+// What eight bf16 add to a tensor's digest, as the words with this index and the next.
 __device__ __forceinline__ u64 share(uint4 v, u64 word) {
     return mixed((u64)v.y << 32 | v.x, word) + mixed((u64)v.w << 32 | v.z, word + 1);
 }
@@ -53,8 +54,9 @@ __device__ __forceinline__ bool odd(uint4 v) {
     return found;
 }
 
-// rows [U * T, stride]; mean [P], in their order, is subtracted. digests [U, S] are added to, faults [U] set where a value is not finite.
-extern "C" __global__ void __launch_bounds__(256) gather(
+// Writes rows [U * T, stride], from which mean [P], in the order of rows, is subtracted. The tensors' digests are added to
+// digests [U, S]; faults [U] are set to 1 where a value is not finite.
+extern "C" __global__ void __launch_bounds__(THREADS) gather(
     const u64 *sources, i64 head_stride, i64 heads, i64 tokens, i64 tensors, const i64 *firsts, const float *cosines,
     const float *sines, const i64 *places, const float *mean, u16 *rows, i64 stride, u64 *digests, int *faults) {
     int unit = blockIdx.y / (int)tensors, s = blockIdx.y % (int)tensors, j = threadIdx.x % LANES;
@@ -92,8 +94,9 @@ extern "C" __global__ void __launch_bounds__(256) gather(
     if (bad) faults[unit] = 1;
 }
 
-// rows [U * T, P]; means [sinks + 1, P], each sink's and that of all other tokens. faults [U] are set where a value is not finite.
-extern "C" __global__ void __launch_bounds__(256) scatter(
+// Reads rows [U * T, P] and adds means [sinks + 1, P]: that of each sink, and that of all other tokens. faults [U] are set to 1
+// where a value is not finite.
+extern "C" __global__ void __launch_bounds__(THREADS) scatter(
     const u16 *rows, const u64 *targets, i64 head_stride, i64 heads, i64 tokens, i64 tensors, const i64 *firsts,
     const float *cosines, const float *sines, const i64 *places, const float *means, i64 sinks, int *faults) {
     int unit = blockIdx.y / (int)tensors, s = blockIdx.y % (int)tensors, j = threadIdx.x % LANES;
