@@ -109,6 +109,11 @@ def gpu() -> Iterator[Any]:
         pytest.skip("neither a GPU nor g++")
 
 
+def nmse(back: np.ndarray, exact: np.ndarray) -> float:
+    """The squared error over the energy of ``exact``: 1 for zeros, which no codec may give."""
+    return float(np.square(back - exact).sum(dtype=np.float64) / np.square(exact).sum(dtype=np.float64))
+
+
 def write_tensors(
     path: Path, tensors: dict[str, tuple[str, np.ndarray]], metadata: dict[str, str] | None = None
 ) -> Path:

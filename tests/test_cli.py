@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 from conftest import SMALL, write_tensors
 from profiles import profile_for
 
+from kvpack import jobs
 from kvpack.codecs.recipes import CODECS
 from kvpack.kvp.layout import MAGIC
 
@@ -120,7 +122,7 @@ def test_rm_only_after_verification(cli: Cli, small: Path, monkeypatch: pytest.M
         raise CorruptError("corrupt")
 
     with monkeypatch.context() as patch:
-        patch.setattr("kvpack.jobs.compress.check", broken)
+        patch.setattr(importlib.import_module(jobs.compress.__module__), "check", broken)
         assert cli("compress", "--rm", small).code == 1
         assert small.exists()
     assert cli("compress", "-f", "--rm", small).code == 0
