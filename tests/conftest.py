@@ -4,28 +4,54 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import is_hypothesis_test, settings
 
 from kvpack.cache import Window, WindowSpec
 from kvpack.cli.main import main
-from kvpack.codecs.context import DecodeContext, Hints
-from kvpack.codecs.protocol import Codec, PartStreams
-from kvpack.engine import CpuEngine, Engine
+from kvpack.codecs.recipes import family_of
 from kvpack.formats.safetensors import TensorFile, build_header
 
-settings.register_profile("kvpack", deadline=None)  # the first call of a kernel compiles it
-settings.load_profile("kvpack")
+settings.register_profile("short", deadline=None, max_examples=50)  # The first call of a kernel compiles it.
+settings.register_profile("long", deadline=None, max_examples=1000)
+settings.load_profile("short")
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 SMALL = FIXTURES / "smollm2-160.safetensors"
 """SmolLM2-135M, layers 0 and 29, 160 tokens of prose, 8 probe queries."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give property tests more examples in the long run, before any test module is imported."""
+    if config.option.markexpr == "long":
+        settings.load_profile("long")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Run property tests in the long run as well as in the short one, with more examples."""
+    if config.option.markexpr == "long":
+        for item in items:
+            if is_hypothesis_test(getattr(item, "obj", None)):
+                item.add_marker("long")
+
+
+def one_of_each_family(names: Iterable[str]) -> list[Any]:
+    """Test parameters of all these codecs: of a family the short run takes the middle rate, the long run the rest."""
+    families: dict[str, list[str]] = {}
+    for name in names:
+        families.setdefault(family_of(name), []).append(name)
+    return [
+        pytest.param(name, marks=() if name == rates[len(rates) // 2] else pytest.mark.long)
+        for rates in families.values()
+        for name in rates
+    ]
 
 
 @dataclass(frozen=True)
@@ -84,20 +110,9 @@ def gpu() -> Iterator[Any]:
         pytest.skip("neither a GPU nor g++")
 
 
-def engine_on(gpu: Any, threads: int | None = None) -> Engine:
-    """The engine of a GPU or what stands in for one; that of the CPU for None."""
-    if gpu is None:
-        return CpuEngine(threads)
-    from kvpack.gpu.engine import GpuEngine
-
-    return GpuEngine(gpu, threads)
-
-
-def encode_window(
-    codec: Codec, window: WindowSpec, bits: Sequence[np.ndarray], context: DecodeContext | None = None
-) -> list[PartStreams]:
-    """The streams of a window's parts, without hints."""
-    return codec.encode(Window(window, tuple(bits)), context or DecodeContext(), Hints())
+def nmse(back: np.ndarray, exact: np.ndarray) -> float:
+    """The squared error over the energy of ``exact``: 1 for zeros, which no codec may give."""
+    return float(np.square(back - exact).sum(dtype=np.float64) / np.square(exact).sum(dtype=np.float64))
 
 
 def write_tensors(

@@ -57,13 +57,12 @@ def bench(tmp_path: Path, cli: Cli) -> tuple[Path, list[Path]]:
 def test_a_bench_end_to_end(cli: Cli, bench: tuple[Path, list[Path]], tmp_path: Path) -> None:
     folder, captures = bench
     out, report, plot = tmp_path / "r.json", tmp_path / "r.md", tmp_path / "r.png"
-    common = ("-m", folder, "--codecs", "lossless,turboquant-2,kivi", "--seeds", 2, "-o", out)
+    common = ("-m", folder, "--codecs", "lossless,turboquant-2,kivi-2", "--seeds", 2, "-o", out)
     done = cli("bench", *captures, *common, "--report", report, "--plot", plot)
     assert done.code == 0, done.err
     rows = json.loads(out.read_text())["rows"]
-    kivi = [name for name in CODECS if name.startswith("kivi")]
     bounds = [bound.name for bound in BOUNDS]
-    expected = {("lossless", 0), ("turboquant-2", 0), ("turboquant-2", 1), *((name, 0) for name in (*kivi, *bounds))}
+    expected = {("lossless", 0), ("turboquant-2", 0), ("turboquant-2", 1), *((name, 0) for name in ("kivi-2", *bounds))}
     expected.add((TOKEN_ENTROPY, 0))
     for path in captures:
         assert {(r["codec"], r["seed"]) for r in rows if r["document"] == path.name} == expected
@@ -79,11 +78,12 @@ def test_a_bench_end_to_end(cli: Cli, bench: tuple[Path, list[Path]], tmp_path: 
         for test in ("plain", "repeat"):
             assert (r["model"][test]["kl_mean"] == 0) == exact
         assert (r["keys_nmse"] == 0) == exact
+        assert max(r["keys_nmse"], r["values_nmse"]) < 0.5
     seeds = [r["keys_nmse"] for r in rows if r["codec"] == "turboquant-2"]
     assert len(set(seeds)) == len(seeds)
     assert plot.read_bytes()[:4] == b"\x89PNG"
     text = report.read_text()
-    for name in ("lossless", "turboquant-2", *kivi, *bounds, TOKEN_ENTROPY):
+    for name in ("lossless", "turboquant-2", "kivi-2", *bounds, TOKEN_ENTROPY):
         assert f"| {name} |" in text
     assert "±" in text
     measured = [(r["codec"], r["compress_seconds"]) for r in rows]
@@ -105,7 +105,7 @@ def test_judged_files_hold_no_probes(cli: Cli, bench: tuple[Path, list[Path]], t
         assert cli("compress", captures[0], "-c", row["codec"], "--drop-probes", "-o", packed, "-f").code == 0
         assert row["size"] == packed.stat().st_size
         assert row["ratio"] * row["size"] == pytest.approx(kept, abs=4096)  # the safetensors header
-        assert row["attention_error"] is not None
+        assert row["attention_error"] < 0.9
         assert row["model"]["needles_found"] is not None
 
 
@@ -118,12 +118,21 @@ def test_a_bench_with_a_profile(cli: Cli, bench: tuple[Path, list[Path]], tmp_pa
     without = cli("bench", captures[0], *common, "--codecs", "kvtc-1")
     assert (without.code, without.err.count("\n")) == (2, 1)
     assert "kvpack calibrate" in without.err
-    every = cli("bench", captures[0], *common, "--codecs", "all", "-f")
+    every = cli("bench", captures[0], "-m", "none", "--quick", "-o", out, "--codecs", "all", "-f")
     assert every.code == 0
     assert "calibrated codecs are left out" in every.err
     assert "kvtc" not in out.read_text()
     done = cli(
-        "bench", captures[0], *common, "-D", profile.path, "--codecs", "fisher,aquakv,kvtc", "--report", report, "-f"
+        "bench",
+        captures[0],
+        *common,
+        "-D",
+        profile.path,
+        "--codecs",
+        "fisher-4,aquakv-3,kvtc",
+        "--report",
+        report,
+        "-f",
     )
     assert done.code == 0, done.err
     results = json.loads(out.read_text())

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from kvpack.bench.demo import demo_text
 from kvpack.cli.main import app
@@ -48,6 +51,56 @@ def test_the_readmes_commands_run(tmp_path: Path) -> None:
     assert (tmp_path / "back.safetensors").read_bytes() == (tmp_path / "doc.safetensors").read_bytes()
     (tmp_path / "example.py").write_text(block("python", "jobs.compress"))
     run(f"{sys.executable} example.py", tmp_path)
+
+
+def commands(page: Path) -> list[tuple[str, bool]]:
+    """Command lines of kvpack that a page shows, and whether each is whole: in a block, not named in passing."""
+    text = page.read_text()
+    blocks = re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", text, flags=re.M | re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines = [line.removeprefix("$ ") for line in lines if not line.startswith("    ")]
+    whole = [part.strip() for line in lines for part in re.split(r" \| | && |;|#", line)]
+    passing = [re.sub(r"\s+", " ", named) for named in re.findall(r"(?<!`)`(kvpack [^`]+)`(?!`)", text)]
+    found = [(line, True) for line in whole] + [(line, False) for line in passing]
+    return [(line, full) for line, full in found if re.match(r"(python3? -m )?kvpack -?\w", line)]
+
+
+def problem(line: str, full: bool) -> str | None:
+    """Why the command line does not parse; where it is not whole, nothing need be there that is missing.
+
+    Errors are told by name: typer brings its own copy of click, or does not, by version.
+    """
+    group: Any = typer.main.get_command(app)
+    line = re.sub(r"\b[NR]\b", "1", line.replace("$texts", "--text TEXT").replace(" ...", "").replace(" …", " PROFILE"))
+    first, *rest = shlex.split(line.partition("kvpack ")[2])
+    if first.startswith("-"):
+        options = {option for param in group.params for option in param.opts}
+        return None if first in options | {"--help"} else f"no option {first}"
+    if first not in group.commands:
+        return f"no command {first}"
+    if "--help" in rest or "--list-codecs" in rest:
+        return None
+    try:
+        group.commands[first].make_context(first, rest).close()
+    except Exception as error:
+        lacking = type(error).__name__ in ("MissingParameter", "BadOptionUsage")
+        return None if lacking and not full else repr(error)
+    return None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_command_parses(page: Path) -> None:
+    problems = {line: problem(line, full) for line, full in commands(page)}
+    assert not {line: found for line, found in problems.items() if found}
+
+
+def test_commands_that_do_not_parse_are_found() -> None:
+    found = {line for page in PAGES for line, _ in commands(page)}
+    assert len(found) > 30
+    assert "kvpack inspect small.kvp" in found
+    assert problem("kvpack inspect small.kvp", True) is None
+    for wrong in ("kvpack compress x --no-such-option", "kvpack nonsense x", "kvpack --nonsense", "kvpack verify x"):
+        assert problem(wrong, True), wrong
 
 
 def test_the_readme_shows_every_command() -> None:

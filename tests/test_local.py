@@ -99,7 +99,7 @@ def test_any_shape_comes_back_within_its_step(
     energy, step = np.square(data).mean(), 2 ** (log_step / 32)
     assert np.square(back - data).sum() <= (1 + 1e-3) * np.square(data).sum()
     if log_step <= -32:  # in steps of half a deviation all directions are live
-        assert np.square(back - data).mean() < 8 * step**2 * energy
+        assert np.square(back - data).mean() < min(8 * step**2, 0.9) * energy
 
 
 def test_finer_steps_lose_less_and_take_more_codes() -> None:

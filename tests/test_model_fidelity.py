@@ -188,7 +188,7 @@ def test_fidelity_follows_the_rate(smollm: tuple[Judge, Path]) -> None:
         assert report.plain is not None
         assert report.repeat is not None
         kls.append((report.plain.kl_mean, report.repeat.kl_mean))
-    assert kls == sorted(kls)
+    assert kls == sorted(set(kls))
 
 
 def test_thresholds() -> None:

@@ -24,6 +24,10 @@ Cli = Callable[..., Any]
 SMALL = ("--context", 128, "--tokens", 12288, "--rank", 60, "--units", 8, "--steps", 10, "-q", "--device", "cpu")
 
 
+SHORT = ("llama-gqa", "gpt-neox", "gpt2")
+"""Models of the short run: rotary whole, partial and none; grouped and whole heads."""
+
+
 def calibrated(cli: Cli, folder: Path, name: str) -> Path:
     """A folder with a model, its profile, and captures of 5, 120 and 300 tokens of another text."""
     save_model(CONFIGS[name](), folder / "model")
@@ -78,7 +82,9 @@ def compressed(cli: Cli, folder: Path, tokens: int, *options: object) -> dict[st
     return row
 
 
-@pytest.mark.parametrize("folder", CONFIGS, indirect=True)
+@pytest.mark.parametrize(
+    "folder", [pytest.param(n, marks=() if n in SHORT else pytest.mark.long) for n in CONFIGS], indirect=True
+)
 @pytest.mark.parametrize("tokens", [5, 120, 300])
 def test_every_kind_of_attention_and_length(cli: Cli, folder: Path, tokens: int) -> None:
     """Grouped, whole and single KV heads; rotary whole, partial and none; biases; QK-norm; other lengths than

@@ -79,6 +79,7 @@ def assert_close(mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> 
     layers = [name for name in theirs if name.startswith("layers.")]
     assert all((mine[name] == theirs[name]).all() for name in set(theirs) - set(layers))
     a, b = (np.nan_to_num(np.stack([to_float32(every[name], "BF16") for name in layers])) for every in (mine, theirs))
+    assert b.any()
     scale = np.abs(b).max(axis=(0, 1, 3), keepdims=True)
     assert (np.abs(a - b) <= np.abs(b) * 2.0**-7 + scale * 2.0**-10).all()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -128,7 +129,7 @@ def test_captures_of_alternating_lengths_share_launches(gpu: Any, tmp_path: Path
 
 def test_captures_are_open_a_window_at_a_time(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = captures(tmp_path)
-    monkeypatch.setattr(engine, "AHEAD_JOBS", 2)
+    monkeypatch.setattr(importlib.import_module(jobs.compress.__module__), "WINDOW_FILES", 3)
     opened = 0
 
     def counted() -> Iterator[jobs.CompressJob]:

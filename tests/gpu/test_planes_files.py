@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import engine_on
+from conftest import nmse
 
 from kvpack import jobs
 from kvpack.cache import PartSpec
@@ -31,8 +32,7 @@ from kvpack.kvp import Container
 from kvpack.numerics.floats import to_float32
 
 SMALL = Path(__file__).parents[2] / "fixtures" / "smollm2-160.safetensors"
-KIVI = ["kivi-4", "kivi-3", "kivi-2"]
-TURBOQUANT = ["turboquant-4", "turboquant-3", "turboquant-2", "turboquant-1"]
+LONG = pytest.mark.long
 
 
 def layers() -> dict[str, np.ndarray]:
@@ -85,11 +85,12 @@ def gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any, **__: Any) -> None:
         raise AssertionError("the CPU was asked")
 
-    monkeypatch.setattr("kvpack.gpu.engine.engine.run_task", refused)
+    monkeypatch.setattr(importlib.import_module(jobs.compress.__module__)._Encoder, "__call__", refused)
+    monkeypatch.setattr(Archive, "read", refused)
 
 
 @pytest.mark.parametrize(("tokens", "chunk"), [(96, 2048), (160, 128), (160, 2048), (300, 128), (480, 256)])
-@pytest.mark.parametrize("codec", KIVI)
+@pytest.mark.parametrize("codec", ["kivi-3", *(pytest.param(name, marks=LONG) for name in ("kivi-4", "kivi-2"))])
 def test_kivis_file_is_the_same(gpu: Any, tmp_path: Path, codec: str, tokens: int, chunk: int) -> None:
     source = longer(tmp_path / "longer.safetensors", tokens)
     cpu, mine = compress(source, None, codec, chunk), compress(source, gpu, codec, chunk)
@@ -105,11 +106,17 @@ def test_a_whole_capture(gpu: Any) -> None:
 
 
 @pytest.mark.usefixtures("gpu_alone")
-@pytest.mark.parametrize("codec", ["kivi-4", "turboquant-3"])
-def test_the_gpu_does_it_all(gpu: Any, tmp_path: Path, codec: str) -> None:
-    data, done = compress(longer(tmp_path / "longer.safetensors", 300), gpu, codec, 128)
+@pytest.mark.parametrize(("codec", "bound"), [("kivi-4", 0.02), ("turboquant-3", 0.04)])
+def test_the_gpu_does_it_all(gpu: Any, tmp_path: Path, codec: str, bound: float) -> None:
+    source = longer(tmp_path / "longer.safetensors", 300)
+    data, done = compress(source, gpu, codec, 128)
     assert not done.carried
-    assert decompress(data, gpu)
+    assert nmse(*(floats(raw) for raw in (decompress(data, gpu), source.read_bytes()))) < bound
+
+
+def floats(raw: bytes) -> np.ndarray:
+    """All values of a capture of bf16 alone."""
+    return to_float32(np.frombuffer(raw[8 + int.from_bytes(raw[:8], "little") :], np.uint16), "BF16")
 
 
 def planes_of(data: bytes) -> list[tuple[PartSpec, Chain, list[np.ndarray]]]:
@@ -128,8 +135,14 @@ def described(plan: PartSpec) -> Part:
     return Part(plan.tensor.dtype, plan.shape, plan.first, plan.length)
 
 
-@pytest.mark.parametrize("dims", [64, 128])
-@pytest.mark.parametrize("codec", TURBOQUANT)
+@pytest.mark.parametrize(
+    ("codec", "dims"),
+    [
+        *(("turboquant-1", 64), ("turboquant-3", 128)),
+        *(pytest.param(f"turboquant-{bits}", dims, marks=LONG) for bits, dims in ((1, 128), (2, 64), (2, 128))),
+        *(pytest.param(f"turboquant-{bits}", dims, marks=LONG) for bits, dims in ((3, 64), (4, 64), (4, 128))),
+    ],
+)
 def test_turboquants_file_differs_in_ties_alone(gpu: Any, tmp_path: Path, codec: str, dims: int) -> None:
     tensors = {name: np.concatenate([a] * (dims // 64), axis=2) for name, a in layers().items()}
     source = write(tmp_path / "given.safetensors", tensors)
@@ -156,8 +169,28 @@ def assert_near(mine: bytes, theirs: bytes) -> None:
     """Of captures of bf16 alone: within its rounding."""
     start = 8 + int.from_bytes(theirs[:8], "little")
     assert mine[:start] == theirs[:start]
-    a, b = (to_float32(np.frombuffer(data[start:], np.uint16), "BF16") for data in (mine, theirs))
+    a, b = floats(mine), floats(theirs)
+    finite = np.isfinite(b)
+    assert (np.isfinite(a) == finite).all()
+    a, b = a[finite], b[finite]
+    assert b.any()
     assert (np.abs(a - b) <= np.abs(b) * 2.0**-7 + np.abs(b).max() * 1e-5).all()
+
+
+def assert_same_file(mine: bytes, theirs: bytes, codec: str) -> None:
+    """The same bytes by KIVI; by TurboQuant norms within a unit in their last place, and few other codes."""
+    if not codec.startswith("turboquant"):
+        assert mine == theirs
+        return
+    assert [part.digest for part in opened(mine).parts] == [part.digest for part in opened(theirs).parts]
+    for (plan, chain, got), (_, other, expected) in zip(planes_of(mine), planes_of(theirs), strict=True):
+        assert chain == other
+        if chain.quantizer.exact:
+            assert all((a == b).all() for a, b in zip(got, expected, strict=True)), plan.name
+        elif expected[0].size:
+            norms = [((c[1].astype(np.uint16) << 10) | c[2]).astype(int) for c in (got, expected)]
+            assert np.abs(norms[0] - norms[1]).max() <= 1
+            assert (got[0] != expected[0]).mean() < 1e-3
 
 
 @pytest.mark.parametrize("codec", ["kivi-4", "kivi-2", "turboquant-3"])
@@ -184,7 +217,7 @@ def test_shapes_and_batches(gpu: Any, tmp_path: Path, codec: str, monkeypatch: p
     source = write(tmp_path / "given.safetensors", tensors)
     (cpu, by_cpu), (mine, by_gpu) = compress(source, None, codec, 128), compress(source, gpu, codec, 128)
     assert by_cpu.carried == by_gpu.carried
-    assert mine == cpu or codec == "turboquant-3"
+    assert_same_file(mine, cpu, codec)
     assert_near(decompress(cpu, gpu), decompress(cpu, None))
 
 
@@ -208,10 +241,10 @@ def test_what_cannot_be_represented_is_carried(
     (cpu, by_cpu), (mine, by_gpu) = compress(source, None, codec, chunk), compress(source, gpu, codec, chunk)
     assert by_gpu.carried == by_cpu.carried
     assert len(by_gpu.carried) == 2 * carried
-    assert mine == cpu or codec == "turboquant-3"
+    assert_same_file(mine, cpu, codec)
     for name in ("layers.0.keys", "layers.29.values"):
         assert opened(mine).read(name)[1, where, 7] == value
-    assert np.array_equal(*(np.frombuffer(decompress(cpu, one), np.uint8)[:1000] for one in (gpu, None)))
+    assert_near(decompress(cpu, gpu), decompress(cpu, None))
 
 
 def test_a_norm_that_fp16_cannot_hold_is_carried(gpu: Any, tmp_path: Path) -> None:
@@ -238,13 +271,15 @@ def test_tensors_on_the_device(gpu: Any, tmp_path: Path, codec: str) -> None:
             to_float32(bits, "BF16")
             for bits in (data.cpu().view(torch.int16).numpy().view(np.uint16), archive.read(name))
         )
+        assert expected.any()
         assert (np.abs(found - expected) <= np.abs(expected) * 2.0**-7 + np.abs(expected).max() * 1e-5).all()
         assert codec != "kivi-3" or (found == expected).all()
 
 
 @pytest.mark.parametrize("codec", ["kivi-4", "turboquant-3"])
 def test_damage_is_found(gpu: Any, tmp_path: Path, codec: str) -> None:
-    good = compress(longer(tmp_path / "longer.safetensors", 200), None, codec)[0]
+    head = {name: bits[:1] for name, bits in layers().items() if name.startswith("layers.29.")}
+    good = compress(write(tmp_path / "head.safetensors", head), None, codec)[0]
     for record, offset in opened(good).parts[1].streams:
         for at in (0, record.size // 2, record.size - 1):
             changed = bytearray(good)
@@ -262,7 +297,10 @@ def test_unsound_streams_are_found(gpu: Any, tmp_path: Path, codec: str, monkeyp
             patched.setattr(Rans, "encode", lambda self, codes, spec, wrong=wrong: wrong(encode(self, codes, spec)))
             data = compress(source, None, codec)[0]
         mine, theirs = (outcome(data, one) for one in (gpu, None))
-        assert mine == theirs or codec == "turboquant-3"
+        if mine is None or theirs is None or codec != "turboquant-3":
+            assert mine == theirs
+        else:
+            assert_near(mine, theirs)
 
 
 def outcome(data: bytes, gpu: Any) -> bytes | None:

@@ -51,7 +51,7 @@ CODE_SHAPES = [(1, 1, 2), (2, 63, 34), (3, 1000, 64), (9, 5, 66), (3, 300, 1), (
 
 
 @pytest.mark.parametrize("kind", ["peaked", "equal", "uniform"])
-@pytest.mark.parametrize("width", [1, 3, 8])
+@pytest.mark.parametrize("width", [1, pytest.param(3, marks=pytest.mark.long), 8])
 @pytest.mark.parametrize("shape", CODE_SHAPES, ids=str)
 def test_codes_have_the_same_streams(gpu: Any, shape: tuple[int, int, int], width: int, kind: str) -> None:
     planes = [codes_like(kind, shape, width, seed).astype(np.uint8) for seed in range(3)]
