@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import is_hypothesis_test, settings
 
-from kvpack.cache import Window, WindowSpec
 from kvpack.cli.main import main
 from kvpack.codecs.recipes import family_of
+from kvpack.engine import CpuEngine, Engine
 from kvpack.formats.safetensors import TensorFile, build_header
 
 settings.register_profile("short", deadline=None, max_examples=50)  # The first call of a kernel compiles it.
@@ -113,6 +113,15 @@ def gpu() -> Iterator[Any]:
 def nmse(back: np.ndarray, exact: np.ndarray) -> float:
     """The squared error over the energy of ``exact``: 1 for zeros, which no codec may give."""
     return float(np.square(back - exact).sum(dtype=np.float64) / np.square(exact).sum(dtype=np.float64))
+
+
+def engine_on(gpu: Any, threads: int | None = None) -> Engine:
+    """The engine of a GPU or what stands in for one; that of the CPU for None."""
+    if gpu is None:
+        return CpuEngine(threads)
+    from kvpack.gpu.engine import GpuEngine
+
+    return GpuEngine(gpu, threads)
 
 
 def write_tensors(

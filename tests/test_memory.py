@@ -17,7 +17,7 @@ import pytest
 from conftest import SMALL, nmse
 
 from kvpack.formats.safetensors import TensorFile, build_header
-from kvpack.jobs.reader import Capture
+from kvpack.formats.source import Capture
 from kvpack.numerics.floats import to_float32
 
 CEILING = 350 << 20
@@ -94,7 +94,7 @@ def peaks(folder: Path, code: str, *arguments: object, data: int | None = None) 
 @cache
 def tile() -> list[bytes]:
     """Bits of one head of 160 tokens: of both layers' keys and values."""
-    capture = Capture(TensorFile.open(SMALL))
+    capture = Capture.open(SMALL)
     names = [f"layers.{i}.{kind}" for i in (0, 29) for kind in ("keys", "values")]
     return [np.ascontiguousarray(capture.read(name)[0]).tobytes() for name in names]
 

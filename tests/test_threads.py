@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from kvpack import jobs
 from kvpack.codecs.recipes import CODECS
-from kvpack.jobs.reader import Archive
+from kvpack.jobs.reader import KvpFile
 
 T = TypeVar("T")
 NAMES = ["lossless", "turboquant-3", "cachegen-4"]
@@ -48,7 +48,7 @@ def at_once(*tasks: Callable[[], T]) -> list[T]:
         return list(pool.map(run, tasks))
 
 
-def read(archive: Archive, reads: list[tuple[str, int, int]]) -> list[np.ndarray]:
+def read(archive: KvpFile, reads: list[tuple[str, int, int]]) -> list[np.ndarray]:
     return [archive.read(name, slice(start, stop)) for name, start, stop in reads]
 
 
@@ -57,7 +57,7 @@ def read(archive: Archive, reads: list[tuple[str, int, int]]) -> list[np.ndarray
 def test_reads_of_two_threads_are_those_of_one(
     files: dict[str, Path], name: str, first: list[tuple[str, int, int]], second: list[tuple[str, int, int]]
 ) -> None:
-    shared, alone = Archive.open(files[name]), Archive.open(files[name])
+    shared, alone = KvpFile.open(files[name]), KvpFile.open(files[name])
     found = at_once(lambda: read(shared, first), lambda: read(shared, second))
     for some, reads in zip(found, (first, second), strict=True):
         for ours, expected in zip(some, read(alone, reads), strict=True):
@@ -67,12 +67,12 @@ def test_reads_of_two_threads_are_those_of_one(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_whole_decompressions_at_once_are_the_same(files: dict[str, Path], name: str) -> None:
-    def whole(archive: Archive) -> bytes:
+    def whole(archive: KvpFile) -> bytes:
         sink = io.BytesIO()
         jobs.decompress(archive, sink)
         return sink.getvalue()
 
-    expected = whole(Archive.open(files[name]))
+    expected = whole(KvpFile.open(files[name]))
     for _ in range(5):
-        shared = Archive.open(files[name])
+        shared = KvpFile.open(files[name])
         assert at_once(lambda shared=shared: whole(shared), lambda shared=shared: whole(shared)) == [expected] * 2

@@ -1,7 +1,7 @@
 """What kvpack does with files, for programs: the command line is a thin layer over this."""
 
-from kvpack.jobs.compress import PROBES, Compressed, CompressJob, Write, compress, compress_many, prepare
-from kvpack.jobs.decompress import Selection, check, decompress, differing_parts
+from kvpack.jobs.compression import PROBES, Compressed, CompressJob, Write, compress, compress_many, prepare
+from kvpack.jobs.decompression import Selection, check, decompress, differing_parts
 from kvpack.jobs.reader import KvpFile, open_cache
 
 __all__ = [

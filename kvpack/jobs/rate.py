@@ -17,7 +17,7 @@ from kvpack.engine import Engine
 from kvpack.errors import MismatchError, UsageError
 from kvpack.fidelity import compare
 from kvpack.formats.source import Capture
-from kvpack.jobs.compress import Compressed, compress
+from kvpack.jobs.compression import Compressed, compress
 from kvpack.jobs.reader import KvpFile
 from kvpack.profiles import Profile
 

@@ -17,12 +17,13 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from kvpack.codecs.chain.units import Unit
 
 from kvpack import jobs
+from kvpack.cache import PartSpec
 from kvpack.capture import load_model
-from kvpack.codecs.chain.quantizers import low_rank
+from kvpack.codecs import low_rank
 from kvpack.codecs.low_rank import factors
+from kvpack.codecs.low_rank.codec import LowRankCodec
 from kvpack.codecs.recipes import local, local_log_step
 from kvpack.fidelity.model import Judge
 from kvpack.formats.safetensors import TensorFile, build_header
@@ -30,22 +31,15 @@ from kvpack.formats.source import Capture
 from kvpack.jobs import hints
 from kvpack.jobs.reader import KvpFile
 from kvpack.kvp.inspection import inspect
-from kvpack.kvp.layout import PartPlan
 
 STEP = local_log_step(3)
 
 
 @contextmanager
-def stacks_by(key: Callable[[PartPlan], object]) -> Iterator[None]:
+def stacks_by(key: Callable[[PartSpec], object]) -> Iterator[None]:
     """Stacks of parts of the same key, rather than all of one shape."""
 
-    def alike(unit: Unit) -> list[list[PartPlan]]:
-        found: dict[object, list[PartPlan]] = {}
-        for plan in sorted(unit.plans, key=lambda plan: (not plan.tensor.name.endswith("keys"), plan.layer)):
-            found.setdefault(key(plan), []).append(plan)
-        return list(found.values())
-
-    with patch.object(Unit, "_alike", alike):
+    with patch.object(LowRankCodec, "stack_key", lambda _, part: key(part)):
         yield
 
 
@@ -61,7 +55,7 @@ PROBES = ("queries.*", "query_positions")
 ROWS: list[tuple[str, Any, int, tuple[str, ...], bool]] = [
     ("as it is", ExitStack, 10, (), True),
     ("a basis a tensor", lambda: stacks_by(lambda plan: plan.tensor.name), 10, (), True),
-    ("a basis a layer, keys and values as one", lambda: stacks_by(lambda plan: plan.layer), 10, (), True),
+    ("a basis a layer, keys and values as one", lambda: stacks_by(lambda plan: plan.tensor.layer), 10, (), True),
     ("keys and values apart", lambda: stacks_by(lambda plan: plan.tensor.name.rpartition(".")[2]), 10, (), True),
     ("numbers to the nearest", lambda: constants(BASIS_PRICE=0.0), 10, (), True),
     ("the first tokens like others", lambda: constants(SINKS=0), 10, (), True),

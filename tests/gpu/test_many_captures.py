@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -129,7 +128,7 @@ def test_captures_of_alternating_lengths_share_launches(gpu: Any, tmp_path: Path
 
 def test_captures_are_open_a_window_at_a_time(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = captures(tmp_path)
-    monkeypatch.setattr(importlib.import_module(jobs.compress.__module__), "WINDOW_FILES", 3)
+    monkeypatch.setattr(engine, "AHEAD_JOBS", 2)
     opened = 0
 
     def counted() -> Iterator[jobs.CompressJob]:

@@ -18,7 +18,6 @@ from kvpack.codecs.recipes import CODECS
 from kvpack.errors import FormatError, MismatchError, UsageError
 from kvpack.formats.source import Capture
 from kvpack.jobs.opened import Opened
-from kvpack.jobs.reader import Capture
 from kvpack.numerics.floats import to_float32
 
 
@@ -93,7 +92,7 @@ def test_tensors_on_a_gpu_are_those_of_the_cpu(gpu: Any, whole: Path, name: str)
     assert all(str(tensor.device).startswith(gpu.device) for tensor in there.values())
     if CODECS[name].lossless:
         assert_exact(there, whole)
-    given = Capture(TensorFile.open(whole))
+    given = Capture.open(whole)
     for key, tensor in opened.to_tensors().items():
         values = (tensor.float().numpy(), to_float32(given.read(key), "BF16"))
         assert nmse(*(a[:, 1:] for a in values)) < 0.3  # The profile of these tests knows nothing of the first token.

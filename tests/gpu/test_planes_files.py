@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import nmse
+from conftest import engine_on, nmse
 
 from kvpack import jobs
 from kvpack.cache import PartSpec
@@ -25,7 +24,7 @@ from kvpack.formats.captures import layer_of
 from kvpack.formats.safetensors import build_header
 from kvpack.formats.source import Capture
 from kvpack.gpu.engine import planes
-from kvpack.jobs.compress import Compressed
+from kvpack.jobs.compression import Compressed
 from kvpack.jobs.opened import Opened
 from kvpack.jobs.reader import KvpFile
 from kvpack.kvp import Container
@@ -85,8 +84,7 @@ def gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any, **__: Any) -> None:
         raise AssertionError("the CPU was asked")
 
-    monkeypatch.setattr(importlib.import_module(jobs.compress.__module__)._Encoder, "__call__", refused)
-    monkeypatch.setattr(Archive, "read", refused)
+    monkeypatch.setattr("kvpack.gpu.engine.engine.run_task", refused)
 
 
 @pytest.mark.parametrize(("tokens", "chunk"), [(96, 2048), (160, 128), (160, 2048), (300, 128), (480, 256)])
