@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import is_hypothesis_test, settings
 
+from kvpack.cache import Window, WindowSpec
 from kvpack.cli.main import main
+from kvpack.codecs.context import DecodeContext, Hints
+from kvpack.codecs.protocol import Codec, PartStreams
 from kvpack.codecs.recipes import family_of
 from kvpack.engine import CpuEngine, Engine
 from kvpack.formats.safetensors import TensorFile, build_header
@@ -122,6 +125,13 @@ def engine_on(gpu: Any, threads: int | None = None) -> Engine:
     from kvpack.gpu.engine import GpuEngine
 
     return GpuEngine(gpu, threads)
+
+
+def encode_window(
+    codec: Codec, window: WindowSpec, bits: Sequence[np.ndarray], context: DecodeContext | None = None
+) -> list[PartStreams]:
+    """The streams of a window's parts, without hints."""
+    return codec.encode(Window(window, tuple(bits)), context or DecodeContext(), Hints())
 
 
 def write_tensors(

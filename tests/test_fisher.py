@@ -25,7 +25,7 @@ from kvpack.codecs.chain.quantizers.dead_zone import MAX_SHIFT, MIDDLE, DeadZone
 from kvpack.codecs.chain.rotary import rotate, turns
 from kvpack.codecs.chain.symbols import unzigzag
 from kvpack.codecs.chain.transforms.token_klt import TokenKlt, cpu
-from kvpack.codecs.context import DecodeContext
+from kvpack.codecs.context import DecodeContext, StackHints
 from kvpack.codecs.recipes import CODECS, fisher
 from kvpack.errors import MismatchError, UnsupportedError, UsageError
 from kvpack.formats.captures import cache_spec
@@ -225,10 +225,10 @@ def test_levels_do_not_depend_on_chunks() -> None:
 def test_errors_are_within_the_dead_zone_and_its_step(importance: int) -> None:
     quantizer = DeadZone(section="fisher", log_step=-100, importance=importance)
     mass = np.random.default_rng(0).gamma(0.3, size=200).astype(np.float32)
-    given = coefficients(200, mass=mass)
+    given = coefficients(200)
     z = np.random.default_rng(0).standard_normal((1, 200, RANK)).astype(np.float32)
     z[0, :, 0] = 0
-    codes = quantizer.encode(z, given)
+    codes = quantizer.encode(z, given, StackHints(mass))
     for plane, code in zip(quantizer.planes(given), codes, strict=True):
         assert code.shape == plane.shape
         assert code.max() < 1 << plane.width
@@ -316,7 +316,7 @@ def test_scales_for_another_basis_are_refused(name: str, array: np.ndarray) -> N
     quantizer = DeadZone(section="fisher", log_step=0, importance=0)
     z = np.ones((1, 4, RANK), np.float32)
     codes = quantizer.encode(z, coefficients(4))
-    broken = Part("F32", (1, 4, RANK), 0, 4, 1, profile={**PROFILE, f"fisher.{name}": array})
+    broken = Part("F32", (1, 4, RANK), 0, 4, 1, context=DecodeContext({**PROFILE, f"fisher.{name}": array}))
     with pytest.raises(MismatchError):
         quantizer.decode(codes, broken)
 

@@ -98,7 +98,7 @@ def test_goldens_are_what_is_written_today(name: str) -> None:
     golden, today = Container.open(GOLDENS / f"{name}.kvp"), Container(memoryview(compress(SMALL, name)))
     assert golden.header == today.header
     for old, new in zip(golden.parts, today.parts, strict=True):
-        assert (old.plan, old.codec, old.digest) == (new.plan, new.codec, new.digest)
+        assert (old.spec, old.codec, old.digest) == (new.spec, new.codec, new.digest)
         if golden.header.codecs[old.codec]["name"] != "zstd":
             assert golden.read(old) == today.read(new)
 

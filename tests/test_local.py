@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from kvpack.cache import windows
 from kvpack.codecs.chain.base import Part, UnrepresentableError
 from kvpack.codecs.chain.rotary import rotate
-from kvpack.codecs.context import DecodeContext
+from kvpack.codecs.context import DecodeContext, StackHints
 from kvpack.codecs.low_rank import SINKS, LowRank, cpu, factors, reference
 from kvpack.codecs.low_rank.tables import UNIT, tables
 from kvpack.codecs.low_rank.weights import element_weights
@@ -39,9 +39,9 @@ def part(shape: tuple[int, int, int], keys: int, first: int = 0) -> Part:
     return Part("F32", shape, first, first + shape[1], 1, keys=keys)
 
 
-def coded(stage: LowRank, data: np.ndarray, given: Part) -> list[np.ndarray]:
+def coded(stage: LowRank, data: np.ndarray, given: Part, **known: Any) -> list[np.ndarray]:
     """Codes as an entropy coder gives them back; each fits its plane."""
-    codes = stage.encode(data.copy(), given)
+    codes = stage.encode(data.copy(), given, StackHints(**known))
     before: dict[str, np.ndarray] = {}
     for plane, code in zip(stage.planes(given), codes, strict=True):
         spec = stage.scaled(plane, before, given)
@@ -51,8 +51,8 @@ def coded(stage: LowRank, data: np.ndarray, given: Part) -> list[np.ndarray]:
     return codes
 
 
-def through(stage: LowRank, data: np.ndarray, given: Part) -> np.ndarray:
-    return stage.decode(coded(stage, data, given), part(given.shape, given.keys, given.first))
+def through(stage: LowRank, data: np.ndarray, given: Part, **known: Any) -> np.ndarray:
+    return stage.decode(coded(stage, data, given, **known), part(given.shape, given.keys, given.first))
 
 
 def mixed(rows: int, tokens: int, dims: int, rank: int, seed: int = 0) -> np.ndarray:
@@ -94,8 +94,9 @@ def test_any_shape_comes_back_within_its_step(
     rows: int, tokens: int, dims: int, log_step: int, turned: bool, seed: int
 ) -> None:
     data = np.random.default_rng(seed).standard_normal((rows, tokens, dims)).astype(np.float32)
-    given = part((rows, tokens, dims), rows // 2, 7, frequencies=FREQUENCIES if turned else None)
-    back = through(LowRank(log_step=log_step, importance=0), data, given)
+    given = part((rows, tokens, dims), rows // 2, 7)
+    known = {"frequencies": FREQUENCIES if turned else None}
+    back = through(LowRank(log_step=log_step, importance=0), data, given, **known)
     energy, step = np.square(data).mean(), 2 ** (log_step / 32)
     assert np.square(back - data).sum() <= (1 + 1e-3) * np.square(data).sum()
     if log_step <= -32:  # in steps of half a deviation all directions are live
@@ -143,12 +144,12 @@ def test_frequencies_travel_in_the_file_and_keys_alone_are_turned() -> None:
     data = mixed(4, 300, 7, 1)
     data[:2] = rotate(data[:2], FREQUENCIES, 0, 1)
     stage = LowRank(log_step=-32, importance=0)
-    told = coded(stage, data, part(data.shape, 2, frequencies=FREQUENCIES))
+    told = coded(stage, data, part(data.shape, 2), frequencies=FREQUENCIES)
     untold = coded(stage, data, part(data.shape, 2))
     assert told[6].shape[2] < untold[6].shape[2]
     back = stage.decode(told, part(data.shape, 2))
     assert np.square(back - data).sum() < 0.05 * np.square(data).sum()
-    wider = coded(stage, data, part(data.shape, 2, frequencies=np.ones(4, np.float32)))
+    wider = coded(stage, data, part(data.shape, 2), frequencies=np.ones(4, np.float32))
     assert not wider[0].any()  # frequencies of other keys are left alone
 
 
@@ -156,7 +157,7 @@ def test_the_first_tokens_and_what_matters_lose_less() -> None:
     data = np.random.default_rng(0).standard_normal((4, 400, 8)).astype(np.float32)
     weights = np.ones((4, 8), np.float32)
     weights[1], weights[2] = 4, 0.25
-    back = through(LowRank(log_step=0, importance=0), data, part(data.shape, 2, weights=weights))
+    back = through(LowRank(log_step=0, importance=0), data, part(data.shape, 2), weights=weights)
     loss = np.square(back - data)
     assert loss[1].mean() < loss[0].mean() < loss[2].mean()
     assert loss[:2, :SINKS].mean() < 0.2 * loss[:2, SINKS:].mean()

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpack.cache.metadata import parse_metadata
-from kvpack.errors import FormatError, MismatchError
+from kvpack.errors import FormatError, MismatchError, naming
 from kvpack.formats.safetensors import TensorFile, build_header
 
 PROFILE_VERSION = 1
@@ -30,8 +30,8 @@ class Profile(Mapping[str, NDArray[Any]]):
     ``sha256`` is the digest of the whole file and identifies the profile.
     """
 
-    def __init__(self, file: TensorFile, name: str, sha256: str) -> None:
-        """Wrap an open file.
+    def __init__(self, file: TensorFile, path: Path, sha256: str) -> None:
+        """Wrap an open file that was read from ``path``.
 
         Raises:
             FormatError: The file is not a profile, or this kvpack does not read its version.
@@ -42,7 +42,7 @@ class Profile(Mapping[str, NDArray[Any]]):
         unsupported = next((spec.name for spec in file.tensors.values() if spec.dtype not in _NUMPY), None)
         if unsupported is not None:
             raise FormatError(f"{unsupported}: a profile's tensors are F16, F32, I32 or U8")
-        self.name, self.sha256 = name, sha256
+        self.path, self.name, self.sha256 = path, path.name, sha256
         self.metadata = file.metadata
         self._file = file
         self._read: dict[str, NDArray[Any]] = {}
@@ -58,10 +58,8 @@ class Profile(Mapping[str, NDArray[Any]]):
         file = TensorFile.open(path)
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        try:
-            return cls(file, path.name, digest)
-        except FormatError as error:
-            raise FormatError(f"{path}: {error}") from None
+        with naming(str(path)):
+            return cls(file, path, digest)
 
     @property
     def size(self) -> int:

@@ -47,7 +47,7 @@ def main() -> None:
             for s in specs
         )
         names = {spec.name for spec in specs}
-        size = sum(r.size for p in archive.parts if p.plan.tensor.name in names for r, _ in p.streams)
+        size = sum(r.size for p in archive.container.parts if p.spec.tensor.name in names for r, _ in p.streams)
         print(f"{kind}: entropy by channel {ideal / elements:.3f}, streams {8 * size / elements:.3f} bits/element")
 
 

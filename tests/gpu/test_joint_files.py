@@ -91,7 +91,7 @@ def test_each_reads_the_others(gpu: Any, source: Path, profile: Profile, chunk: 
     assert abs(len(mine) - len(cpu)) < len(cpu) // 1000 + 16
     original = {n: Capture.open(source).read(n) for n in opened(cpu, None).tensors}
     archives = opened(cpu, profile), opened(mine, profile)
-    assert [p.digest for p in archives[0].parts] == [p.digest for p in archives[1].parts]
+    assert [p.digest for p in archives[0].container.parts] == [p.digest for p in archives[1].container.parts]
     for file in (cpu, mine):
         by_cpu, by_gpu = decompress(file, profile, None), decompress(file, profile, gpu)
         assert_close(by_gpu, by_cpu)

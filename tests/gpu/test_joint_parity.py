@@ -74,7 +74,7 @@ def test_coordinates(gpu: Any, tokens: int, units: int, ids: bool) -> None:
     memory, starts = sent(gpu, bits)
     addresses = torch.stack([starts + u * tokens * DIMS * 2 for u in range(units)])
     faults = torch.zeros(units, dtype=torch.int32, device=gpu.device)
-    turned = klt.turns(matrices.frequencies, part.total, gpu.device)
+    turned = klt.turns(matrices.frequencies, part.length, gpu.device)
     stacks = klt.Stacks(addresses, (HEADS, tokens, DIMS), tokens * units * DIMS, 0, *turned)
     z, digests = klt.forward(gpu, matrices, stacks, given, faults)
     assert not faults.any()

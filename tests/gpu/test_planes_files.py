@@ -120,7 +120,7 @@ def floats(raw: bytes) -> np.ndarray:
 def planes_of(data: bytes) -> list[tuple[PartSpec, Chain, list[np.ndarray]]]:
     """Each part, its chain and its planes, as the CPU reads them."""
     archive, found = opened(data), []
-    for part in archive.parts:
+    for part in archive.container.parts:
         chain = archive.codecs[part.codec].chain_for(part.spec)
         specs = route_of(chain, described(part.spec)).stored
         streams = archive.container.part(part).streams
@@ -147,7 +147,9 @@ def test_turboquants_file_differs_in_ties_alone(gpu: Any, tmp_path: Path, codec:
     (cpu, by_cpu), (mine, by_gpu) = compress(source, None, codec, 128), compress(source, gpu, codec, 128)
     assert by_cpu.carried == by_gpu.carried == []
     assert abs(len(mine) - len(cpu)) < len(cpu) // 1000 + 16
-    assert [part.digest for part in opened(mine).parts] == [part.digest for part in opened(cpu).parts]
+    assert [part.digest for part in opened(mine).container.parts] == [
+        part.digest for part in opened(cpu).container.parts
+    ]
     for (plan, chain, got), (_, _, expected) in zip(planes_of(mine), planes_of(cpu), strict=True):
         values = to_float32(Capture.open(source).part(plan), "BF16")
         rotated = chain.transforms[0].forward(values, described(plan))
@@ -180,11 +182,13 @@ def assert_same_file(mine: bytes, theirs: bytes, codec: str) -> None:
     if not codec.startswith("turboquant"):
         assert mine == theirs
         return
-    assert [part.digest for part in opened(mine).parts] == [part.digest for part in opened(theirs).parts]
+    assert [part.digest for part in opened(mine).container.parts] == [
+        part.digest for part in opened(theirs).container.parts
+    ]
     for (plan, chain, got), (_, other, expected) in zip(planes_of(mine), planes_of(theirs), strict=True):
         assert chain == other
         if chain.quantizer.exact:
-            assert all((a == b).all() for a, b in zip(got, expected, strict=True)), plan.name
+            assert all((a == b).all() for a, b in zip(got, expected, strict=True)), plan.label
         elif expected[0].size:
             norms = [((c[1].astype(np.uint16) << 10) | c[2]).astype(int) for c in (got, expected)]
             assert np.abs(norms[0] - norms[1]).max() <= 1
@@ -278,7 +282,7 @@ def test_tensors_on_the_device(gpu: Any, tmp_path: Path, codec: str) -> None:
 def test_damage_is_found(gpu: Any, tmp_path: Path, codec: str) -> None:
     head = {name: bits[:1] for name, bits in layers().items() if name.startswith("layers.29.")}
     good = compress(write(tmp_path / "head.safetensors", head), None, codec)[0]
-    for record, offset in opened(good).parts[1].streams:
+    for record, offset in opened(good).container.parts[1].streams:
         for at in (0, record.size // 2, record.size - 1):
             changed = bytearray(good)
             changed[offset + at] ^= 1

@@ -31,8 +31,9 @@ SLOTS = 5
 AHEAD_BYTES = 256 << 20
 """Bytes of tasks that may be asked for while a task waits for others of its key."""
 
-AHEAD_JOBS = 128
-"""Jobs (files) whose tasks may be asked for likewise: every one keeps a file open."""
+AHEAD_JOBS = 32
+"""Jobs (files) whose tasks may be asked for likewise. Every job keeps a file open, and so do those of the batches that
+are under way."""
 
 AHEAD_CPU = 4
 """Tasks a thread that wait for the CPU or for their turn."""
