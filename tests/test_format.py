@@ -100,7 +100,7 @@ def test_goldens_are_what_is_written_today(name: str) -> None:
     for old, new in zip(golden.parts, today.parts, strict=True):
         assert (old.spec, old.codec, old.digest) == (new.spec, new.codec, new.digest)
         if golden.header.codecs[old.codec]["name"] != "zstd":
-            assert golden.read(old) == today.read(new)
+            assert golden.part(old).streams == today.part(new).streams
 
 
 @pytest.mark.parametrize("name", one_of_each_family(STACKED))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,8 +38,8 @@ def normal(shape: tuple[int, ...], seed: int, scale: float = 1.0) -> np.ndarray:
     return np.asarray(np.random.default_rng(seed).standard_normal(shape) * scale, np.float32)
 
 
-def part_of(shape: tuple[int, int, int], **options: object) -> Part:
-    return Part("F32", shape, 0, shape[1], **options)  # type: ignore[arg-type]
+def part_of(shape: tuple[int, int, int], profile: Any = None, **options: Any) -> Part:
+    return Part("F32", shape, 0, shape[1], context=DecodeContext(profile), **options)
 
 
 def coded(quantizer: Quantizer, values: np.ndarray, part: Part) -> np.ndarray:

@@ -83,11 +83,6 @@ def engine(device: str, sources: Sequence[Path], threads: int | None, quiet: boo
     return GpuEngine(found, threads)
 
 
-def named(path: Path) -> str:
-    """What messages call an input."""
-    return "standard input" if path == STDIO else str(path)
-
-
 def check_inputs(inputs: list[Path], output: Path | None, *, keep: bool, remove: bool, as_json: bool) -> None:
     """Refuse options that contradict each other."""
     if as_json and (output == STDIO or (output is None and STDIO in inputs)):

@@ -159,7 +159,7 @@ class _File:
         common.check_distinct(self.path, self.target)
         if self.target != common.STDIO:
             check_output(self.target, force=force)
-        capture = Capture.open(self.source, common.named(self.path))
+        capture = Capture.open(self.source, str(self.path))
         codec, profile = settings.wanted, settings.profile
         tokens, drop = settings.chunk_tokens, settings.drop
         if isinstance(codec, Goal):

@@ -91,7 +91,7 @@ def _decompress_one(
     left_out: list[str] = []
     title = f"{'testing' if target is None else 'decompressing'} {path.name}"
     with common.readable(path) as source, common.progress_bar(title, quiet) as progress:
-        file = jobs.KvpFile.open(source, profile, common.named(path))
+        file = jobs.KvpFile.open(source, profile, str(path))
         engine = common.engine(device, [source], threads, quiet, exact=all(codec.lossless for codec in file.codecs))
         if target is None:
             jobs.check(file, engine=engine, progress=progress)

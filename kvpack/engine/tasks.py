@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 from kvpack.cache import Window, WindowSpec
@@ -44,7 +45,7 @@ class EncodeTask:
     context: DecodeContext
     hints: Hints
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the block's elements."""
         return self.block.spec.nbytes
@@ -61,7 +62,7 @@ class DecodeTask:
     context: DecodeContext
     room: Room | None = None
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the block's elements."""
         return self.block.nbytes

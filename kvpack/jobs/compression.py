@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
@@ -191,9 +192,9 @@ class CompressJob:
     def write(self, results: InTurn, number: int, output: BinaryIO, progress: Progress | None = None) -> Compressed:
         """Write the file from the results of :meth:`tasks`."""
         writer = ContainerWriter(output, self.header)
-        expected = self.codec.expected_bits(self.context, self.cache.rows)
         carried: list[str] = []
-        coded = done = 0
+        sizes: Counter[str] = Counter()
+        done = 0
         total = sum(entry.nbytes for entry in self.kept.tensors)
         for w, blocks in enumerate(self.blocks):
             for b, (block, choices) in enumerate(blocks):
@@ -202,12 +203,16 @@ class CompressJob:
                     writer.add(part)
                     if part.codec != choices[0]:
                         carried.append(spec.label)
-                    coded += sum(len(s.data) for s in part.streams if expected and s.name == expected[0])
+                    sizes.update({stream.name: len(stream.data) for stream in part.streams})
                 done += block.nbytes
                 if progress:
                     progress(done, total)
-        surprise = 8 * coded / max(expected[1], 1) if expected and not carried else None
+        surprise = None if carried else self._surprise(sizes)
         return Compressed(self.codec.name, self.source.file.header.file_size, writer.finish(), carried, surprise)
+
+    def _surprise(self, sizes: Mapping[str, int]) -> float | None:
+        expected = self.codec.expected_bits(self.context, self.cache.rows)
+        return 8 * sizes[expected[0]] / max(expected[1], 1) if expected else None
 
 
 Write = Callable[[BinaryIO, Progress | None], Compressed]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvpack.cache import WindowSpec
+from kvpack.cache import PartSpec, WindowSpec
 from kvpack.engine import CpuEngine, Engine, Room
 from kvpack.errors import FormatError, KvpackError, UsageError, naming
 from kvpack.formats.captures import layer_of
@@ -75,14 +75,23 @@ class Opened:
         import torch
 
         dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-        tensors = {
-            name: torch.empty(entry.shape, dtype=dtypes[entry.dtype], device=device)
-            for name, entry in self._layers().items()
-        }
-        integers = {name: tensor.view(_integer(tensor)) for name, tensor in tensors.items()}
+        tensors: dict[str, torch.Tensor] = {}
+        integers: dict[str, torch.Tensor] = {}
+        alike: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+        for name, entry in self._layers().items():
+            alike.setdefault((entry.dtype, entry.shape), []).append(name)
+        for (dtype, shape), names in alike.items():  # few allocations, and few views to make
+            every = torch.empty((len(names), *shape), dtype=dtypes[dtype], device=device)
+            tensors.update(zip(names, every.unbind(), strict=True))
+            integers.update(zip(names, every.view(_integer(every)).unbind(), strict=True))
+        tensors = {name: tensors[name] for name in self._layers()}
+
+        def view(part: PartSpec) -> torch.Tensor:
+            whole = integers[part.tensor.name]
+            return whole if part.tokens == part.tensor.rows else whole[:, part.first : part.first + part.tokens]
 
         def room(block: WindowSpec) -> Room:
-            views = (integers[p.tensor.name][:, p.first : p.first + p.tokens] for p in block.parts)
+            views = map(view, block.parts)
             if isinstance(engine, CpuEngine):
                 return Room(tuple(view.numpy().view(f"u{view.element_size()}") for view in views))
             return Room(tuple(views))

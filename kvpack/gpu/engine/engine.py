@@ -46,10 +46,15 @@ class _Batch:
     kernels: Kernels
     since: int
     tasks: list[Task] = field(default_factory=list)
+    nbytes: int = 0
 
-    @property
-    def nbytes(self) -> int:
-        return sum(task.nbytes for task in self.tasks)
+    def fits(self, task: Task, size: int) -> bool:
+        small = self.nbytes + size <= self.kernels.batch_bytes
+        return small and self.kernels.joins(self.tasks, task)
+
+    def add(self, task: Task, size: int) -> None:
+        self.tasks.append(task)
+        self.nbytes += size
 
 
 class GpuEngine:
@@ -109,14 +114,15 @@ class GpuEngine:
         passed = 0
         for task in tasks:
             kernels, key = self._route(task)
+            size = task.nbytes
             if kernels is None:
                 yield None, [task]
             else:
                 held = waiting.get(key)
-                if held is not None and not _fits(held, task):
+                if held is not None and not held.fits(task, size):
                     yield kernels, waiting.pop(key).tasks
-                waiting.setdefault(key, _Batch(kernels, passed)).tasks.append(task)
-            passed += task.nbytes
+                waiting.setdefault(key, _Batch(kernels, passed)).add(task, size)
+            passed += size
             while waiting and _overdue(oldest := next(iter(waiting.values())), passed, task):
                 yield oldest.kernels, waiting.pop(next(iter(waiting))).tasks
         yield from ((batch.kernels, batch.tasks) for batch in waiting.values())
@@ -127,11 +133,6 @@ class GpuEngine:
             if key is not None:
                 return kernels, (number, key)
         return None, None
-
-
-def _fits(batch: _Batch, task: Task) -> bool:
-    small = batch.nbytes + task.nbytes <= batch.kernels.batch_bytes
-    return small and batch.kernels.joins(batch.tasks, task)
 
 
 def _overdue(batch: _Batch, passed: int, task: Task) -> bool:

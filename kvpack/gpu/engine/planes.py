@@ -35,36 +35,49 @@ if TYPE_CHECKING:
 
 BATCH_PARTS = 512
 MAX_PARTS = 4096
+MAX_LAYOUTS = 4096
 """Parts of a batch that is decoded: their streams are one launch's blocks."""
 
 FAULTS = ("corrupt: the checksum of a stream of {} does not match", "{}: rans stream: unsound")
 
 
-def _layout(part: PartSpec, codec: Codec) -> Layout:
-    found = layout_of(part, codec) if isinstance(codec, ChainCodec) else None
-    assert found is not None
-    return found
+class _Layouts:
+    """Layouts of parts, found once for parts that differ in their layer alone."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, tuple[Codec, Layout | None]] = {}
+
+    def of(self, part: PartSpec, codec: Codec) -> Layout | None:
+        tensor = part.tensor
+        alike = (tensor.layer is None, tensor.dtype, tensor.shape, part.first, part.tokens, part.length)
+        key = (id(codec), tensor.name.endswith(".keys"), *alike)
+        if key not in self._known:
+            if len(self._known) >= MAX_LAYOUTS:
+                self._known.clear()
+            found = layout_of(part, codec) if isinstance(codec, ChainCodec) else None
+            self._known[key] = codec, found  # a codec that is held keeps its id
+        return self._known[key][1]
+
+    def must(self, part: PartSpec, codec: Codec) -> Layout:
+        found = self.of(part, codec)
+        assert found is not None
+        return found
 
 
-def _key(part: PartSpec, codec: Codec) -> Hashable | None:
-    if not isinstance(codec, ChainCodec):
-        return None
-    layout = layout_of(part, codec)
-    return None if layout is None else (id(codec), part.shape, layout.start, layout.stop)
-
-
-def _by_chain(parts: Sequence[PartSpec], codec: ChainCodec) -> list[int]:
+def _in_runs(parts: Sequence[PartSpec], codec: ChainCodec) -> list[int]:
     """Positions of parts, those of each chain next to each other."""
-    return sorted(range(len(parts)), key=lambda i: codec.keys != codec.chain_for(parts[i]))
+    if codec.keys == codec.values:
+        return list(range(len(parts)))
+    return sorted(range(len(parts)), key=lambda i: not parts[i].tensor.name.endswith(".keys"))
 
 
-def _runs(parts: Sequence[PartSpec], codec: ChainCodec) -> Iterator[tuple[slice, Layout]]:
-    """Parts next to each other that have one layout."""
+def _runs(parts: Sequence[PartSpec], codec: ChainCodec) -> Iterator[slice]:
+    """Parts next to each other that have one chain."""
+    both = codec.keys == codec.values
     stop = 0
-    for _, run in groupby(parts, key=lambda part: codec.chain_for(part) == codec.keys):
-        first, *others = run
-        start, stop = stop, stop + 1 + len(others)
-        yield slice(start, stop), _layout(first, codec)
+    for _, run in groupby(parts, key=lambda part: both or part.tensor.name.endswith(".keys")):
+        start, stop = stop, stop + len(list(run))
+        yield slice(start, stop)
 
 
 @dataclass(frozen=True)
@@ -107,13 +120,15 @@ class PlaneEncoding:
 
     def __init__(self, gpu: Launcher, pinned: Sequence[torch.Tensor]) -> None:
         """See :class:`kvpack.gpu.engine.GpuEngine`."""
-        self._gpu, self._pinned = gpu, pinned
+        self._gpu, self._pinned, self._layouts = gpu, pinned, _Layouts()
 
     def key(self, task: Task) -> Hashable | None:
         """The codec, and what of the part is coded."""
         if not isinstance(task, EncodeTask) or len(task.block.spec.parts) > 1:
             return None
-        return _key(task.block.spec.parts[0], task.codecs[0][1])
+        part, codec = task.block.spec.parts[0], task.codecs[0][1]
+        layout = self._layouts.of(part, codec)
+        return None if layout is None else (id(codec), part.shape, layout.start, layout.stop)
 
     def joins(self, batch: Sequence[Task], task: Task) -> bool:
         """Whether a batch can have so many."""
@@ -122,7 +137,7 @@ class PlaneEncoding:
     def stage(self, tasks: list[EncodeTask], slot: Slot) -> _Batch:
         """Begin to copy the parts."""
         codec: Any = tasks[0].codecs[0][1]
-        tasks = [tasks[i] for i in _by_chain(list(map(_part, tasks)), codec)]
+        tasks = [tasks[i] for i in _in_runs(list(map(_part, tasks)), codec)]
         pieces = (piece for task in tasks for piece in octets(task.block.arrays[0]))
         return _Batch(tasks, slot, stage(slot, pieces, self._pinned))
 
@@ -141,7 +156,8 @@ class PlaneEncoding:
             sent = slot.send(host)
             given = sent[batch.staged.skip :].view(torch.bfloat16).view(count, *shape)
             alive, lost = [host, sent, batch.staged], []
-            for rows, layout in _runs(parts, codec):
+            for rows in _runs(parts, codec):
+                layout = self._layouts.must(parts[rows.start], codec)
                 arrays, wrong = layout.gather(gpu, given[rows])
                 alive += arrays
                 lost.append(wrong)
@@ -215,16 +231,17 @@ class PlaneDecoding:
 
     def __init__(self, gpu: Launcher, pinned: Sequence[torch.Tensor]) -> None:
         """See :class:`kvpack.gpu.engine.GpuEngine`."""
-        self._gpu, self._pinned = gpu, pinned
+        self._gpu, self._pinned, self._layouts = gpu, pinned, _Layouts()
 
     def key(self, task: Task) -> Hashable | None:
         """The codec, what of the part is coded, and whether it has a room."""
         if not isinstance(task, DecodeTask) or len(task.parts) > 1:
             return None
-        key = _key(task.block.parts[0], task.codec)
-        if key is None or not _reads(task.parts[0], _layout(task.block.parts[0], task.codec)):
+        part, codec = task.block.parts[0], task.codec
+        layout = self._layouts.of(part, codec)
+        if layout is None or not _reads(task.parts[0], layout):
             return None
-        return key, task.room is None
+        return id(codec), part.shape, layout.start, layout.stop, task.room is None
 
     def joins(self, batch: Sequence[Task], task: Task) -> bool:
         """Whether a batch can have so many."""
@@ -233,7 +250,7 @@ class PlaneDecoding:
     def stage(self, tasks: list[DecodeTask], slot: Slot) -> _Batch:
         """Begin to copy the streams."""
         codec: Any = tasks[0].codec
-        tasks = [tasks[i] for i in _by_chain(list(map(_part, tasks)), codec)]
+        tasks = [tasks[i] for i in _in_runs(list(map(_part, tasks)), codec)]
         pieces = (np.frombuffer(s.data, np.uint8) for task in tasks for s in task.parts[0].streams)
         return _Batch(tasks, slot, stage(slot, pieces, self._pinned))
 
@@ -277,7 +294,9 @@ class PlaneDecoding:
     ) -> tuple[list[tuple[Layout, list[torch.Tensor], torch.Tensor]], list[tuple[Geometry, int]], NDArray[np.int64]]:
         """Arrays to be decoded and where they go from there; of each stream its plane, whether it is coded; columns."""
         pieces, kinds, rows, sums = [], [], [], []
-        for some, layout in _runs(batch.parts, batch.tasks[0].codec):
+        codec = batch.tasks[0].codec
+        for some in _runs(batch.parts, codec):
+            layout = self._layouts.must(batch.parts[some.start], codec)
             arrays = layout.empty(self._gpu, some.stop - some.start)
             pieces.append((layout, arrays, tensors[some]))
             targets = zip(*(addresses_of(arrays[plane.array]) for plane in layout.planes), strict=True)
