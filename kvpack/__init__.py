@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvpack.version import __version__
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from kvpack.jobs.opened import Opened
     from kvpack.profiles import Profile
 
-__version__ = "0.1.0"
+__all__ = ["__version__", "open"]
 
 
 def open(path: str | Path, profile: str | Path | Profile | None = None) -> Opened:

@@ -11,7 +11,6 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-import kvpack
 from kvpack.calibration import aquakv, gradients, kvtc, prediction, scales, token_klt
 from kvpack.calibration.corpus import SKIPPED, CorpusOptions, Sample
 from kvpack.calibration.gradients import Network
@@ -21,6 +20,7 @@ from kvpack.capture import Model
 from kvpack.codecs.chain.base import Floats
 from kvpack.codecs.chain.quantizers.higgs import FIRST_BITS, Higgs
 from kvpack.codecs.recipes import AQUAKV_BITS, KVTC_RATES
+from kvpack.version import __version__
 
 Arrays = dict[str, NDArray[Any]]
 Say = Callable[[str], None]
@@ -183,7 +183,7 @@ def metadata(model: Model, sample: Sample, options: CorpusOptions) -> dict[str, 
             "tokens": sample.tokens.size,
         },
         "versions": {
-            "kvpack": kvpack.__version__,
+            "kvpack": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },

@@ -11,11 +11,11 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-import kvpack
 from kvpack.capture.model import Model
 from kvpack.capture.needles import Needle, plant
 from kvpack.capture.probe import Probe, listening
 from kvpack.errors import KvpackError, UnsupportedError, UsageError
+from kvpack.version import __version__
 
 CAPTURE_VERSION = 1
 MASS_WINDOW = 256
@@ -208,7 +208,7 @@ def _metadata(
         "schedule": {"prefill": chunks, "decode": options.generate},
         "dtype": str(key.dtype).removeprefix("torch."),
         "versions": {
-            "kvpack": kvpack.__version__,
+            "kvpack": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },

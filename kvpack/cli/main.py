@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-import kvpack
 from kvpack.cli.bench import bench
 from kvpack.cli.calibrate import calibrate
 from kvpack.cli.capture import capture
@@ -19,6 +18,7 @@ from kvpack.cli.demo import demo
 from kvpack.cli.inspect import inspect
 from kvpack.cli.verify import verify
 from kvpack.errors import KvpackError
+from kvpack.version import __version__
 
 app = typer.Typer(
     name="kvpack",
@@ -35,7 +35,7 @@ for command in (capture, compress, decompress, verify, inspect, calibrate, bench
 
 def _version(value: bool) -> None:
     if value:
-        typer.echo(f"kvpack {kvpack.__version__}")
+        typer.echo(f"kvpack {__version__}")
         raise typer.Exit
 
 

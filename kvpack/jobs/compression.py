@@ -10,7 +10,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import BinaryIO
 
-import kvpack
 from kvpack.cache import CacheSpec, WindowSpec, windows
 from kvpack.codecs.context import DecodeContext, Hints
 from kvpack.codecs.protocol import Codec, Need
@@ -26,6 +25,7 @@ from kvpack.jobs.hints import encoder_hints
 from kvpack.kvp import ContainerWriter
 from kvpack.kvp.header import Header
 from kvpack.profiles import Profile
+from kvpack.version import __version__
 
 CHUNK_TOKENS = 2048
 CHUNK_MULTIPLE = 128
@@ -158,7 +158,7 @@ class CompressJob:
             for number in choices:
                 names |= self.codecs[number].stream_names(block, self.context)
         return Header(
-            writer=f"kvpack {kvpack.__version__}",
+            writer=f"kvpack {__version__}",
             codecs=[codec.to_json() for codec in self.codecs],
             chunk_tokens=self.chunk_tokens,
             lossless=self.codec.lossless,

@@ -105,7 +105,7 @@ def main() -> None:
                 made.unlink(missing_ok=True)
         for name, ((slow, little), (fast, much)) in rows.items():
             print(
-                f"{codec:14} {name:12} {slow:10.0f} {fast:10.0f} {fast / slow:6.2f} {little:9.0f} {much:9.0f}",
+                f"{codec:14} {name:12} {slow:10.0f} {fast:10.0f} {fast / slow:10.2f} {little:10.0f} {much:10.0f}",
                 flush=True,
             )
     for path in files:

@@ -140,11 +140,11 @@ def measure(captures: list[Path], gib: float, profile: Profile | None = None) ->
 
 def to_json(lines: list[Speed]) -> dict[str, Any]:
     """Return the lines with the device's name and the versions of the programs."""
-    import kvpack
+    from kvpack.version import __version__
 
     return {
         "schema_version": 1,
-        "kvpack": kvpack.__version__,
+        "kvpack": __version__,
         "device": torch.cuda.get_device_name(0),
         "torch": torch.__version__,
         "lines": [asdict(line) for line in lines],
