@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 
 class Role(StrEnum):
@@ -61,13 +62,13 @@ class PartSpec:
             return self.tensor.name
         return f"{self.tensor.name}[{self.first}:{self.first + self.tokens}]"
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int]:
         """``(H, T, D)`` of the part."""
         heads, _, dims = self.tensor.shape
         return heads, self.tokens, dims
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the part's elements."""
         heads, tokens, dims = self.shape

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import torch
 
 from kvpack.cache import PartSpec
 from kvpack.codecs.chain.base import Part, PlaneSpec
@@ -18,12 +20,8 @@ from kvpack.codecs.chain.codec import ChainCodec
 from kvpack.codecs.chain.entropy.rans import Rans
 from kvpack.codecs.chain.pipeline import route_of
 from kvpack.gpu.engine.quantizers import Kernels, kernels_of
-
-if TYPE_CHECKING:
-    import torch
-
-    from kvpack.gpu.kernels.rans import Parts
-    from kvpack.gpu.runtime.launch import Launcher
+from kvpack.gpu.kernels.rans import Parts, supports
+from kvpack.gpu.runtime.launch import Launcher
 
 
 class Geometry(NamedTuple):
@@ -37,8 +35,6 @@ class Geometry(NamedTuple):
 
     def parts(self, addresses: torch.Tensor) -> Parts:
         """Planes of arrays at ``addresses``."""
-        from kvpack.gpu.kernels.rans import Parts
-
         return Parts(addresses, self.shape, self.shape[1] * self.shape[2], self.item, self.shift, self.width)
 
 
@@ -63,8 +59,6 @@ class Layout:
 
     def gather(self, gpu: Launcher, tensors: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Arrays of bf16 ``tensors`` ``[P, H, T, D]``; and ``[P]``, whether one cannot be represented."""
-        import torch
-
         arrays, lost = [], torch.zeros(len(tensors), dtype=torch.bool, device=gpu.device)
         if self.kept:
             arrays.append(torch.cat([tensors[:, :, : self.start], tensors[:, :, self.stop :]], 2))
@@ -83,8 +77,6 @@ class Layout:
 
     def empty(self, gpu: Launcher, count: int) -> list[torch.Tensor]:
         """Arrays of ``count`` parts, to be filled."""
-        import torch
-
         dtypes = [torch.bfloat16] * self.kept + [torch.uint8] + [torch.float16] * len(self.arrays)
         shapes = [planes[0].shape for planes in self.arrays]
         return [torch.empty((count, *s), dtype=d, device=gpu.device) for s, d in zip(shapes, dtypes, strict=False)]
@@ -100,8 +92,6 @@ def layout_of(part: PartSpec, codec: ChainCodec) -> Layout | None:
 
 @lru_cache(maxsize=4096)
 def _layout(chain: Chain, part: Part) -> Layout | None:
-    from kvpack.gpu.kernels.rans import supports
-
     kernels = kernels_of(chain, part.shape[2])
     if kernels is None or not isinstance(chain.entropy, Rans):
         return None

@@ -7,9 +7,10 @@ from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from kvpack.engine import DecodeTask, Done, Task, available_threads
 from kvpack.engine.cpu import run_task
@@ -19,11 +20,7 @@ from kvpack.gpu.engine.kernels import Kernels, Outcome
 from kvpack.gpu.engine.lossless import LosslessDecoding, LosslessEncoding
 from kvpack.gpu.engine.planes import PlaneDecoding, PlaneEncoding
 from kvpack.gpu.runtime.host import Slot
-
-if TYPE_CHECKING:
-    import torch
-
-    from kvpack.gpu.runtime.launch import Launcher
+from kvpack.gpu.runtime.launch import Launcher
 
 SLOTS = 5
 """Batches at a time: one that is staged, two under way, one collected, one whose results are used."""
@@ -225,8 +222,6 @@ def _on_cpu(task: Task) -> Done:
     done = run_task(replace(task, room=None))
     if done.error is not None:
         return done
-    import torch
-
     for target, bits in zip(task.room.arrays, done.arrays, strict=True):
         signed = np.ascontiguousarray(bits).view(np.dtype(f"i{bits.itemsize}"))
         target.copy_(torch.from_numpy(signed))

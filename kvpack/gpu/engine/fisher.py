@@ -10,9 +10,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from kvpack.cache import WindowSpec
 from kvpack.codecs.chain.base import Part
@@ -26,14 +27,11 @@ from kvpack.errors import CorruptError, UnsupportedError
 from kvpack.gpu.engine.fisher_kernels import Coefficients, FisherKernels
 from kvpack.gpu.engine.kernels import Outcome
 from kvpack.gpu.engine.staging import Staged, octets, signed, stage, unsigned
+from kvpack.gpu.kernels import scaled_rans
 from kvpack.gpu.runtime.host import Slot
+from kvpack.gpu.runtime.launch import Launcher
 from kvpack.kvp.frame import FramePart, Stream
 from kvpack.numerics.checksum import checksum
-
-if TYPE_CHECKING:
-    import torch
-
-    from kvpack.gpu.runtime.launch import Launcher
 
 KEPT = 2
 """Profiles and captures whose matrices stay in device memory."""
@@ -153,8 +151,6 @@ class FisherEncoding(_Windows):
 
     def start(self, batch: _Batch) -> _Encoding:
         """Transform, quantize and encode, and ask for sizes, checksums and shifts."""
-        import torch
-
         first = batch.tasks[0].block.spec.parts[0]
         shape, tensors, units = first.shape, len(batch.stacks[0].order), len(batch.tasks)
         kernels, position = batch.kernels, first.position
@@ -253,10 +249,6 @@ class FisherDecoding(_Windows):
 
     def start(self, batch: _Batch) -> _Decoding:
         """Decode, and ask for the parts that have no room of their own, and for what was wrong."""
-        import torch
-
-        from kvpack.gpu.kernels import scaled_rans
-
         tasks, kernels = batch.tasks, batch.kernels
         first = tasks[0].block.parts[0]
         heads, tokens, dims = first.shape
@@ -289,8 +281,6 @@ class FisherDecoding(_Windows):
 
     def _targets(self, batch: _Batch) -> tuple[torch.Tensor | None, list[list[int]], int]:
         """Memory of the batch's own, if it has no rooms; where each window's tensors go; how far apart heads lie."""
-        import torch
-
         first = batch.tasks[0].block.parts[0]
         heads, tokens, dims = first.shape
         if batch.tasks[0].room is not None:

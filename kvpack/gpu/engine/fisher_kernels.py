@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import ceil, log2
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kvpack.codecs.chain.base import Part, Scales
@@ -20,13 +20,14 @@ from kvpack.codecs.chain.entropy.scaled_rans import ScaledRans, checked
 from kvpack.codecs.chain.quantizers.dead_zone import MIDDLE, DeadZone, token_levels
 from kvpack.codecs.chain.quantizers.dead_zone.reference import MAX_SHIFT
 from kvpack.codecs.chain.transforms.token_klt import TokenKlt
-
-if TYPE_CHECKING:
-    import torch
-
-    from kvpack.gpu.kernels.scaled_rans import Classes, Coded
-    from kvpack.gpu.kernels.token_klt import Stacks
-    from kvpack.gpu.runtime.launch import Launcher
+from kvpack.gpu.kernels import dead_zone
+from kvpack.gpu.kernels import scaled_rans as coder
+from kvpack.gpu.kernels import token_klt as klt
+from kvpack.gpu.kernels.dead_zone import Choices, quantize, restore
+from kvpack.gpu.kernels.scaled_rans import Classes, Coded, Tables, decode, encode
+from kvpack.gpu.kernels.token_klt import Matrices, Stacks, Tokens, forward, inverse, predict, turns
+from kvpack.gpu.runtime.launch import Launcher
+from kvpack.gpu.runtime.tensors import sent
 
 Levels = NDArray[np.int32]
 """Levels, or shifts, of the tokens of units of one length, ``[U, T]``."""
@@ -70,10 +71,6 @@ class FisherKernels:
             MismatchError: the profile is not sound, or not for this cache.
 
         """
-        from kvpack.gpu.kernels.dead_zone import Choices
-        from kvpack.gpu.kernels.scaled_rans import Tables
-        from kvpack.gpu.kernels.token_klt import Matrices, Tokens, turns
-
         klt, quantizer = chain.transforms[0], chain.quantizer
         assert isinstance(klt, TokenKlt)
         assert isinstance(quantizer, DeadZone)
@@ -99,10 +96,6 @@ class FisherKernels:
     @staticmethod
     def supports(part: Part, chain: Chain, tensors: int, max_shared: int) -> bool:
         """Whether the kernels take such windows, of so many tensors each, with so much shared memory a block."""
-        from kvpack.gpu.kernels import dead_zone
-        from kvpack.gpu.kernels import scaled_rans as coder
-        from kvpack.gpu.kernels import token_klt as klt
-
         if part.dtype != "BF16" or not is_fisher(chain):
             return False
         stage = chain.transforms[0]
@@ -128,15 +121,11 @@ class FisherKernels:
 
     def _classes(self, levels: Levels, shifts: Levels) -> tuple[Classes, NDArray[np.float32]]:
         """Classes in device memory, and each token's step, ``[U * T]``."""
-        from kvpack.gpu.kernels.scaled_rans import Classes
-
         scales = [self._scales(*both) for both in zip(levels, shifts, strict=True)]
         steps = self._quantizer.steps(levels.reshape(-1)).reshape(-1)
         return Classes.of(scales, self._tables, self._gpu.device), steps
 
     def _stacks(self, addresses: torch.Tensor, shape: tuple[int, int, int], head_stride: int, first: int) -> Stacks:
-        from kvpack.gpu.kernels.token_klt import Stacks
-
         return Stacks(addresses, shape, head_stride, first, self._cosines, self._sines)
 
     def compress(
@@ -146,13 +135,6 @@ class FisherKernels:
 
         ``S`` counts all layers' keys and, behind them, values; nothing is waited for.
         """
-        import torch
-
-        from kvpack.gpu.kernels.dead_zone import quantize
-        from kvpack.gpu.kernels.scaled_rans import encode
-        from kvpack.gpu.kernels.token_klt import forward
-        from kvpack.gpu.runtime.tensors import sent
-
         gpu, matrices = self._gpu, self.matrices
         classes, steps = self._classes(levels, np.zeros_like(levels))
         faults = torch.zeros(len(addresses), dtype=torch.int32, device=gpu.device)
@@ -181,13 +163,6 @@ class FisherKernels:
 
         Returns, ``[U]`` each: faults of the streams, their checksums, and whether values are not finite.
         """
-        import torch
-
-        from kvpack.gpu.kernels.dead_zone import restore
-        from kvpack.gpu.kernels.scaled_rans import decode
-        from kvpack.gpu.kernels.token_klt import inverse, predict
-        from kvpack.gpu.runtime.tensors import sent
-
         gpu, matrices = self._gpu, self.matrices
         classes, steps = self._classes(levels, shifts)
         codes, unsound, sums = decode(gpu, streams, sizes, classes, groups)

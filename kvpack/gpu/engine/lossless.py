@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kvpack.cache import PartSpec
@@ -23,13 +24,11 @@ from kvpack.engine import DecodeTask, Done, EncodeTask, Task
 from kvpack.errors import CorruptError
 from kvpack.gpu.engine.kernels import Outcome
 from kvpack.gpu.engine.staging import Staged, octets, signed, stage, unsigned
+from kvpack.gpu.kernels import rans
+from kvpack.gpu.kernels.rans import MAX_PAYLOAD
 from kvpack.gpu.runtime.host import Slot
+from kvpack.gpu.runtime.launch import Launcher
 from kvpack.kvp.frame import FramePart, Stream
-
-if TYPE_CHECKING:
-    import torch
-
-    from kvpack.gpu.runtime.launch import Launcher
 
 BATCH_PARTS = 512
 MAX_PARTS = 4096
@@ -44,8 +43,6 @@ FAULTS = (
 
 def supports(part: PartSpec, codec: Codec) -> bool:
     """Whether the kernels code this part: bf16 keys or values, coded losslessly, of a shape that they take."""
-    from kvpack.gpu.kernels import rans
-
     if part.tensor.layer is None or part.tensor.dtype != "BF16" or not isinstance(codec, ChainCodec):
         return False
     chain = codec.chain_for(part)
@@ -104,10 +101,6 @@ class LosslessEncoding:
 
     def start(self, batch: _Batch) -> _Encoding:
         """Encode, and ask for sizes, checksums and mantissas."""
-        import torch
-
-        from kvpack.gpu.kernels import rans
-
         shape, count = batch.tasks[0].block.spec.parts[0].shape, len(batch.tasks)
         host = batch.staged.ready()
         with batch.slot as slot:
@@ -171,8 +164,6 @@ class LosslessDecoding:
 
     def key(self, task: Task) -> Hashable | None:
         """The shape of a part, and how far apart heads lie where it is decoded to."""
-        from kvpack.gpu.kernels.rans import MAX_PAYLOAD
-
         if not isinstance(task, DecodeTask) or len(task.parts) > 1 or len(task.parts[0].streams) != 2:
             return None
         part = task.block.parts[0]
@@ -196,8 +187,6 @@ class LosslessDecoding:
 
     def start(self, batch: _Batch) -> _Decoding:
         """Decode, and ask for the parts that have no room of their own, and for what was wrong."""
-        import torch
-
         tasks = batch.tasks
         shape = tasks[0].block.parts[0].shape
         host = batch.staged.ready()
@@ -223,10 +212,6 @@ class LosslessDecoding:
 
     def _decode(self, batch: _Decoding, tasks: list[DecodeTask], stride: int, at: int, goals: NDArray[np.int64]) -> int:
         """Ask for the decoding of parts whose streams lie from ``at`` on, and for all their checks; where they end."""
-        import torch
-
-        from kvpack.gpu.kernels import rans
-
         slot, rows = batch.slot, np.array([_row(task.parts[0]) for task in tasks], np.int64)
         sizes = rows[:, [CODED_SIZE, PACKED_SIZE]].reshape(-1)
         ends = at + np.cumsum(sizes)

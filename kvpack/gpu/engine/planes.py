@@ -10,9 +10,10 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kvpack.cache import PartSpec
@@ -24,14 +25,11 @@ from kvpack.errors import CorruptError
 from kvpack.gpu.engine.arrays import Geometry, Layout, addresses_of, layout_of
 from kvpack.gpu.engine.kernels import Outcome
 from kvpack.gpu.engine.staging import Staged, octets, signed, stage, unsigned
+from kvpack.gpu.kernels import rans
+from kvpack.gpu.kernels.rans import MAX_PAYLOAD, Streams
 from kvpack.gpu.runtime.host import Slot
+from kvpack.gpu.runtime.launch import Launcher
 from kvpack.kvp.frame import FramePart, Stream
-
-if TYPE_CHECKING:
-    import torch
-
-    from kvpack.gpu.kernels.rans import Streams
-    from kvpack.gpu.runtime.launch import Launcher
 
 BATCH_PARTS = 512
 MAX_PARTS = 4096
@@ -143,10 +141,6 @@ class PlaneEncoding:
 
     def start(self, batch: _Batch) -> _Encoding:
         """Quantize and encode, and ask for sizes and checksums."""
-        import torch
-
-        from kvpack.gpu.kernels import rans
-
         parts, codec = batch.parts, batch.tasks[0].codecs[0][1]
         gpu, shape, count = self._gpu, parts[0].shape, len(parts)
         host = batch.staged.ready()
@@ -256,10 +250,6 @@ class PlaneDecoding:
 
     def start(self, batch: _Batch) -> _Decoding:
         """Decode, and ask for the parts that have no room of their own, and for what was wrong."""
-        import torch
-
-        from kvpack.gpu.kernels import rans
-
         tasks, gpu = batch.tasks, self._gpu
         shape, rooms = batch.parts[0].shape, [task.room for task in tasks]
         host = batch.staged.ready()
@@ -315,10 +305,6 @@ class PlaneDecoding:
         self, kinds: list[tuple[Geometry, int]], table: torch.Tensor, tables: NDArray[np.int64]
     ) -> torch.Tensor:
         """Streams ``[S]``, those of a kind next to each other, into their planes; faults ``[S]``."""
-        import torch
-
-        from kvpack.gpu.kernels import rans
-
         faults, at = [], 0
         for (geometry, mode), run in groupby(kinds):
             stop = at + len(list(run))
@@ -347,8 +333,6 @@ class PlaneDecoding:
             wrong.update((int(part), kind) for part in batch.parts[found])
         every: Any = None
         if batch.fetched is not None:
-            import torch
-
             every = batch.fetched.view(torch.int16).numpy().view(np.uint16)
         for i, task in enumerate(batch.tasks):
             if i in wrong:
@@ -359,8 +343,6 @@ class PlaneDecoding:
 
 def _reads(part: FramePart, layout: Layout) -> bool:
     """Whether the kernels read a part's streams as they are."""
-    from kvpack.gpu.kernels.rans import MAX_PAYLOAD
-
     if [plane.name for plane in layout.planes] != [stream.name for stream in part.streams]:
         return False
     return all(

@@ -6,17 +6,16 @@ Each has, for a quantizer's ``codes`` and then for each of its pairs of float pl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
+
+import torch
 
 from kvpack.codecs.chain.chain import Chain
 from kvpack.codecs.chain.quantizers.affine import Affine
 from kvpack.codecs.chain.quantizers.lloyd_max import LloydMax
 from kvpack.codecs.chain.transforms.rotation import Rotation
-
-if TYPE_CHECKING:
-    import torch
-
-    from kvpack.gpu.runtime.launch import Launcher
+from kvpack.gpu.kernels import affine, lloyd_max
+from kvpack.gpu.runtime.launch import Launcher
 
 STEP = 8
 """Bits from a code to the next."""
@@ -40,11 +39,9 @@ class Kivi:
 
     def compress(self, gpu: Launcher, tensors: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """See :class:`Kernels`: codes, scales, zeros."""
-        from kvpack.gpu.kernels import affine as cuda
-
         parts, heads, _, dims = tensors.shape
         own = self.quantizer
-        arrays = cuda.compress(gpu, tensors.reshape(parts * heads, -1, dims), own.bits, own.axis, STEP)
+        arrays = affine.compress(gpu, tensors.reshape(parts * heads, -1, dims), own.bits, own.axis, STEP)
         codes, scales, zeros = (array.view(parts, heads, *array.shape[1:]) for array in arrays)
         sound = ~tensors.flatten(1).amax(1).isnan()  # infinities make scales or zeros infinite
         for parameters in (scales, zeros):
@@ -53,11 +50,9 @@ class Kivi:
 
     def decompress(self, gpu: Launcher, arrays: list[torch.Tensor]) -> torch.Tensor:
         """See :class:`Kernels`."""
-        from kvpack.gpu.kernels import affine as cuda
-
         codes, scales, zeros = (array.flatten(0, 1) for array in arrays)
         own = self.quantizer
-        return cuda.decompress(gpu, codes, scales, zeros, own.bits, own.axis, STEP).view(arrays[0].shape)
+        return affine.decompress(gpu, codes, scales, zeros, own.bits, own.axis, STEP).view(arrays[0].shape)
 
 
 @dataclass(frozen=True)
@@ -69,27 +64,21 @@ class TurboQuant:
 
     def compress(self, gpu: Launcher, tensors: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """See :class:`Kernels`: codes, norms."""
-        from kvpack.gpu.kernels import lloyd_max as cuda
-
         vectors = tensors.reshape(-1, tensors.shape[-1])
-        codes, norms = cuda.compress(gpu, vectors, self.rotation.seed, self.quantizer.bits, STEP)
+        codes, norms = lloyd_max.compress(gpu, vectors, self.rotation.seed, self.quantizer.bits, STEP)
         lost = ~norms.isfinite() | (norms == 0) & (vectors != 0).any(1)
         return [codes.view(tensors.shape), norms.view(*tensors.shape[:3], 1)], lost.view(len(tensors), -1).any(1)
 
     def decompress(self, gpu: Launcher, arrays: list[torch.Tensor]) -> torch.Tensor:
         """See :class:`Kernels`."""
-        from kvpack.gpu.kernels import lloyd_max as cuda
-
         codes, norms = arrays
         vectors = codes.reshape(-1, codes.shape[-1])
         seed, bits = self.rotation.seed, self.quantizer.bits
-        return cuda.decompress(gpu, vectors, norms.reshape(-1), seed, bits, STEP).view(codes.shape)
+        return lloyd_max.decompress(gpu, vectors, norms.reshape(-1), seed, bits, STEP).view(codes.shape)
 
 
 def kernels_of(chain: Chain, dims: int) -> Kernels | None:
     """The kernels of a chain for vectors of this length, if there are any."""
-    from kvpack.gpu.kernels import affine, lloyd_max
-
     quantizer, transforms = chain.quantizer, chain.transforms
     if chain.predictor is not None:
         return None

@@ -7,17 +7,15 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kvpack.engine import available_threads
 from kvpack.gpu.runtime.host import Slot
 from kvpack.numerics.floats import Bits
-
-if TYPE_CHECKING:
-    import torch
 
 ALIGNED = 256
 """Addresses that are sent from are multiples of this."""
