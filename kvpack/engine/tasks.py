@@ -25,14 +25,13 @@ class Ticket(NamedTuple):
     block: int
 
 
-@dataclass(frozen=True, eq=False)
-class Room:
+class Room(NamedTuple):
     """Where a block is decoded to: for each part a numpy or torch array ``[H, T, D]``, strided, on any device."""
 
     arrays: tuple[Any, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class EncodeTask:
     """A block to encode.
 
@@ -51,7 +50,7 @@ class EncodeTask:
         return self.block.spec.nbytes
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class DecodeTask:
     """A block to decode: into ``room``, or with None into arrays that come with the result."""
 
@@ -71,8 +70,7 @@ class DecodeTask:
 Task = EncodeTask | DecodeTask
 
 
-@dataclass(frozen=True, eq=False)
-class Done:
+class Done(NamedTuple):
     """A result: the parts of a block that was encoded, or the bit patterns of one that was decoded without a room.
 
     An ``error`` is raised by whoever waits for the ticket.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
@@ -128,11 +129,12 @@ class _Work:
         """Write each block where it belongs as soon as it is decoded."""
         cut = next((cut for cut in self.chosen.values() if cut is not None), None)
         sink = SafetensorsSink(output, self.header, cut.start if cut else 0)
-        for task, arrays in self._decoded(self.file.tasks(self.wanted)):
-            for part, bits in zip(task.block.parts, arrays, strict=True):
-                if self.wanted(part):
-                    self.step(sink.write(part, self._cut_other(part, bits)))
-        sink.finish()
+        with closing(sink):
+            for task, arrays in self._decoded(self.file.tasks(self.wanted)):
+                for part, bits in zip(task.block.parts, arrays, strict=True):
+                    if self.wanted(part):
+                        self.step(sink.write(part, self._cut_other(part, bits)))
+            sink.finish()
 
     def _cut_other(self, part: PartSpec, bits: Bits) -> Bits:
         """The tensor ``tokens`` is cut as keys and values are, which the sink does itself."""

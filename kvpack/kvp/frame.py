@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from kvpack.cache import WindowSpec
@@ -16,8 +15,7 @@ class Stream(NamedTuple):
     checksum: int
 
 
-@dataclass(frozen=True, eq=False)
-class FramePart:
+class FramePart(NamedTuple):
     """A part encoded: which of the file's codecs has coded it, the checksum of its original, and its streams."""
 
     codec: int
@@ -25,8 +23,7 @@ class FramePart:
     streams: tuple[Stream, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Frame:
+class Frame(NamedTuple):
     """A window, or a block of it, encoded."""
 
     spec: WindowSpec

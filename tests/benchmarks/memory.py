@@ -84,9 +84,8 @@ def main() -> None:
     source = Capture.open(given.capture)
     files = [tiled(source, given.folder / f"memory-{size:g}.safetensors", size * 1e9) for size in (SMALL_GB, given.gb)]
     known = ["-D", given.profile] if given.profile else []
-    print(
-        f"{'codec':14} {'command':12} {'small MB/s':>10} {'large MB/s':>10} {'ratio':>6} {'small MB':>9} {'large MB':>9}"
-    )
+    columns = ("small MB/s", "large MB/s", "ratio", "small MB", "large MB")
+    print(f"{'codec':14} {'command':12}", *(f"{column:>10}" for column in columns))
     for codec in given.codecs.split(","):
         rows: dict[str, list[tuple[float, float]]] = {}
         for path in files:

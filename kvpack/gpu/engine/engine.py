@@ -49,10 +49,6 @@ class _Batch:
         small = self.nbytes + size <= self.kernels.batch_bytes
         return small and self.kernels.joins(self.tasks, task)
 
-    def add(self, task: Task, size: int) -> None:
-        self.tasks.append(task)
-        self.nbytes += size
-
 
 class GpuEngine:
     """Runs tasks on a GPU where there are kernels for them, and on ``threads`` threads where there are none.
@@ -88,22 +84,22 @@ class GpuEngine:
                         yield from cpu.add(batch[0])
                     else:
                         for outcome in pipeline.push(kernels, batch):
-                            yield from self._settled(outcome, cpu)
+                            if isinstance(outcome, Done):
+                                yield outcome
+                            else:
+                                yield from cpu.add(outcome)
                     yield from cpu.ready()
                 for outcome in pipeline.drain():
-                    yield from self._settled(outcome, cpu)
+                    if isinstance(outcome, Done):
+                        yield outcome
+                    else:
+                        yield from cpu.add(outcome)
                 yield from cpu.drain()
             finally:
                 cpu.cancel()
                 pipeline.wait()
         with self._lock:
             self._idle.append(slots)
-
-    def _settled(self, outcome: Outcome, cpu: _Background) -> Iterator[Done]:
-        if isinstance(outcome, Done):
-            yield outcome
-        else:
-            yield from cpu.add(outcome)
 
     def _batches(self, tasks: Iterable[Task]) -> Iterator[tuple[Kernels | None, list[Task]]]:
         """Tasks of one key, as many as a batch takes or come soon enough; tasks without kernels one by one."""
@@ -118,10 +114,15 @@ class GpuEngine:
                 held = waiting.get(key)
                 if held is not None and not held.fits(task, size):
                     yield kernels, waiting.pop(key).tasks
-                waiting.setdefault(key, _Batch(kernels, passed)).add(task, size)
+                    held = None
+                if held is None:
+                    held = waiting[key] = _Batch(kernels, passed)
+                held.tasks.append(task)
+                held.nbytes += size
             passed += size
-            while waiting and _overdue(oldest := next(iter(waiting.values())), passed, task):
-                yield oldest.kernels, waiting.pop(next(iter(waiting))).tasks
+            while len(waiting) > (kernels is not None) and _overdue(next(iter(waiting.values())), passed, task):
+                oldest = waiting.pop(next(iter(waiting)))
+                yield oldest.kernels, oldest.tasks
         yield from ((batch.kernels, batch.tasks) for batch in waiting.values())
 
     def _route(self, task: Task) -> tuple[Kernels | None, Hashable]:

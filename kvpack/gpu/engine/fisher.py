@@ -26,7 +26,7 @@ from kvpack.engine import DecodeTask, Done, EncodeTask, Task
 from kvpack.errors import CorruptError, UnsupportedError
 from kvpack.gpu.engine.fisher_kernels import Coefficients, FisherKernels
 from kvpack.gpu.engine.kernels import Outcome
-from kvpack.gpu.engine.staging import Staged, octets, signed, stage, unsigned
+from kvpack.gpu.engine.staging import Staged, pieces_of, signed, stage, unsigned
 from kvpack.gpu.kernels import scaled_rans
 from kvpack.gpu.runtime.host import Slot
 from kvpack.gpu.runtime.launch import Launcher
@@ -54,13 +54,14 @@ class _Windows:
         """See :class:`kvpack.gpu.engine.GpuEngine`."""
         self._gpu, self._pinned = gpu, pinned
         self._kernels: OrderedDict[Hashable, tuple[DecodeContext, FisherKernels]] = OrderedDict()
-        self._stacks: OrderedDict[Hashable, tuple[DecodeContext, _Stack | None]] = OrderedDict()
+        self._stacks: OrderedDict[Hashable, tuple[object, _Stack | None]] = OrderedDict()
 
     def stack(self, block: WindowSpec, codec: Codec, context: DecodeContext) -> _Stack | None:
         """How a window is stacked, or None where the kernels do not take it."""
-        key = (id(context), codec.name, block)
-        if key not in self._stacks:
-            self._stacks[key] = context, self._found(block, codec, context)
+        parts = block.parts
+        key = (id(context), id(codec), id(parts[0]), id(parts[-1]), len(parts))
+        if key not in self._stacks:  # what is held keeps its id
+            self._stacks[key] = (context, codec, parts), self._found(block, codec, context)
             while len(self._stacks) > 64:
                 self._stacks.popitem(last=False)
         return self._stacks[key][1]
@@ -146,7 +147,7 @@ class FisherEncoding(_Windows):
         found = [stack for stack in stacks if stack is not None]
         kernels = self.kernels(codec, found[0], context, slot)
         each = zip(tasks, found, strict=True)
-        pieces = (piece for task, stack in each for i in stack.order for piece in octets(task.block.arrays[i]))
+        pieces = pieces_of(task.block.arrays[i] for task, stack in each for i in stack.order)
         return _Batch(tasks, found, kernels, slot, stage(slot, pieces, self._pinned))
 
     def start(self, batch: _Batch) -> _Encoding:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+from kvpack.cache import PartSpec
+from kvpack.codecs.protocol import Codec
 from kvpack.engine import Done, Task
 from kvpack.gpu.runtime.host import Slot
 
@@ -39,3 +41,28 @@ class Kernels(Protocol):
 
     def finish(self, collected: Any) -> Iterator[Outcome]:
         """Wait for the results and give them."""
+
+
+T = TypeVar("T")
+
+MAX_KNOWN = 4096
+
+
+class KnownParts(Generic[T]):
+    """What ``find`` says of a part and its codec, found once for parts that differ in their layer alone."""
+
+    def __init__(self, find: Callable[[PartSpec, Codec], T]) -> None:
+        """``find`` must not look at a part's layer or name."""
+        self._find = find
+        self._known: dict[Hashable, tuple[Codec, T]] = {}
+
+    def __call__(self, part: PartSpec, codec: Codec) -> T:
+        """Return what ``find`` said of such a part."""
+        tensor = part.tensor
+        key = (id(codec), tensor.role, tensor.dtype, tensor.shape, part.first, part.tokens, part.length)
+        found = self._known.get(key)
+        if found is None:
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
+            found = self._known[key] = codec, self._find(part, codec)  # a codec that is held keeps its id
+        return found[1]

@@ -22,8 +22,8 @@ from kvpack.codecs.chain.quantizers.float_split import FloatSplit
 from kvpack.codecs.protocol import Codec
 from kvpack.engine import DecodeTask, Done, EncodeTask, Task
 from kvpack.errors import CorruptError
-from kvpack.gpu.engine.kernels import Outcome
-from kvpack.gpu.engine.staging import Staged, octets, signed, stage, unsigned
+from kvpack.gpu.engine.kernels import KnownParts, Outcome
+from kvpack.gpu.engine.staging import Staged, pieces_of, signed, stage, unsigned
 from kvpack.gpu.kernels import rans
 from kvpack.gpu.kernels.rans import MAX_PAYLOAD
 from kvpack.gpu.runtime.host import Slot
@@ -81,14 +81,14 @@ class LosslessEncoding:
 
     def __init__(self, gpu: Launcher, pinned: Sequence[torch.Tensor]) -> None:
         """See :class:`kvpack.gpu.engine.GpuEngine`."""
-        self._gpu, self._pinned = gpu, pinned
+        self._gpu, self._pinned, self._supports = gpu, pinned, KnownParts(supports)
 
     def key(self, task: Task) -> Hashable | None:
         """The shape of a part that is coded by itself."""
         if not isinstance(task, EncodeTask) or len(task.block.spec.parts) > 1:
             return None
         part = task.block.spec.parts[0]
-        return part.shape if supports(part, task.codecs[0][1]) else None
+        return part.shape if self._supports(part, task.codecs[0][1]) else None
 
     def joins(self, batch: Sequence[Task], task: Task) -> bool:
         """Whether one launch can take so many."""
@@ -96,7 +96,7 @@ class LosslessEncoding:
 
     def stage(self, tasks: list[EncodeTask], slot: Slot) -> _Batch:
         """Begin to copy the parts."""
-        pieces = (piece for task in tasks for piece in octets(task.block.arrays[0]))
+        pieces = pieces_of(task.block.arrays[0] for task in tasks)
         return _Batch(tasks, slot, stage(slot, pieces, self._pinned))
 
     def start(self, batch: _Batch) -> _Encoding:
@@ -130,12 +130,14 @@ class LosslessEncoding:
         batch.slot.wait()
         assert batch.arena is not None
         places, sizes = [0, *batch.columns[0].tolist()], batch.columns[1].tolist()
-        sums, mantissa_sums, digests = (unsigned(column.tolist()) for column in batch.columns[2:])
+        sums, mantissa_sums, digests = (unsigned(column) for column in batch.columns[2:])
         streams: Any = memoryview(batch.arena.numpy().data)
-        mantissas = batch.mantissas.numpy()
+        mantissas: Any = memoryview(batch.mantissas.reshape(-1).numpy().data)
+        stride, size = batch.mantissas.shape[1], batch.mantissa_size
         for i, task in enumerate(batch.tasks):
             coded = Stream("sign_exponent", streams[places[i] : places[i] + sizes[i]], sums[i])
-            packed = Stream("mantissa", mantissas[i, 15 : 15 + batch.mantissa_size].data, mantissa_sums[i])
+            at = i * stride + 15
+            packed = Stream("mantissa", mantissas[at : at + size], mantissa_sums[i])
             yield Done(task.ticket, (FramePart(task.codecs[0][0], digests[i], (coded, packed)),))
 
 
@@ -160,16 +162,16 @@ class LosslessDecoding:
 
     def __init__(self, gpu: Launcher, pinned: Sequence[torch.Tensor]) -> None:
         """See :class:`kvpack.gpu.engine.GpuEngine`."""
-        self._gpu, self._pinned = gpu, pinned
+        self._gpu, self._pinned, self._supports = gpu, pinned, KnownParts(supports)
 
     def key(self, task: Task) -> Hashable | None:
         """The shape of a part, and how far apart heads lie where it is decoded to."""
         if not isinstance(task, DecodeTask) or len(task.parts) > 1 or len(task.parts[0].streams) != 2:
             return None
         part = task.block.parts[0]
-        if not supports(part, task.codec):
+        if not self._supports(part, task.codec):
             return None
-        coded, packed = (stream.data for stream in task.parts[0].streams)
+        (_, coded, _), (_, packed, _) = task.parts[0].streams
         if not 16 <= len(coded) <= MAX_PAYLOAD or coded[0] != 1:
             return None
         if len(packed) != 1 + prod(part.shape) * 7 // 8 or packed[0] != 0:

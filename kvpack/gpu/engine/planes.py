@@ -23,8 +23,8 @@ from kvpack.codecs.protocol import Codec
 from kvpack.engine import DecodeTask, Done, EncodeTask, Task
 from kvpack.errors import CorruptError
 from kvpack.gpu.engine.arrays import Geometry, Layout, addresses_of, layout_of
-from kvpack.gpu.engine.kernels import Outcome
-from kvpack.gpu.engine.staging import Staged, octets, signed, stage, unsigned
+from kvpack.gpu.engine.kernels import KnownParts, Outcome
+from kvpack.gpu.engine.staging import Staged, pieces_of, signed, stage, unsigned
 from kvpack.gpu.kernels import rans
 from kvpack.gpu.kernels.rans import MAX_PAYLOAD, Streams
 from kvpack.gpu.runtime.host import Slot
@@ -33,33 +33,13 @@ from kvpack.kvp.frame import FramePart, Stream
 
 BATCH_PARTS = 512
 MAX_PARTS = 4096
-MAX_LAYOUTS = 4096
 """Parts of a batch that is decoded: their streams are one launch's blocks."""
 
 FAULTS = ("corrupt: the checksum of a stream of {} does not match", "{}: rans stream: unsound")
 
 
-class _Layouts:
-    """Layouts of parts, found once for parts that differ in their layer alone."""
-
-    def __init__(self) -> None:
-        self._known: dict[Hashable, tuple[Codec, Layout | None]] = {}
-
-    def of(self, part: PartSpec, codec: Codec) -> Layout | None:
-        tensor = part.tensor
-        alike = (tensor.layer is None, tensor.dtype, tensor.shape, part.first, part.tokens, part.length)
-        key = (id(codec), tensor.name.endswith(".keys"), *alike)
-        if key not in self._known:
-            if len(self._known) >= MAX_LAYOUTS:
-                self._known.clear()
-            found = layout_of(part, codec) if isinstance(codec, ChainCodec) else None
-            self._known[key] = codec, found  # a codec that is held keeps its id
-        return self._known[key][1]
-
-    def must(self, part: PartSpec, codec: Codec) -> Layout:
-        found = self.of(part, codec)
-        assert found is not None
-        return found
+def _layout(part: PartSpec, codec: Codec) -> Layout | None:
+    return layout_of(part, codec) if isinstance(codec, ChainCodec) else None
 
 
 def _in_runs(parts: Sequence[PartSpec], codec: ChainCodec) -> list[int]:
@@ -118,14 +98,14 @@ class PlaneEncoding:
 
     def __init__(self, gpu: Launcher, pinned: Sequence[torch.Tensor]) -> None:
         """See :class:`kvpack.gpu.engine.GpuEngine`."""
-        self._gpu, self._pinned, self._layouts = gpu, pinned, _Layouts()
+        self._gpu, self._pinned, self._layouts = gpu, pinned, KnownParts(_layout)
 
     def key(self, task: Task) -> Hashable | None:
         """The codec, and what of the part is coded."""
         if not isinstance(task, EncodeTask) or len(task.block.spec.parts) > 1:
             return None
         part, codec = task.block.spec.parts[0], task.codecs[0][1]
-        layout = self._layouts.of(part, codec)
+        layout = self._layouts(part, codec)
         return None if layout is None else (id(codec), part.shape, layout.start, layout.stop)
 
     def joins(self, batch: Sequence[Task], task: Task) -> bool:
@@ -136,7 +116,7 @@ class PlaneEncoding:
         """Begin to copy the parts."""
         codec: Any = tasks[0].codecs[0][1]
         tasks = [tasks[i] for i in _in_runs(list(map(_part, tasks)), codec)]
-        pieces = (piece for task in tasks for piece in octets(task.block.arrays[0]))
+        pieces = pieces_of(task.block.arrays[0] for task in tasks)
         return _Batch(tasks, slot, stage(slot, pieces, self._pinned))
 
     def start(self, batch: _Batch) -> _Encoding:
@@ -151,7 +131,8 @@ class PlaneEncoding:
             given = sent[batch.staged.skip :].view(torch.bfloat16).view(count, *shape)
             alive, lost = [host, sent, batch.staged], []
             for rows in _runs(parts, codec):
-                layout = self._layouts.must(parts[rows.start], codec)
+                layout = self._layouts(parts[rows.start], codec)
+                assert layout is not None
                 arrays, wrong = layout.gather(gpu, given[rows])
                 alive += arrays
                 lost.append(wrong)
@@ -189,7 +170,7 @@ class PlaneEncoding:
         batch.slot.wait()
         firsts = np.cumsum([0, *(len(coded.sizes) for coded in batch.coded)]).tolist()
         places, sizes = (column.tolist() for column in batch.numbers[:2])
-        sums, digests = unsigned(batch.numbers[2].tolist()), unsigned(batch.parts[0].tolist())
+        sums, digests = unsigned(batch.numbers[2]), unsigned(batch.parts[0])
         lost = batch.parts[1].tolist()
         arenas: list[Any] = [memoryview(arena.numpy().data) for arena in batch.arenas]
         for i, task in enumerate(batch.tasks):
@@ -225,14 +206,14 @@ class PlaneDecoding:
 
     def __init__(self, gpu: Launcher, pinned: Sequence[torch.Tensor]) -> None:
         """See :class:`kvpack.gpu.engine.GpuEngine`."""
-        self._gpu, self._pinned, self._layouts = gpu, pinned, _Layouts()
+        self._gpu, self._pinned, self._layouts = gpu, pinned, KnownParts(_layout)
 
     def key(self, task: Task) -> Hashable | None:
         """The codec, what of the part is coded, and whether it has a room."""
         if not isinstance(task, DecodeTask) or len(task.parts) > 1:
             return None
         part, codec = task.block.parts[0], task.codec
-        layout = self._layouts.of(part, codec)
+        layout = self._layouts(part, codec)
         if layout is None or not _reads(task.parts[0], layout):
             return None
         return id(codec), part.shape, layout.start, layout.stop, task.room is None
@@ -286,7 +267,8 @@ class PlaneDecoding:
         pieces, kinds, rows, sums = [], [], [], []
         codec = batch.tasks[0].codec
         for some in _runs(batch.parts, codec):
-            layout = self._layouts.must(batch.parts[some.start], codec)
+            layout = self._layouts(batch.parts[some.start], codec)
+            assert layout is not None
             arrays = layout.empty(self._gpu, some.stop - some.start)
             pieces.append((layout, arrays, tensors[some]))
             targets = zip(*(addresses_of(arrays[plane.array]) for plane in layout.planes), strict=True)

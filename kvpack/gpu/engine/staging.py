@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -47,8 +47,8 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(available_threads())
 
 
-def stage(slot: Slot, pieces: Iterable[Octets], pinned: Sequence[torch.Tensor] = ()) -> Staged:
-    """Pieces one behind another in ``slot``'s pinned memory, whose last use must be over.
+def stage(slot: Slot, pieces: Iterable[NDArray[Any]], pinned: Sequence[torch.Tensor] = ()) -> Staged:
+    """Contiguous pieces one behind another in ``slot``'s pinned memory, whose last use must be over.
 
     Pieces in a row that lie in one of the regions ``pinned`` already are not copied.
     """
@@ -75,11 +75,11 @@ def _copy(target: Octets, source: Octets) -> None:
     target[:] = source
 
 
-def _merged(pieces: Iterable[Octets]) -> list[tuple[int, int]]:
+def _merged(pieces: Iterable[NDArray[Any]]) -> list[tuple[int, int]]:
     """Addresses and sizes, of pieces that follow each other in memory as one."""
     runs: list[tuple[int, int]] = []
     for piece in pieces:
-        address, size = piece.__array_interface__["data"][0], len(piece)
+        address, size = piece.__array_interface__["data"][0], piece.nbytes
         if runs and sum(runs[-1]) == address:
             runs[-1] = (runs[-1][0], runs[-1][1] + size)
         elif size:
@@ -87,11 +87,13 @@ def _merged(pieces: Iterable[Octets]) -> list[tuple[int, int]]:
     return runs
 
 
-def octets(bits: Bits) -> Iterable[Octets]:
-    """The bytes of an array ``[H, T, D]`` whose heads are contiguous."""
-    if bits.flags.c_contiguous:
-        return (bits.reshape(-1).view(np.uint8),)
-    return (head.reshape(-1).view(np.uint8) for head in bits)
+def pieces_of(arrays: Iterable[Bits]) -> Iterator[Bits]:
+    """The contiguous pieces of arrays ``[H, T, D]`` whose heads are contiguous."""
+    for bits in arrays:
+        if bits.flags.c_contiguous:
+            yield bits
+        else:
+            yield from bits
 
 
 def signed(values: Iterable[int]) -> list[int]:
@@ -99,6 +101,7 @@ def signed(values: Iterable[int]) -> list[int]:
     return [value - (1 << 64) if value >> 63 else value for value in values]
 
 
-def unsigned(values: Iterable[Any]) -> list[int]:
-    """The inverse of :func:`signed`."""
-    return [int(value) % (1 << 64) for value in values]
+def unsigned(values: torch.Tensor) -> list[int]:
+    """The unsigned values whose bits an int64 tensor in main memory holds."""
+    found: list[int] = values.contiguous().numpy().view(np.uint64).tolist()
+    return found
