@@ -105,7 +105,7 @@ class KvpFile:
         for number, window in enumerate(self.container.windows):
             if any(map(wanted, window.parts)):
                 for b, block in enumerate(self._blocks(self.container.frame(number))):
-                    if any(map(wanted, block.spec.parts)):
+                    if wanted is everything or any(map(wanted, block.spec.parts)):
                         yield self._task(Ticket(job, number, b), block, room)
 
     def tasks_by_tensor(self, wanted: Wanted) -> Iterator[DecodeTask]:
@@ -120,7 +120,9 @@ class KvpFile:
         codecs = {part.codec for part in frame.parts}
         together = any(self.codecs[codec].traits.scope is not Scope.TENSOR for codec in codecs)
         if not frame.spec.layered or not together:
-            yield from (frame.take(slice(i, i + 1)) for i in range(len(frame.parts)))
+            yield from (
+                Frame(WindowSpec((spec,)), (part,)) for spec, part in zip(frame.spec.parts, frame.parts, strict=True)
+            )
         elif len(codecs) > 1:
             label = frame.spec.parts[0].label
             raise CorruptError(f"corrupt: {label} is coded with other layers that have other codecs")

@@ -16,11 +16,15 @@ class Stream(NamedTuple):
 
 
 class FramePart(NamedTuple):
-    """A part encoded: which of the file's codecs has coded it, the checksum of its original, and its streams."""
+    """A part encoded: which of the file's codecs has coded it, the checksum of its original, and its streams.
+
+    ``joined`` are the bytes of all streams, one behind another, where they lie so in memory; else None.
+    """
 
     codec: int
     digest: int
     streams: tuple[Stream, ...]
+    joined: Any = None
 
 
 class Frame(NamedTuple):

@@ -108,8 +108,12 @@ class Container:
     def part(self, entry: PartEntry) -> FramePart:
         """A part as the file has it; nothing is verified."""
         names, view = self.header.streams, self.view
-        streams = [Stream(names[r.kind], view[at : at + r.size], r.checksum) for r, at in entry.streams]
-        return FramePart(entry.codec, entry.digest, tuple(streams))
+        streams = tuple([Stream(names[r.kind], view[at : at + r.size], r.checksum) for r, at in entry.streams])
+        joined = None
+        if streams:
+            last, start = entry.streams[-1]
+            joined = view[entry.streams[0][1] : start + last.size]
+        return FramePart(entry.codec, entry.digest, streams, joined)
 
     def verify(self, entry: PartEntry) -> None:
         """Check the checksums of a part's streams.

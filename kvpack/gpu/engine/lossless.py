@@ -23,7 +23,7 @@ from kvpack.codecs.protocol import Codec
 from kvpack.engine import DecodeTask, Done, EncodeTask, Task
 from kvpack.errors import CorruptError
 from kvpack.gpu.engine.kernels import KnownParts, Outcome
-from kvpack.gpu.engine.staging import Staged, pieces_of, signed, stage, unsigned
+from kvpack.gpu.engine.staging import Staged, pieces_of, signed, stage, streams_of, unsigned
 from kvpack.gpu.kernels import rans
 from kvpack.gpu.kernels.rans import MAX_PAYLOAD
 from kvpack.gpu.runtime.host import Slot
@@ -184,7 +184,7 @@ class LosslessDecoding:
 
     def stage(self, tasks: list[DecodeTask], slot: Slot) -> _Batch:
         """Begin to copy the streams."""
-        pieces = (np.frombuffer(s.data, np.uint8) for task in tasks for s in task.parts[0].streams)
+        pieces = streams_of(task.parts[0] for task in tasks)
         return _Batch(tasks, slot, stage(slot, pieces, self._pinned))
 
     def start(self, batch: _Batch) -> _Decoding:

@@ -24,7 +24,7 @@ from kvpack.engine import DecodeTask, Done, EncodeTask, Task
 from kvpack.errors import CorruptError
 from kvpack.gpu.engine.arrays import Geometry, Layout, addresses_of, layout_of
 from kvpack.gpu.engine.kernels import KnownParts, Outcome
-from kvpack.gpu.engine.staging import Staged, pieces_of, signed, stage, unsigned
+from kvpack.gpu.engine.staging import Staged, pieces_of, signed, stage, streams_of, unsigned
 from kvpack.gpu.kernels import rans
 from kvpack.gpu.kernels.rans import MAX_PAYLOAD, Streams
 from kvpack.gpu.runtime.host import Slot
@@ -226,7 +226,7 @@ class PlaneDecoding:
         """Begin to copy the streams."""
         codec: Any = tasks[0].codec
         tasks = [tasks[i] for i in _in_runs(list(map(_part, tasks)), codec)]
-        pieces = (np.frombuffer(s.data, np.uint8) for task in tasks for s in task.parts[0].streams)
+        pieces = streams_of(task.parts[0] for task in tasks)
         return _Batch(tasks, slot, stage(slot, pieces, self._pinned))
 
     def start(self, batch: _Batch) -> _Decoding:
@@ -325,10 +325,11 @@ class PlaneDecoding:
 
 def _reads(part: FramePart, layout: Layout) -> bool:
     """Whether the kernels read a part's streams as they are."""
-    if [plane.name for plane in layout.planes] != [stream.name for stream in part.streams]:
+    if len(layout.planes) != len(part.streams):
         return False
-    return all(
-        (len(data) and data[0] == PACKED)
-        or (16 <= len(data) <= MAX_PAYLOAD and data[0] == CODED and plane.geometry.modelled)
-        for plane, (_, data, _) in zip(layout.planes, part.streams, strict=True)
-    )
+    for (name, _, geometry), (own, data, _) in zip(layout.planes, part.streams, strict=True):
+        mode = data[0] if len(data) else None
+        coded = mode == CODED and 16 <= len(data) <= MAX_PAYLOAD and geometry.modelled
+        if name != own or not (coded or mode == PACKED):
+            return False
+    return True

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from kvpack.engine import available_threads
 from kvpack.gpu.runtime.host import Slot
+from kvpack.kvp.frame import FramePart
 from kvpack.numerics.floats import Bits
 
 ALIGNED = 256
@@ -22,8 +23,6 @@ ALIGNED = 256
 
 COPY_BYTES = 4 << 20
 """Bytes that a thread copies at a time."""
-
-Octets = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -61,18 +60,41 @@ def stage(slot: Slot, pieces: Iterable[NDArray[Any]], pinned: Sequence[torch.Ten
                 skip = offset % ALIGNED
                 return Staged(region[offset - skip : offset + runs[0][1]], skip=skip, alive=alive)
     host = slot.pinned(sum(size for _, size in runs))
-    target, at, copies = host.numpy(), 0, []
+    at, copies = host.data_ptr(), _Copies((host, alive))
     for address, size in runs:
-        source = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
         for first in range(0, size, COPY_BYTES):
             take = min(COPY_BYTES, size - first)
-            copies.append(_pool().submit(_copy, target[at : at + take], source[first : first + take]))
+            copies.add(at, address + first, take)
             at += take
-    return Staged(host, copies, alive=alive)
+    return Staged(host, copies.submitted(), alive=alive)
 
 
-def _copy(target: Octets, source: Octets) -> None:
-    target[:] = source
+class _Copies:
+    """Copies in memory, handed to threads some megabytes at a time."""
+
+    def __init__(self, alive: object) -> None:
+        """``alive`` holds the memory that is copied from and to, until the last copy is done."""
+        self._alive = alive
+        self._futures: list[Future[None]] = []
+        self._waiting: list[tuple[int, int, int]] = []
+        self._bytes = 0
+
+    def add(self, target: int, source: int, size: int) -> None:
+        self._waiting.append((target, source, size))
+        self._bytes += size
+        if self._bytes >= COPY_BYTES:
+            self.submitted()
+
+    def submitted(self) -> list[Future[None]]:
+        if self._waiting:
+            self._futures.append(_pool().submit(_copy, self._waiting, self._alive))
+            self._waiting, self._bytes = [], 0
+        return self._futures
+
+
+def _copy(pieces: list[tuple[int, int, int]], _alive: object) -> None:
+    for target, source, size in pieces:
+        ctypes.memmove(target, source, size)
 
 
 def _merged(pieces: Iterable[NDArray[Any]]) -> list[tuple[int, int]]:
@@ -94,6 +116,15 @@ def pieces_of(arrays: Iterable[Bits]) -> Iterator[Bits]:
             yield bits
         else:
             yield from bits
+
+
+def streams_of(parts: Iterable[FramePart]) -> Iterator[NDArray[np.uint8]]:
+    """The bytes of the streams of parts, one part behind another."""
+    for part in parts:
+        if part.joined is not None:
+            yield np.frombuffer(part.joined, np.uint8)
+        else:
+            yield from (np.frombuffer(stream.data, np.uint8) for stream in part.streams)
 
 
 def signed(values: Iterable[int]) -> list[int]:
