@@ -100,6 +100,7 @@ def small(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def gpu() -> Iterator[Any]:
     """A GPU where there is one; else its kernels run on the CPU, compiled by g++ (``gpu/simt.py``)."""
+    sys.path.insert(0, str(Path(__file__).parent / "gpu"))
     import simt  # on the path with the tests of ``gpu/``, which alone ask for it
     import torch
 
