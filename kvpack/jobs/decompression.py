@@ -159,7 +159,7 @@ class _Work:
         """Write tensor after tensor, of which one is held at a time."""
         output.write(len(self.header.raw).to_bytes(8, "little") + self.header.raw)
         tasks: dict[str, list[DecodeTask]] = {entry.name: [] for entry in self.header.tensors}
-        for task in self.file.tasks_by_tensor(self.wanted):
+        for task in self.file.tasks(self.wanted):
             tasks[task.block.parts[0].tensor.name].append(task)
         results = InTurn(self.engine.run(task for some in tasks.values() for task in some))
         for name, some in tasks.items():

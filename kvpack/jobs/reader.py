@@ -108,13 +108,6 @@ class KvpFile:
                     if wanted is everything or any(map(wanted, block.spec.parts)):
                         yield self._task(Ticket(job, number, b), block, room)
 
-    def tasks_by_tensor(self, wanted: Wanted) -> Iterator[DecodeTask]:
-        """As :meth:`tasks`, but all of a tensor before the next; only where :attr:`by_tensor` holds."""
-        found: dict[str, list[DecodeTask]] = {name: [] for name in self.tensors}
-        for task in self.tasks(wanted):
-            found[task.block.parts[0].tensor.name].append(task)
-        yield from (task for tasks in found.values() for task in tasks)
-
     def _blocks(self, frame: Frame) -> Iterator[Frame]:
         """The runs of a frame's parts that are decoded together."""
         codecs = {part.codec for part in frame.parts}
