@@ -165,6 +165,7 @@ def test_a_model_that_is_no_gguf_file_takes_no_gguf(llama: Path, text: Path, tmp
     assert open_cache(tmp_path / "c").tensors["layers.0.keys"].dtype == "F32"
 
 
+@pytest.mark.long
 def test_a_gguf_file_without_the_package_gguf(text: Path, tmp_path: Path) -> None:
     """A file by name, and the embedded model, which is one."""
     (tmp_path / "x.gguf").write_bytes(b"GGUF")

@@ -43,10 +43,15 @@ def run(text: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_the_readmes_commands_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.long)], ids=["but-the-bench", "all"])
+def test_the_readmes_commands_run(tmp_path: Path, quick: bool) -> None:
+    """The short run leaves the bench out, which takes longer than all the others."""
     (tmp_path / "config.json").write_bytes((ROOT / "fixtures" / "llama-3-70b-config.json").read_bytes())
     (tmp_path / "doc.txt").write_text(demo_text()[:1600])
-    out = run(block("sh", "kvpack capture"), tmp_path)
+    text = block("sh", "kvpack capture")
+    assert "kvpack bench" in text
+    lines = [line for line in text.splitlines(keepends=True) if not (quick and line.startswith("kvpack bench"))]
+    out = run("".join(lines), tmp_path)
     assert "doc.safetensors.kvp ok (bit-exact)" in out
     assert (tmp_path / "back.safetensors").read_bytes() == (tmp_path / "doc.safetensors").read_bytes()
     (tmp_path / "example.py").write_text(block("python", "jobs.compress"))

@@ -33,6 +33,7 @@ def test_open_is_typed_as_what_it_calls() -> None:
     assert "Any" not in str(ours)
 
 
+@pytest.mark.long
 def test_a_type_checker_knows_what_open_gives(tmp_path: Path) -> None:
     api = pytest.importorskip("mypy.api")
     program = tmp_path / "program.py"
