@@ -153,3 +153,17 @@ def test_selections_are_decoded_by_a_gpu_too(
             jobs.decompress(jobs.KvpFile.open(packed), sink, chosen, engine=engine_on(launcher))
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
     assert on_cpu == ["tokens"]
+
+
+def test_what_is_appended_to_stays(tmp_path: Path) -> None:
+    """A file that is opened to append has no positions to write at."""
+    packed, back = tmp_path / "x.kvp", tmp_path / "back"
+    with packed.open("wb") as sink:
+        jobs.compress(SMALL, sink, CODECS["cachegen-4"])
+    back.write_bytes(b"before")
+    with back.open("ab") as sink:
+        jobs.decompress(jobs.KvpFile.open(packed), sink)
+    whole = tmp_path / "whole"
+    with whole.open("wb") as sink:
+        jobs.decompress(jobs.KvpFile.open(packed), sink)
+    assert back.read_bytes() == b"before" + whole.read_bytes()

@@ -85,7 +85,7 @@ def decompress(
     with naming(file.name):
         chosen = (selection or Selection()).of(file.tensors)
         work = _Work(file, chosen, engine or CpuEngine(), progress)
-        if output.seekable():
+        if output.seekable() and "a" not in str(getattr(output, "mode", "")):  # what is appended has no position
             work.by_position(output)
         elif file.by_tensor:
             work.by_tensor(output)
