@@ -182,7 +182,7 @@ class CompressJob:
         return {kind(block): (block, choices) for window in self.blocks for block, choices in window}.values()
 
     def tasks(self, number: int) -> Iterator[EncodeTask]:
-        """Return the file's tasks in order, as job ``number``. The encoder's hints are computed before the first task."""
+        """Yield the file's tasks in order, as job ``number``. The encoder's hints are computed before the first."""
         hints = encoder_hints(self.source, self.codec)
         for w, blocks in enumerate(self.blocks):
             for b, (block, choices) in enumerate(blocks):

@@ -1,4 +1,4 @@
-"""Find what a capture tells the encoder of a codec without a profile: RoPE's frequencies, and weights from its probes."""
+"""Find a capture's hints for the encoder of a codec without a profile: RoPE's frequencies and the probes' weights."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class Opened:
         return self.tensors_by(GpuEngine(gpu), gpu.device)
 
     def tensors_by(self, engine: Engine, device: str) -> dict[str, torch.Tensor]:
-        """Return the same as :meth:`to_tensors`, decoded by the caller's ``engine``, which must belong to ``device``."""
+        """Return the same as :meth:`to_tensors`, decoded by the caller's ``engine``, which must be for ``device``."""
         if isinstance(self.source, Capture):
             read = self.source.read
             return {name: to_torch(read(name), entry.dtype).to(device) for name, entry in self._layers().items()}
