@@ -1,7 +1,8 @@
-"""The specification of a cache: tensors with their roles, and the parts of them that a window of tokens holds.
+"""The specification of a cache: its tensors with their roles, and the parts of them in each window of tokens.
 
 A **window** is all keys and values of a cache over one range of tokens. The tensors that are neither keys nor values
-are the last window of a cache. A **part** is what a window holds of one tensor. Standard library alone.
+form the last window of a cache. A **part** is what a window holds of one tensor. This module uses only the standard
+library.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import cached_property
 
 
 class Role(StrEnum):
-    """What a tensor is to a model's attention."""
+    """The role of a tensor in a model's attention."""
 
     KEYS = "keys"
     VALUES = "values"
@@ -24,9 +25,10 @@ class Role(StrEnum):
 class TensorInfo:
     """A tensor of a cache.
 
-    ``shape`` is ``(H, T, D)``: heads, rows (one a token) and dimensions of keys and values, and of another tensor its
-    shape folded to three axes. ``dtype`` is spelt as in safetensors and has ``itemsize`` bytes an element. ``origin``
-    is the position of the first row in the text: rows are counted from 0 in every tensor, positions are not.
+    ``shape`` is ``(H, T, D)``: for keys and values these are heads, rows (one a token) and dimensions. The shape of any
+    other tensor is folded to three axes. ``dtype`` has the spelling of safetensors, and an element has ``itemsize``
+    bytes. ``origin`` is the position of the first row in the text: in every tensor rows are counted from 0, but
+    positions may start later.
     """
 
     name: str
@@ -39,7 +41,7 @@ class TensorInfo:
 
     @property
     def rows(self) -> int:
-        """Number of rows, T."""
+        """Return the number of rows, T."""
         return self.shape[1]
 
 
@@ -47,7 +49,8 @@ class TensorInfo:
 class PartSpec:
     """Rows ``[first, first + tokens)`` of a tensor.
 
-    ``length`` is the number of rows of the whole tensor, or None while more may follow, as in a store of prefixes.
+    ``length`` is the number of rows of the whole tensor. It is None while more rows may follow, as in a store of
+    prefixes.
     """
 
     tensor: TensorInfo
@@ -57,26 +60,26 @@ class PartSpec:
 
     @property
     def label(self) -> str:
-        """The part's name in messages: the tensor, with the range of rows of keys and values."""
+        """Return the part's name in messages: the tensor's name, and for keys and values the range of rows."""
         if self.tensor.layer is None:
             return self.tensor.name
         return f"{self.tensor.name}[{self.first}:{self.first + self.tokens}]"
 
     @cached_property
     def shape(self) -> tuple[int, int, int]:
-        """``(H, T, D)`` of the part."""
+        """Return the part's shape ``(H, T, D)``."""
         heads, _, dims = self.tensor.shape
         return heads, self.tokens, dims
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of the part's elements."""
+        """Return the size of the part's elements in bytes."""
         heads, tokens, dims = self.shape
         return heads * tokens * dims * self.tensor.itemsize
 
     @property
     def position(self) -> int:
-        """The position of the part's first row in the text."""
+        """Return the position of the part's first row in the text."""
         return self.tensor.origin + self.first
 
 
@@ -88,24 +91,25 @@ class WindowSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the elements of all parts."""
+        """Return the size of all parts' elements in bytes."""
         return sum(part.nbytes for part in self.parts)
 
     @property
     def layered(self) -> bool:
-        """Whether these are keys and values, not the other tensors of a cache."""
+        """Return whether the parts are keys and values, rather than other tensors of a cache."""
         return bool(self.parts) and self.parts[0].tensor.layer is not None
 
     def take(self, which: slice | Sequence[int]) -> WindowSpec:
-        """Some of the parts, by a slice or by their positions."""
+        """Return the parts that a slice or a sequence of positions selects."""
         return WindowSpec(self.parts[which] if isinstance(which, slice) else tuple(self.parts[i] for i in which))
 
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """The tensors of a cache: ``layers`` are keys and values, both tuples in the order of the source's data.
+    """The tensors of a cache. ``layers`` are its keys and values, and ``others`` are the rest.
 
-    Tensors without elements are in neither tuple. ``metadata`` is what the source says of itself, as strings.
+    Both are tuples in the order of the source's data, and neither has tensors without elements. ``metadata`` is the
+    source's own metadata, as strings.
     """
 
     layers: tuple[TensorInfo, ...]
@@ -114,12 +118,12 @@ class CacheSpec:
 
     @property
     def rows(self) -> int:
-        """Rows of the longest keys or values."""
+        """Return the number of rows of the longest keys or values."""
         return max((tensor.rows for tensor in self.layers), default=0)
 
 
 def windows(spec: CacheSpec, tokens: int, *, open_ended: bool = False) -> Iterator[WindowSpec]:
-    """Windows of ``tokens`` rows each, cut by row, then one of the other tensors if there are any.
+    """Yield windows of ``tokens`` rows each, in order of rows, then a window of the other tensors if there are any.
 
     With ``open_ended`` the parts' lengths are unknown, because more tokens may follow.
     """

@@ -1,4 +1,4 @@
-"""A window with its data."""
+"""A window of a cache together with its data."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ class Window:
     arrays: tuple[Bits, ...]
 
     def take(self, which: slice) -> Window:
-        """Some neighbouring parts."""
+        """Return a window of a run of neighbouring parts."""
         return Window(self.spec.take(which), self.arrays[which])

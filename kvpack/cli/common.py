@@ -23,38 +23,39 @@ if TYPE_CHECKING:
 
 STDIO = Path("-")
 
-Inputs = Annotated[list[Path], typer.Argument(help="Files; - is standard input.", show_default=False)]
+Inputs = Annotated[list[Path], typer.Argument(help="Input files; - is standard input.", show_default=False)]
 Output = Annotated[
-    Path | None, typer.Option("-o", "--output", help="Where to write; - is standard output.", show_default=False)
+    Path | None, typer.Option("-o", "--output", help="Output file; - is standard output.", show_default=False)
 ]
 Force = Annotated[bool, typer.Option("-f", "--force", help="Overwrite existing files.")]
 Keep = Annotated[bool, typer.Option("-k", "--keep", help="Keep input files (the default).")]
-Remove = Annotated[bool, typer.Option("--rm", help="Delete each input once its output was written and verified.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no summary.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more.")]
-Json = Annotated[bool, typer.Option("--json", help="Results as JSON, with schema_version.")]
+Remove = Annotated[bool, typer.Option("--rm", help="Delete each input after its output is written and verified.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress and no summary.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show more details.")]
+Json = Annotated[bool, typer.Option("--json", help="Print results as JSON, with schema_version.")]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="Threads to use (default: all processors).", show_default=False)
+    int | None,
+    typer.Option("--threads", min=1, help="Number of threads (default: all processors).", show_default=False),
 ]
 
 
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own; bf16 for GGUF), bf16, fp16 or fp32.")]
+Dtype = Annotated[str, typer.Option(help="bf16, fp16, fp32, or auto: the checkpoint's own dtype (bf16 for GGUF).")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Gpu = Annotated[
     str,
     typer.Option(
         "--device",
-        help="cpu; cuda, cuda:1, ... for lossless, fisher, kivi, turboquant; auto: a GPU for large lossless.",
+        help="cpu; cuda, cuda:1, ... (lossless, fisher, kivi, turboquant); auto: GPU for large lossless files.",
     ),
 ]
 ProfileFile = Annotated[
     Path | None,
-    typer.Option("-D", "--profile", help="The .kvprofile that calibrated codecs need.", show_default=False),
+    typer.Option("-D", "--profile", help="The .kvprofile file, which calibrated codecs need.", show_default=False),
 ]
 
 
 def open_profile(path: Path | None) -> Profile | None:
-    """The profile that -D names, if it was given."""
+    """Return the open profile at ``path``, the value of -D, or None if -D was not given."""
     if path is None:
         return None
     from kvpack.profiles import Profile
@@ -63,10 +64,10 @@ def open_profile(path: Path | None) -> Profile | None:
 
 
 def engine(device: str, sources: Sequence[Path], threads: int | None, quiet: bool, *, exact: bool) -> Engine:
-    """What works on files, as ``--device`` says; a line on stderr where a GPU was asked for and is not there.
+    """Return the engine for ``--device``, and report on stderr if a requested GPU is not available.
 
-    ``auto`` takes a GPU for what is ``exact`` there: a lossy codec's file, and what is read from it, is to be the same
-    everywhere unless a GPU is asked for.
+    ``auto`` uses a GPU only if the result is ``exact``. Results of a lossy codec must be the same on every machine
+    unless the user asks for a GPU.
     """
     from kvpack.engine import CpuEngine
     from kvpack.gpu.runtime.host import find_gpu
@@ -103,7 +104,7 @@ def check_distinct(path: Path, target: Path) -> None:
 
 @contextmanager
 def readable(path: Path) -> Iterator[Path]:
-    """``path`` itself, or standard input spooled to a temporary file."""
+    """Yield ``path`` itself, or a temporary file with the contents of standard input."""
     if path != STDIO:
         yield path
         return
@@ -115,7 +116,7 @@ def readable(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writable(path: Path, force: bool) -> Iterator[BinaryIO]:
-    """A file that appears whole or not at all, or standard output where it is not a terminal."""
+    """Yield a file that appears whole or not at all, or standard output if that is not a terminal."""
     if path != STDIO:
         with atomic_output(path, force=force) as file:
             yield file
@@ -127,7 +128,7 @@ def writable(path: Path, force: bool) -> Iterator[BinaryIO]:
 
 
 class _Pipe(io.RawIOBase):
-    """Standard output, which is written in order even where it is a file: it may be one that others append to."""
+    """Standard output, written in order even if it is a file, because other programs may append to that file."""
 
     def __init__(self, output: BinaryIO) -> None:
         self._output = output
@@ -141,7 +142,7 @@ class _Pipe(io.RawIOBase):
 
 @contextmanager
 def progress_bar(title: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A callback ``(done, total)`` that draws a bar on stderr, or None where there is no terminal."""
+    """Yield a callback ``(done, total)`` that draws a bar on stderr, or None if stderr is not a terminal."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
@@ -155,11 +156,11 @@ def progress_bar(title: str, quiet: bool) -> Iterator[Callable[[int, int], None]
 
 
 def say(message: str, *, quiet: bool = False, to_stderr: bool = False) -> None:
-    """A result line on stdout, or a remark on stderr."""
+    """Print a result line on stdout, or a remark on stderr."""
     if not quiet:
         typer.echo(message, err=to_stderr)
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on stdout; NaN and infinities are refused."""
+    """Print one JSON document on stdout, and refuse NaN and infinities."""
     typer.echo(json.dumps(document, indent=2, allow_nan=False))

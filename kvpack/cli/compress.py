@@ -38,36 +38,40 @@ def compress(
     output: common.Output = None,
     codec: Annotated[
         str,
-        typer.Option("-c", "--codec", autocompletion=_codec_names, help="How to compress; see --list-codecs."),
+        typer.Option("-c", "--codec", autocompletion=_codec_names, help="Codec to use; see --list-codecs."),
     ] = "lossless",
     list_codecs: Annotated[
-        bool, typer.Option("--list-codecs", callback=_list_codecs, is_eager=True, help="Name every codec.")
+        bool, typer.Option("--list-codecs", callback=_list_codecs, is_eager=True, help="List all codecs.")
     ] = False,
     profile: common.ProfileFile = None,
     quality: Annotated[
         str | None,
-        typer.Option(help="Lossy by guarantee, with -D: high, balanced or small.", show_default=False),
+        typer.Option(help="Lossy with a guaranteed quality: high, balanced or small. Needs -D.", show_default=False),
     ] = None,
     max_kl: Annotated[
         float | None,
         typer.Option(
-            help="With -D: next-token KL (nats) that no text held back from calibration was above.", show_default=False
+            help="Largest next-token KL (nats) on texts held back from calibration. Needs -D.", show_default=False
         ),
     ] = None,
     max_attn_err: Annotated[
         float | None,
-        typer.Option(help="Error of attention outputs at the probe queries, at most.", show_default=False),
+        typer.Option(help="Largest relative error of attention outputs at the probe queries.", show_default=False),
     ] = None,
-    ratio: Annotated[float | None, typer.Option(help="So many times smaller, at least.", show_default=False)] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Smallest compression ratio to reach.", show_default=False)
+    ] = None,
     chunk_tokens: Annotated[
-        int, typer.Option(help="Tokens a chunk: what one range read decodes; a multiple of 128.")
+        int, typer.Option(help="Number of tokens in a chunk, the unit of range reads; a multiple of 128.")
     ] = 2048,
     drop: Annotated[
         list[str] | None,
-        typer.Option(help="Leave out tensors by name or pattern, e.g. 'queries.*'; repeatable.", show_default=False),
+        typer.Option(
+            help="Leave out tensors by name or pattern, e.g. 'queries.*'. Can be repeated.", show_default=False
+        ),
     ] = None,
     drop_probes: Annotated[
-        bool, typer.Option("--drop-probes", help="Leave out what only measures fidelity: queries, attention mass.")
+        bool, typer.Option("--drop-probes", help="Leave out tensors that are only used to measure fidelity.")
     ] = False,
     force: common.Force = False,
     keep: common.Keep = False,
@@ -78,12 +82,12 @@ def compress(
     verbose: common.Verbose = False,
     as_json: common.Json = False,
 ) -> None:
-    """Compress captures (safetensors) to .kvp files; lossless unless another codec is asked for.
+    """Compress captures (safetensors) to .kvp files, losslessly unless you choose another codec.
 
-    Tensors other than keys and values are carried losslessly, and so is what a lossy codec cannot represent.
+    Tensors other than keys and values are stored losslessly, and so are parts that a lossy codec cannot represent.
 
-    On a GPU, files given to one command are coded together, which many small ones need. What --device auto goes by is
-    the size of all of them.
+    A GPU codes all files of one command together, which makes many small files faster. --device auto decides by the
+    total size of the files.
     """
     del list_codecs
     common.check_inputs(inputs, output, keep=keep, remove=remove, as_json=as_json)
@@ -111,13 +115,13 @@ def compress(
 
 
 SURPRISE = 1.5
-"""Bits over those that the profile expected, beyond which a capture is called unlike its calibration."""
+"""A warning is printed if a capture takes more than this many times the bits that the profile expects."""
 
 
 def _goal(
     name: str, quality: str | None, max_kl: float | None, max_attn_err: float | None, ratio: float | None
 ) -> Goal | None:
-    """The promise that is asked for in place of a codec."""
+    """Return the goal that the user gave instead of a codec, or None."""
     if (quality, max_kl, max_attn_err, ratio) == (None,) * 4:
         return None
     from kvpack.jobs.rate import Goal
@@ -134,7 +138,7 @@ def _target(path: Path, output: Path | None) -> Path:
 
 @dataclass(frozen=True)
 class _Settings:
-    """How files are compressed: by a codec or the one that keeps a promise, in windows, without some tensors."""
+    """How to compress files: the codec or a goal for it, the profile, the chunk size, and which tensors to drop."""
 
     wanted: Codec | Goal
     profile: Profile | None
@@ -144,14 +148,14 @@ class _Settings:
 
 @dataclass(frozen=True)
 class _File:
-    """An input as it was named, where its bytes are, and where they go."""
+    """An input file: the path that the user gave, the path of its bytes, and the path of the output."""
 
     path: Path
     source: Path
     target: Path
 
     def prepare(self, settings: _Settings, engine: Engine, force: bool) -> CompressJob:
-        """Open and check it; nothing is written."""
+        """Open and check the input, without writing anything."""
         from kvpack import jobs
         from kvpack.formats.source import Capture
         from kvpack.jobs.rate import Goal, choose

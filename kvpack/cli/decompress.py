@@ -18,13 +18,14 @@ def decompress(
     inputs: common.Inputs,
     output: common.Output = None,
     layers: Annotated[
-        str | None, typer.Option(help="Only these layers, e.g. 3-5,8.", show_default=False, metavar="LIST")
+        str | None, typer.Option(help="Decompress only these layers, e.g. 3-5,8.", show_default=False, metavar="LIST")
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option(help="Only tokens START:STOP, e.g. 0:256.", show_default=False, metavar="RANGE")
+        str | None,
+        typer.Option(help="Decompress only tokens START:STOP, e.g. 0:256.", show_default=False, metavar="RANGE"),
     ] = None,
     profile: common.ProfileFile = None,
-    test: Annotated[bool, typer.Option("-t", "--test", help="Decode and check everything, write nothing.")] = False,
+    test: Annotated[bool, typer.Option("-t", "--test", help="Decode and check everything, but write nothing.")] = False,
     force: common.Force = False,
     keep: common.Keep = False,
     remove: common.Remove = False,
@@ -34,7 +35,7 @@ def decompress(
     verbose: common.Verbose = False,
     as_json: common.Json = False,
 ) -> None:
-    """Decompress .kvp files; a losslessly compressed file comes back byte for byte, proven by its digests."""
+    """Decompress .kvp files. A losslessly compressed file is restored byte for byte, and digests verify this."""
     common.check_inputs(inputs, output, keep=keep, remove=remove, as_json=as_json and not test)
     partial = layers is not None or tokens is not None
     if remove and (partial or test):
@@ -107,10 +108,10 @@ def _decompress_one(
 
 
 def parse_layers(text: str | None) -> frozenset[int] | None:
-    """``3-5,8`` to {3, 4, 5, 8}.
+    """Return the layers in a list: ``3-5,8`` gives {3, 4, 5, 8}.
 
     Raises:
-        UsageError: not such a list.
+        UsageError: The text is not such a list.
 
     """
     if text is None:
@@ -127,10 +128,10 @@ def parse_layers(text: str | None) -> frozenset[int] | None:
 
 
 def parse_tokens(text: str | None) -> tuple[int, int] | None:
-    """``0:256`` to (0, 256).
+    """Return the limits of a range: ``0:256`` gives (0, 256).
 
     Raises:
-        UsageError: not such a range.
+        UsageError: The text is not such a range.
 
     """
     if text is None:

@@ -29,18 +29,20 @@ def verify(
         typer.Option(
             "-m",
             "--model",
-            help="Also run the model from both caches: hub id, directory, .gguf file, or 'embedded'.",
+            help="Also run this model from both caches: a hub id, a directory, a .gguf file, or 'embedded'.",
             show_default=False,
         ),
     ] = None,
     max_kl: Annotated[
-        float | None, typer.Option(help="Fail above this mean next-token KL, nats (--model).", show_default=False)
+        float | None,
+        typer.Option(help="Fail above this mean next-token KL in nats. Needs --model.", show_default=False),
     ] = None,
     min_top1: Annotated[
-        float | None, typer.Option(help="Fail below this top-1 agreement (--model).", show_default=False)
+        float | None, typer.Option(help="Fail below this top-1 agreement. Needs --model.", show_default=False)
     ] = None,
     max_ppl_increase: Annotated[
-        float | None, typer.Option(help="Fail above this relative increase in perplexity.", show_default=False)
+        float | None,
+        typer.Option(help="Fail above this relative increase in perplexity. Needs --model.", show_default=False),
     ] = None,
     dtype: common.Dtype = "auto",
     device: common.Device = "auto",
@@ -48,10 +50,12 @@ def verify(
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
-    """Measure what was lost: reconstruction error, attention fidelity at the capture's probe queries, and with
-    --model what the model itself predicts: next-token KL, perplexity, greedy generation, needles.
+    """Measure what compression lost: the reconstruction error, and the attention error at the capture's probe queries.
 
-    Exit code 3 where a threshold is not met, 5 where FILE was not made from ORIGINAL.
+    With --model, also compare the model's predictions from both caches: next-token KL, perplexity, greedy generation
+    and needles.
+
+    The exit code is 3 if a threshold is not met, and 5 if FILE was not made from ORIGINAL.
     """
     from kvpack.fidelity import check, compare
     from kvpack.formats.source import Capture

@@ -1,7 +1,7 @@
-"""What is known of a cache beside its keys and values: to everybody, and to the encoder alone.
+"""What is known of a cache besides its keys and values: to encoder and decoder, or to the encoder alone.
 
-Neither inherits from the other: what decodes is never given hints, so that nothing which the file does not hold can
-decide how it is decoded.
+Neither class inherits from the other. A decoder is never given hints, so decoding can depend only on what the file
+holds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class DecodeContext:
     """What the encoder and the decoder both know.
 
     ``profile`` holds the arrays of a calibration profile by name. ``tokens`` ``[N]`` int32 are the token ids of the
-    text from its first token on, at least through the rows that are coded. Either may be None.
+    text from its first token on, at least up to the last coded row. Either may be None.
     """
 
     profile: Mapping[str, NDArray[Any]] | None = None
@@ -30,11 +30,11 @@ class DecodeContext:
 
 @dataclass(frozen=True, eq=False)
 class Hints:
-    """What the encoder alone knows; what it decides by them stands in the file.
+    """What only the encoder knows. The file stores what the encoder decides from it.
 
     ``mass`` ``[T]`` float32 is each token's attention mass, the mean over layers and heads. ``frequencies`` ``[N]``
-    float32 are the radians a position by which RoPE turned dimensions i and i + N of keys. ``weights`` say by tensor,
-    ``[H, D]`` float32, how much an error of each element matters. Any of them may be None.
+    float32 are the radians a position by which RoPE rotated dimensions i and i + N of keys. ``weights``, by tensor,
+    ``[H, D]`` float32, say how much an error of each element matters. Any of them may be None.
     """
 
     mass: Floats | None = None
@@ -44,7 +44,7 @@ class Hints:
 
 @dataclass(frozen=True, eq=False)
 class StackHints:
-    """The hints for one array that is coded: as :class:`Hints`, but ``weights`` are of its rows, ``[R, D]``."""
+    """The hints for one coded array, as in :class:`Hints`, but with ``weights`` of the array's rows, ``[R, D]``."""
 
     mass: Floats | None = None
     frequencies: Floats | None = None

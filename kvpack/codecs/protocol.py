@@ -1,7 +1,7 @@
-"""What a codec is: it turns the parts of a block into streams and back, and knows of no file.
+"""The interface of codecs: a codec turns the parts of a block into streams and back, and does not depend on files.
 
-A window is the unit of storage, which is too coarse for work: a codec splits it into **blocks**, the runs of
-neighbouring parts that it codes together.
+A window is the unit of storage, but it is too large as a unit of work. A codec therefore splits it into **blocks**:
+runs of neighbouring parts that it codes together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PartStreams = list[NamedStream]
 
 
 class Scope(IntEnum):
-    """What a codec codes as one array within a window: a tensor, the keys (or values) of all layers, or the cache."""
+    """What a codec codes as one array in a window: a tensor, the keys (or values) of all layers, or the cache."""
 
     TENSOR = 0
     KIND = 1
@@ -34,14 +34,14 @@ class Scope(IntEnum):
 
 
 class Need(Enum):
-    """What a codec cannot do without."""
+    """What a codec needs in order to work."""
 
     PROFILE = "profile"
     TOKENS = "tokens"
 
 
 class Hint(Enum):
-    """What an encoder gains from, beside what the decoder knows: see :class:`kvpack.codecs.context.Hints`."""
+    """What an encoder benefits from but a decoder does not know. See :class:`kvpack.codecs.context.Hints`."""
 
     MASS = "mass"
     WEIGHTS = "weights"
@@ -49,11 +49,11 @@ class Hint(Enum):
 
 @dataclass(frozen=True)
 class Traits:
-    """What those who arrange a codec's work must know of it.
+    """The properties of a codec that decide how its work is arranged.
 
-    ``needs`` are things a decoder must be given, or gains from. ``hints`` are what the encoder gains from.
-    ``alike`` says whether all layers must agree in shape and dtype. ``prefix_stable`` says whether, in
-    this configuration and without hints, the frames of a prefix are those of the whole cache.
+    ``needs`` are things that a decoder requires or benefits from. ``hints`` are things that the encoder benefits from.
+    ``alike`` says whether all layers must agree in shape and dtype. ``prefix_stable`` says whether, in this
+    configuration and without hints, the frames of a prefix equal those of the whole cache.
     """
 
     scope: Scope
@@ -64,63 +64,63 @@ class Traits:
 
 
 class Codec(Protocol):
-    """A codec with its settings; immutable, compared by value, shared by threads."""
+    """A codec with its settings. It is immutable, compared by value, and shared by threads."""
 
     @property
     def name(self) -> str:
-        """For people; files carry :meth:`to_json`."""
+        """Return the name that people see. Files carry the result of :meth:`to_json` instead."""
 
     @property
     def traits(self) -> Traits:
-        """What it needs and how it splits windows."""
+        """Return what the codec needs and how it splits windows."""
 
     @property
     def lossless(self) -> bool:
-        """Whether every bit of every part comes back."""
+        """Return whether every bit of every part is restored."""
 
     @property
     def seeded(self) -> bool:
-        """Whether something in it is random."""
+        """Return whether the codec uses random numbers."""
 
     def with_seed(self, seed: int) -> Codec:
-        """The same with other random matrices; 0 gives the codec's own."""
+        """Return the same codec with other random matrices. Seed 0 gives the codec's own matrices."""
 
     def with_step(self, log_step: int) -> Codec | None:
-        """The same at a step of ``2 ** (log_step / 32)``, or None where it has no step to choose."""
+        """Return the same codec at a step of ``2 ** (log_step / 32)``, or None if it has no adjustable step."""
 
     def expected_bits(self, context: DecodeContext, tokens: int) -> tuple[str, float] | None:
-        """A stream's name and how many bits it should take for ``tokens`` like those of the calibration, if known."""
+        """Return a stream's name and its expected bits for ``tokens`` tokens like those of calibration, if known."""
 
     def to_json(self) -> Json:
-        """The form that a file carries."""
+        """Return the JSON form that a file carries."""
 
     def blocks(self, spec: WindowSpec) -> Iterator[slice]:
-        """Runs of the window's parts that are coded, or carried losslessly, together."""
+        """Yield the runs of the window's parts that are coded together, or stored losslessly together."""
 
     def exact(self, part: PartSpec) -> bool:
-        """Whether every bit of a part comes back."""
+        """Return whether every bit of a part is restored."""
 
     def stream_names(self, block: WindowSpec, context: DecodeContext) -> set[str]:
-        """Names of all streams that :meth:`encode` may give for a block.
+        """Return the names of all streams that :meth:`encode` may give for a block.
 
         Raises:
-            UnsupportedError: the block's parts cannot be coded together.
+            UnsupportedError: The block's parts cannot be coded together.
 
         """
 
     def encode(self, block: Window, context: DecodeContext, hints: Hints) -> list[PartStreams]:
-        """The streams of each part.
+        """Return the streams of each part.
 
         Raises:
-            UnrepresentableError: values that the codec cannot represent.
+            UnrepresentableError: The codec cannot represent some values.
 
         """
 
     def decode(self, block: WindowSpec, streams: Sequence[PartStreams], context: DecodeContext) -> list[Bits]:
-        """The bit patterns ``[H, T, D]`` of each part, from the streams of each.
+        """Return the bit patterns ``[H, T, D]`` of each part, decoded from its streams.
 
         Raises:
-            CorruptError: the streams do not decode to these parts.
+            CorruptError: The streams do not decode to these parts.
 
         """
 

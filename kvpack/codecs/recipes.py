@@ -1,7 +1,7 @@
 """The codecs that kvpack offers by name: lists of stages with their settings.
 
-A file carries its codecs verbatim (:meth:`kvpack.codecs.protocol.Codec.to_json`), so that a name here may get better
-settings later without making old files unreadable.
+A file carries its codecs verbatim (:meth:`kvpack.codecs.protocol.Codec.to_json`). A name here may therefore get better
+settings later, and old files stay readable.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ def _zstd() -> ChainCodec:
 
 
 def _kivi(bits: int) -> ChainCodec:
-    """KIVI as published: keys per channel over 32 tokens, values per token over 32 dimensions, 128 whole."""
+    """Return KIVI as published: keys by channel in groups of 32 tokens, values by token in groups of 32 dimensions.
+
+    The last 128 tokens are kept whole.
+    """
     keep = Keep(first=0, last=128, group=32)
     keys = Chain.of(keep, Affine(bits=bits, axis="token", group=32), Rans())
     values = Chain.of(keep, Affine(bits=bits, axis="channel", group=32), Rans())
@@ -59,7 +62,10 @@ def _turboquant(bits: int, prod: bool) -> ChainCodec:
 
 
 def _cachegen(bits: int) -> ChainCodec:
-    """CacheGen: 32 bins in the leading layers, 16 after them, at ``bits`` 4; half or twice as many at 3 and 5."""
+    """Return CacheGen. With ``bits`` 4, the leading layers have 32 bins and the others 16.
+
+    The numbers of bins are half as large with 3 bits, and twice as large with 5.
+    """
     leading, rest = 2 << bits, 1 << bits
     chains = (
         Chain.of(MergeHeads(), AnchorDelta(leading_bins=leading, bins=rest, leading=layers, group=10), Rans())
@@ -69,7 +75,10 @@ def _cachegen(bits: int) -> ChainCodec:
 
 
 def _kvtc(rate: str, window: bool) -> ChainCodec:
-    """KVTC, ``rate`` bits an element before DEFLATE; first 4 and, with the window, last 128 tokens whole."""
+    """Return KVTC with ``rate`` bits an element before DEFLATE.
+
+    The first 4 tokens are kept whole and, with ``window``, the last 128.
+    """
     keep = Keep(first=4, last=128 if window else 0, group=1)
     coefficients = {
         tensor: (Klt(section=f"kvtc.{tensor}"), ComponentGroups(section=f"kvtc.{tensor}", plan=rate), Deflate(level=9))
@@ -82,7 +91,10 @@ def _kvtc(rate: str, window: bool) -> ChainCodec:
 
 
 def _aquakv(bits: int) -> ChainCodec:
-    """AQUA-KV: first 4 and last 128 tokens whole, keys before RoPE, residuals by HIGGS."""
+    """Return AQUA-KV, which codes keys as before RoPE and residuals by HIGGS.
+
+    The first 4 and the last 128 tokens are kept whole.
+    """
     keep, quantizer = Keep(first=4, last=128, group=1), Higgs(bits=bits, seed=3)
     keys, values = (CrossLayer(section=f"aquakv-{bits}.{tensor}") for tensor in ("keys", "values"))
     return ChainCodec(
@@ -97,14 +109,14 @@ FISHER_IMPORTANCE = 25
 
 
 def fisher(log_step: int, importance: int = FISHER_IMPORTANCE, name: str = "fisher") -> ChainCodec:
-    """kvpack's own codec (``docs/fisher.md``), at a step of ``2 ** (log_step / 32)`` in units of its calibration."""
+    """Return kvpack's codec (``docs/fisher.md``), at a step of ``2 ** (log_step / 32)`` in its calibration's units."""
     quantizer = DeadZone(section="fisher", log_step=log_step, importance=importance)
     chain = Chain.of(TokenKlt(section="fisher"), quantizer, ScaledRans())
     return ChainCodec(name, True, chain, chain)
 
 
 def fisher_log_step(level: int) -> int:
-    """The step of ``fisher-{level}``: half an octave finer a level, which halves the squared error."""
+    """Return the step of ``fisher-{level}``: half an octave finer for each level, which halves the squared error."""
     return -170 - 16 * level
 
 
@@ -114,26 +126,26 @@ LOCAL_IMPORTANCE = 10
 
 
 def local(log_step: int, importance: int = LOCAL_IMPORTANCE, name: str = "local") -> LowRankCodec:
-    """kvpack's own codec without a profile (``docs/fisher.md``), at a step of ``2 ** (log_step / 32)`` deviations."""
+    """Return kvpack's codec without a profile, at a step of ``2 ** (log_step / 32)`` deviations (``docs/fisher.md``)."""
     chain = Chain.of(LowRank(log_step=log_step, importance=importance), ScaledRans())
     return LowRankCodec(name, True, chain, chain)
 
 
 def local_log_step(level: int) -> int:
-    """The step of ``local-{level}``: half an octave finer a level, which halves the squared error."""
+    """Return the step of ``local-{level}``: half an octave finer for each level, which halves the squared error."""
     return 48 - 16 * level
 
 
 LOCAL_LEVELS = (8, 7, 6, 5, 4, 3, 2, 1)
 
 KVTC_RATES = ("2", "1", "0.5", "0.25")
-"""Bits an element, before DEFLATE, that profiles have plans for."""
+"""The rates, in bits an element before DEFLATE, for which profiles have plans."""
 
 AQUAKV_BITS = (4, 3, 2)
 
 
 def _every() -> Iterable[Codec]:
-    """All named codecs, the default first."""
+    """Yield all named codecs, beginning with the default."""
     yield _lossless()
     yield _zstd()
     yield from (_kivi(bits) for bits in (4, 3, 2))
@@ -146,14 +158,14 @@ def _every() -> Iterable[Codec]:
 
 
 CODECS: dict[str, Codec] = {codec.name: codec for codec in _every()}
-"""Every codec the command line offers, by name; the first is the default."""
+"""Every codec that the command line offers, by name. The first one is the default."""
 
 
 def codec_named(name: str) -> Codec:
-    """The codec of that name.
+    """Return the codec of that name.
 
     Raises:
-        UsageError: there is none; the message lists those there are.
+        UsageError: There is no such codec. The message lists the existing ones.
 
     """
     if name not in CODECS:
@@ -162,10 +174,10 @@ def codec_named(name: str) -> Codec:
 
 
 def codecs_matching(names: Sequence[str]) -> list[Codec]:
-    """Codecs by name or family (``kivi`` for all of KIVI's), or ``all``; in the order of :data:`CODECS`.
+    """Return the codecs of these names or families (``kivi`` is a family), or ``all``, in the order of :data:`CODECS`.
 
     Raises:
-        UsageError: a name that is neither.
+        UsageError: A name is neither a codec nor a family.
 
     """
     families = {name: family_of(name) for name in CODECS}
@@ -176,6 +188,6 @@ def codecs_matching(names: Sequence[str]) -> list[Codec]:
 
 
 def family_of(name: str) -> str:
-    """A codec's name without its rate."""
+    """Return a codec's name without its rate."""
     head, _, tail = name.rpartition("-")
     return head if head and tail.replace(".", "").isdigit() else name

@@ -1,4 +1,4 @@
-"""Codecs from the JSON forms that files carry."""
+"""Build codecs from the JSON forms that files carry."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from kvpack.errors import FormatError
 
 
 def codec_from_json(document: Any) -> Codec:
-    """The codec that :meth:`kvpack.codecs.protocol.Codec.to_json` described.
+    """Return the codec that :meth:`kvpack.codecs.protocol.Codec.to_json` described.
 
     Raises:
-        FormatError: the document is not a codec.
-        UnsupportedError: this kvpack does not have one of its stages.
+        FormatError: The document is not a codec.
+        UnsupportedError: This kvpack does not have one of its stages.
 
     """
     if not isinstance(document, dict) or set(document) != {"name", "stacked", "keys", "values"}:

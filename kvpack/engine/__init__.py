@@ -1,4 +1,4 @@
-"""Runs the work of codecs: tasks with tickets, on the threads of a CPU here, on a GPU in :mod:`kvpack.gpu.engine`."""
+"""Run the work of codecs as tasks with tickets: here on CPU threads, and on a GPU in :mod:`kvpack.gpu.engine`."""
 
 from kvpack.engine.cpu import CpuEngine
 from kvpack.engine.tasks import DecodeTask, Done, EncodeTask, Engine, Room, Task, Ticket

@@ -1,4 +1,4 @@
-"""The engine of a CPU: each task is one call of its codec, on a pool of threads."""
+"""The CPU engine: each task is one call of its codec, on a pool of threads."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from kvpack.numerics.checksum import checksum
 from kvpack.numerics.floats import Bits
 
 BUDGET = 96 << 20
-"""Bytes of blocks that may be in work or wait for their turn, beyond one block a thread."""
+"""The most bytes of blocks that may be in work or wait for their turn, beyond one block for each thread."""
 
 MAX_AHEAD = 4
-"""Tasks a thread that may be in work or wait for their turn."""
+"""The most tasks for each thread that may be in work or wait for their turn."""
 
 
 class CpuEngine:
-    """Runs tasks on ``threads`` threads (all processors by default); results come in the order of the tasks."""
+    """Runs tasks on ``threads`` threads (default: all processors), and yields results in the order of the tasks."""
 
     def __init__(self, threads: int | None = None, budget: int = BUDGET) -> None:
-        """``budget`` is in bytes, see :data:`BUDGET`."""
+        """Limit the blocks in work or waiting to ``budget`` bytes. See :data:`BUDGET`."""
         self.threads, self.budget = threads or available_threads(), budget
 
     def run(self, tasks: Iterable[Task]) -> Iterator[Done]:
-        """See :class:`kvpack.engine.tasks.Engine`."""
+        """Yield the results of tasks. See :class:`kvpack.engine.tasks.Engine`."""
         keep_freed_memory()
         pending: deque[tuple[Future[Done], int]] = deque()
         held = 0
@@ -58,7 +58,7 @@ class CpuEngine:
 
 
 def run_task(task: Task) -> Done:
-    """The result of a task; what goes wrong is part of it."""
+    """Run a task and return its result. An error becomes part of the result."""
     try:
         return encode_block(task) if isinstance(task, EncodeTask) else decode_block(task)
     except Exception as error:
@@ -66,7 +66,7 @@ def run_task(task: Task) -> Done:
 
 
 def encode_block(task: EncodeTask) -> Done:
-    """Encode a block by the first of its codecs that can represent it."""
+    """Encode a block with the first of its codecs that can represent it."""
     arrays = [np.ascontiguousarray(array) for array in task.block.arrays]
     number, streams = _encoded(task)
     every = zip(arrays, streams, strict=True)
@@ -86,10 +86,10 @@ def _summed(streams: PartStreams) -> tuple[Stream, ...]:
 
 
 def decode_block(task: DecodeTask) -> Done:
-    """Decode a block, its checksums and the digests of what is exact verified.
+    """Decode a block, and verify its checksums and the digests of exact parts.
 
     Raises:
-        CorruptError: a checksum, the coding or a digest does not hold.
+        CorruptError: A checksum or a digest does not match, or the coding is invalid.
 
     """
     streams = [_verified(spec.label, part) for spec, part in zip(task.block.parts, task.parts, strict=True)]
@@ -111,7 +111,7 @@ def _verified(label: str, part: FramePart) -> PartStreams:
 
 
 def placed(task: DecodeTask, arrays: list[Bits]) -> Done:
-    """The result of a task whose parts decode to ``arrays``; they are copied where it has a room."""
+    """Return the result of a task whose parts decode to ``arrays``. If the task has a room, copy them into it."""
     if task.room is None:
         return Done(task.ticket, arrays=tuple(arrays))
     for target, bits in zip(task.room.arrays, arrays, strict=True):

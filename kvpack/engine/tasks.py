@@ -1,6 +1,6 @@
-"""Tasks: one block to encode or decode, with everything that it takes.
+"""Tasks: each is one block to encode or decode, with everything needed for it.
 
-An engine takes tasks in an order and gives results in any order. A **ticket** says where a result belongs.
+An engine takes tasks in some order and yields results in any order. A **ticket** says which task a result belongs to.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvpack.numerics.floats import Bits
 
 
 class Ticket(NamedTuple):
-    """Whose result it is: of which job (a file), window and block, each counted from 0."""
+    """The task that a result belongs to: its job (a file), window and block, each counted from 0."""
 
     job: int
     window: int
@@ -26,7 +26,7 @@ class Ticket(NamedTuple):
 
 
 class Room(NamedTuple):
-    """Where a block is decoded to: for each part a numpy or torch array ``[H, T, D]``, strided, on any device."""
+    """The memory to decode a block to: for each part a strided numpy or torch array ``[H, T, D]``, on any device."""
 
     arrays: tuple[Any, ...]
 
@@ -35,7 +35,7 @@ class Room(NamedTuple):
 class EncodeTask:
     """A block to encode.
 
-    ``codecs`` are tried in order until one can represent the block; each comes with its number in the file.
+    ``codecs`` are tried in order until one can represent the block. Each comes with its number in the file.
     """
 
     ticket: Ticket
@@ -46,13 +46,13 @@ class EncodeTask:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of the block's elements."""
+        """Return the size of the block's elements in bytes."""
         return self.block.spec.nbytes
 
 
 @dataclass(eq=False)
 class DecodeTask:
-    """A block to decode: into ``room``, or with None into arrays that come with the result."""
+    """A block to decode into ``room``. If that is None, the result has arrays of its own."""
 
     ticket: Ticket
     block: WindowSpec
@@ -63,7 +63,7 @@ class DecodeTask:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of the block's elements."""
+        """Return the size of the block's elements in bytes."""
         return self.block.nbytes
 
 
@@ -71,9 +71,9 @@ Task = EncodeTask | DecodeTask
 
 
 class Done(NamedTuple):
-    """A result: the parts of a block that was encoded, or the bit patterns of one that was decoded without a room.
+    """A result: the encoded parts of a block, or the bit patterns of a block decoded without a room.
 
-    An ``error`` is raised by whoever waits for the ticket.
+    An ``error`` is raised when the result is taken by its ticket.
     """
 
     ticket: Ticket
@@ -86,7 +86,7 @@ class Engine(Protocol):
     """Runs tasks."""
 
     def run(self, tasks: Iterable[Task]) -> Iterator[Done]:
-        """A result for every task, in any order.
+        """Yield a result for every task, in any order.
 
-        Tasks are asked for ahead of the results, by no more than a budget of bytes.
+        Tasks are requested ahead of the results, within a budget of bytes.
         """

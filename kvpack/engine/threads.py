@@ -1,4 +1,4 @@
-"""A thread pool that keeps order and bounds what is in flight. Compiled stages and hashes release the GIL."""
+"""A thread pool that keeps order and limits the work in progress. Compiled stages and hashes release the GIL."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ import numpy as np
 T = TypeVar("T")
 R = TypeVar("R")
 Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
+"""A function that is called with the number of bytes done and the number of bytes in all."""
 
 
 def available_threads() -> int:
-    """Processors this process may run on."""
+    """Return the number of processors that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep freed arrays for the next ones, where it is glibc.
+    """Make the C library, if it is glibc, keep freed arrays for reuse.
 
-    glibc gives arrays under its dynamic mmap threshold back to itself, not to the system, and raises the
-    threshold to the largest array freed so far (mallopt(3)). Without this, every part's buffers are faulted in
-    page by page again, which measured up to half of the time of decoding.
+    glibc keeps freed arrays below its dynamic mmap threshold instead of returning them to the system, and it raises the
+    threshold to the largest array freed so far (mallopt(3)). Without this call, every part's buffers would again cause
+    a page fault for each page, which took up to half of the measured decoding time.
     """
     np.empty(30 << 20, np.uint8)
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T], threads: int | None = None) -> Iterator[R]:
-    """``map`` over ``threads`` threads (default: all processors); results in order, few in flight."""
+    """Map ``function`` over items on ``threads`` threads (default: all), in order and with few items in progress."""
     threads = threads or available_threads()
     keep_freed_memory()
     pending: deque[Future[R]] = deque()

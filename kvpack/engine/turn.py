@@ -1,4 +1,4 @@
-"""Results in the order in which they are wanted."""
+"""Give results in the order in which they are wanted."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from kvpack.engine.tasks import Done, Ticket
 
 
 class InTurn:
-    """Gives an engine's results by ticket; those that came early wait.
+    """Gives an engine's results by ticket. Results that come early wait.
 
-    What waits is bounded by how far an engine runs ahead, as long as tickets are taken about in the order of tasks.
+    The number of waiting results is limited by how far an engine runs ahead, provided that tickets are taken roughly in
+    the order of tasks.
     """
 
     def __init__(self, done: Iterator[Done]) -> None:
-        """Over an engine's results."""
+        """Wrap an engine's results."""
         self._done = done
         self._early: dict[Ticket, Done] = {}
         self._dropped = -1
 
     def take(self, ticket: Ticket) -> Done:
-        """The result of a ticket; its error is raised here.
+        """Return the result of a ticket, or raise its error.
 
         Raises:
-            Exception: what went wrong with this task, or with asking for a later one.
+            Exception: This task failed, or requesting a later task failed.
 
         """
         while ticket not in self._early:
@@ -35,7 +36,7 @@ class InTurn:
         return result
 
     def pump(self) -> bool:
-        """Wait for one more result; False where there is none."""
+        """Wait for one more result. Return False if there are no more."""
         result = next(self._done, None)
         if result is None:
             return False
@@ -44,7 +45,7 @@ class InTurn:
         return True
 
     def drop(self, job: int) -> None:
-        """Forget the results of a job and of those before it, also those that are still to come."""
+        """Discard the results of a job and of all earlier jobs, including results that are still to come."""
         self._dropped = job
         for ticket in [ticket for ticket in self._early if ticket.job <= job]:
             del self._early[ticket]

@@ -1,1 +1,1 @@
-"""Files of caches by other programs, read and written."""
+"""Read and write files of caches that other programs made or will use."""

@@ -1,4 +1,4 @@
-"""What kvpack calls a capture's tensors, and the cache that such names describe. Standard library alone."""
+"""The names of a capture's tensors, and the cache that they describe. It uses only the standard library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LAYER_NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,8})\.(keys|values)")
 
 
 def layer_of(entry: TensorSpec) -> int | None:
-    """The layer's index if the tensor is a layer's keys or values (``layers.{i}.keys``, ``[H, T, D]`` floats)."""
+    """Return the layer's index for keys or values (``layers.{i}.keys``, floats ``[H, T, D]``), and else None."""
     found = _LAYER_NAME.fullmatch(entry.name)
     if found is None or len(entry.shape) != 3 or entry.dtype not in FLOAT_DTYPES:
         return None
@@ -21,9 +21,10 @@ def layer_of(entry: TensorSpec) -> int | None:
 
 
 def tensor_info(entry: TensorSpec) -> TensorInfo:
-    """A tensor of a cache, as its entry in a safetensors header describes it.
+    """Return the description of a cache's tensor, from its entry in a safetensors header.
 
-    The shape of one that is neither keys nor values is folded: T is its longest axis, the first of several.
+    The shape of a tensor that is neither keys nor values is folded to three axes: T is its longest axis, or the first
+    of several longest axes.
     """
     layer = layer_of(entry)
     if layer is not None:
@@ -39,7 +40,7 @@ def _folded(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def cache_spec(header: Header) -> CacheSpec:
-    """The cache that a safetensors header describes."""
+    """Return the specification of the cache that a safetensors header describes."""
     tensors = [tensor_info(entry) for entry in header.tensors if entry.elements]
     layers = tuple(tensor for tensor in tensors if tensor.layer is not None)
     others = tuple(tensor for tensor in tensors if tensor.layer is None)

@@ -1,4 +1,4 @@
-"""Writes output files that appear whole or not at all."""
+"""Write output files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def check_output(path: Path, *, force: bool = False) -> None:
 
 @contextmanager
 def atomic_output(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
-    """Give a binary file that becomes ``path`` when the block ends well, and vanishes when it does not.
+    """Yield a binary file that becomes ``path`` if the ``with`` block succeeds, and is deleted if it fails.
 
-    It is written under a temporary name in the same directory, flushed to disk, then renamed. It has the mode that any
-    new file has there, also where it replaces one with another mode.
+    The file is written under a temporary name in the same directory, flushed to disk, then renamed. It gets the mode
+    that any new file has there, even if it replaces a file with another mode.
 
     Raises:
         KvpackError: :func:`check_output` refuses the path.

@@ -21,17 +21,17 @@ class Reader(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:
-        """Every tensor's entry by name."""
+        """Return every tensor's entry by name."""
 
     def read(self, name: str, /) -> Bits:
-        """The bit patterns of a tensor in its shape."""
+        """Return the bit patterns of a tensor in its shape."""
 
 
 def layer_tensors(source: Reader) -> dict[int, dict[str, str]]:
-    """Find the keys and values of a cache: tensors ``layers.{i}.keys|values`` that are floats ``[H, T, D]``.
+    """Return the names of a cache's keys and values: tensors ``layers.{i}.keys|values`` that are floats ``[H, T, D]``.
 
-    The result maps the layer's index to the tensors' names by ``"keys"`` and ``"values"``. A layer may have only one
-    of the two. Layers ascend, and keys come before values.
+    The result maps the layer's index to the tensors' names by ``"keys"`` and ``"values"``. A layer may have only one of
+    the two. Layers ascend, and keys come before values.
     """
     found = [
         (layer, name.rsplit(".", 1)[1], name)
@@ -45,7 +45,7 @@ def layer_tensors(source: Reader) -> dict[int, dict[str, str]]:
 
 
 def token_ids(source: Reader) -> NDArray[np.int32] | None:
-    """The token ids ``[T]`` from the first token of the text on, or None where they are not as captures have them."""
+    """Return the token ids ``[T]`` from the text's first token on, or None if they are missing or malformed."""
     entry = source.tensors.get("tokens")
     if entry is None or entry.dtype != "I32" or len(entry.shape) != 1:
         return None
@@ -53,7 +53,7 @@ def token_ids(source: Reader) -> NDArray[np.int32] | None:
 
 
 def attention_mass(source: Reader) -> Floats | None:
-    """Each token's attention mass ``[T]``, the mean over layers and heads, or None where the capture has none."""
+    """Return each token's attention mass ``[T]``, the mean over layers and heads, or None if the capture has none."""
     if not _is_floats(source, "attention_mass"):
         return None
     bits, dtype = source.read("attention_mass"), source.tensors["attention_mass"].dtype
@@ -62,12 +62,12 @@ def attention_mass(source: Reader) -> Floats | None:
 
 
 def has_queries(source: Reader) -> bool:
-    """Whether any layer has probe queries."""
+    """Return whether any layer has probe queries."""
     return any(name.startswith("queries.") and _is_floats(source, name) for name in source.tensors)
 
 
 def probe_queries(source: Reader, layer: int) -> Floats | None:
-    """The probe queries of a layer, ``[H_q, P, D]``, after RoPE; None where it has none."""
+    """Return the probe queries of a layer, ``[H_q, P, D]``, after RoPE, or None if the layer has none."""
     name = f"queries.{layer}"
     if not _is_floats(source, name):
         return None
@@ -75,7 +75,7 @@ def probe_queries(source: Reader, layer: int) -> Floats | None:
 
 
 def probe_positions(source: Reader) -> NDArray[np.integer[Any]] | None:
-    """The tokens ``[P]`` at which the probe queries were taken, or None where the capture does not say.
+    """Return the tokens ``[P]`` at which the probe queries were taken, or None if the capture does not say.
 
     Raises:
         FormatError: ``query_positions`` is not a list of whole numbers.

@@ -1,8 +1,8 @@
-"""Reads and writes safetensors files as bit patterns, without numpy and without torch.
+"""Read and write safetensors files as bit patterns, without numpy and without torch.
 
-The package ``safetensors`` hands tensors to numpy or torch and so converts their dtypes, and it does not give the
-header's own bytes away. A compressor needs both: the bytes as they lie in the file, through a memory map, and the
-header verbatim, so that the file can be restored byte for byte. The tests hold this module against the package.
+The package ``safetensors`` gives tensors to numpy or torch and so converts their dtypes, and it does not expose the
+header's own bytes. A compressor needs both: the file's bytes as they are, through a memory map, and the header
+verbatim, so that the file can be restored byte for byte. The tests compare this module with the package.
 
 The format is described at https://github.com/huggingface/safetensors#format.
 """
@@ -31,23 +31,23 @@ ITEM_BITS = {
 }  # fmt: skip
 """The number of bits that one element of each safetensors dtype takes.
 
-These are all dtypes of version 0.8 of the package. Elements of 4 and of 6 bits lie side by side without padding. The
-format demands of a tensor of them that it fills whole bytes.
+These are all dtypes of version 0.8 of the package. Elements of 4 and of 6 bits are packed without padding. The format
+requires that a tensor of such elements fills whole bytes.
 """
 
 
 def item_bytes(dtype: str) -> int:
-    """The size in bytes of the unsigned integers that hold a tensor's bit patterns.
+    """Return the size in bytes of the unsigned integers that hold a tensor's bit patterns.
 
-    This is the size of an element, except for dtypes whose elements are smaller than a byte: a tensor of those is
-    handled as its bytes.
+    This is the size of an element. The exception is a dtype with elements smaller than a byte, whose tensors are
+    handled as bytes.
     """
     return max(1, ITEM_BITS[dtype] // 8)
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a safetensors header says of one tensor.
+    """A tensor's entry in a safetensors header.
 
     ``dtype`` has the spelling of safetensors, for example ``BF16``. ``declared_shape`` is the shape in elements, as the
     header states it. ``start`` and ``stop`` are the tensor's range of bytes in the file's data section.
@@ -61,26 +61,26 @@ class TensorSpec:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the array of unsigned integers that holds the tensor's bit patterns.
+        """Return the shape of the array of unsigned integers that holds the tensor's bit patterns.
 
-        This is the declared shape, except for dtypes whose elements are smaller than a byte: a tensor of those is
-        handled as one row of its bytes.
+        This is the declared shape. The exception is a dtype with elements smaller than a byte, whose tensors are
+        handled as one row of bytes.
         """
         return self.declared_shape if ITEM_BITS[self.dtype] % 8 == 0 else (self.nbytes,)
 
     @property
     def itemsize(self) -> int:
-        """The size in bytes of one unsigned integer of that array."""
+        """Return the size in bytes of one unsigned integer of that array."""
         return item_bytes(self.dtype)
 
     @property
     def elements(self) -> int:
-        """The number of unsigned integers in that array."""
+        """Return the number of unsigned integers in that array."""
         return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """The size in bytes of the whole tensor."""
+        """Return the size in bytes of the whole tensor."""
         return self.stop - self.start
 
 
@@ -98,29 +98,29 @@ class Header:
 
     @property
     def data_start(self) -> int:
-        """The offset in the file at which the data section begins."""
+        """Return the offset in the file at which the data section begins."""
         return 8 + len(self.raw)
 
     @property
     def file_size(self) -> int:
-        """The size in bytes of the whole safetensors file."""
+        """Return the size in bytes of the whole safetensors file."""
         return self.data_start + (self.tensors[-1].stop if self.tensors else 0)
 
 
 def parse_header(raw: bytes, source: str = "safetensors header") -> Header:
     """Parse a header's JSON and check it.
 
-    Every dtype must be known, every size must match its shape, and the tensors' data must lie without gap or overlap.
+    Every dtype must be known, every size must match its shape, and the tensors' data must have no gap and no overlap.
     ``source`` names the file in messages.
 
     Raises:
         FormatError: The header breaks one of these rules.
-        UnsupportedError: A dtype is not one that kvpack knows. A later version of safetensors may have it.
+        UnsupportedError: kvpack does not know a dtype. A later version of safetensors may have it.
 
     """
     try:
         entries = json.loads(raw.decode())
-    except (ValueError, RecursionError) as error:  # ValueError is also what a number of too many digits raises
+    except (ValueError, RecursionError) as error:  # a number with too many digits raises ValueError too
         raise FormatError(f"{source}: not valid JSON ({error})") from None
     if not isinstance(entries, dict):
         raise FormatError(f"{source}: not a JSON object")
@@ -179,19 +179,19 @@ def build_header(tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: Ma
 
 
 class TensorFile:
-    """A safetensors file, mapped into memory for reading.
+    """A safetensors file that is mapped into memory for reading.
 
-    ``view`` is a ``memoryview`` of the whole file. ``data(spec)`` is one of a tensor's bytes, which are little-endian
-    and row-major.
+    ``view`` is a ``memoryview`` of the whole file. ``data(spec)`` returns the bytes of a tensor, which are
+    little-endian and row-major.
     """
 
     def __init__(self, name: str, header: Header, view: memoryview) -> None:
-        """Use :meth:`open`; ``name`` stands for the file in messages."""
+        """Wrap a mapped file, for :meth:`open`. Messages call the file ``name``."""
         self.name, self.header, self.view = name, header, view
 
     @classmethod
     def open(cls, path: Path, name: str | None = None) -> TensorFile:
-        """Map and validate ``path``, which messages call ``name`` if that is given.
+        """Map and validate ``path``. Messages call it ``name`` if that is given.
 
         Raises:
             OSError: The file cannot be read.
@@ -221,15 +221,15 @@ class TensorFile:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The header's ``__metadata__``, a map of strings."""
+        """Return the header's ``__metadata__``, a map of strings."""
         return self.header.metadata
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
-        """The tensors by name, in the order of their data."""
+        """Return the tensors by name, in the order of their data."""
         return {spec.name: spec for spec in self.header.tensors}
 
     def data(self, spec: TensorSpec) -> memoryview:
-        """The tensor's bytes, which are not copied."""
+        """Return the tensor's bytes without copying them."""
         base = self.header.data_start
         return self.view[base + spec.start : base + spec.stop]

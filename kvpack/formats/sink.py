@@ -1,4 +1,4 @@
-"""Writes captures: windows are written where they belong in the file, in whatever order they come."""
+"""Write captures: each window is written to its place in the file, in whatever order the windows come."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from kvpack.formats.safetensors import Header
 from kvpack.numerics.floats import Bits
 
 WRITERS = 4
-"""Threads that write to a file at once."""
+"""The number of threads that write to a file at once."""
 
 PENDING_BYTES = 64 << 20
-"""Bytes that may wait to be written."""
+"""The most bytes that may wait to be written."""
 
 
 class SafetensorsSink:
-    """A safetensors file that is written by position, by several threads where the output is a real file.
+    """A safetensors file that is written by position, with several threads if the output is a regular file.
 
-    ``start`` is the first row of every layer's tensor that the file has, where it holds a range of tokens alone.
+    ``start`` is the first row in the file of every layer's tensor, for a file that holds only a range of tokens.
     """
 
     def __init__(self, output: BinaryIO, header: Header, start: int = 0) -> None:
-        """Write the header; ``output`` can seek, and the file begins at its present position."""
+        """Write the header. ``output`` must be seekable, and the file begins at its current position."""
         self._output, self._header, self._start = output, header, start
         self._base = output.tell()
         self._pool = ThreadPoolExecutor(WRITERS)
@@ -40,7 +40,7 @@ class SafetensorsSink:
         self._descriptor = _descriptor_of(output)
 
     def write(self, part: PartSpec, bits: Bits) -> int:
-        """Write the rows of a part ``[H, T, D]`` that the file has; returns their size in bytes."""
+        """Write the rows of a part ``[H, T, D]`` that belong to the file, and return their size in bytes."""
         entry = self._entries[part.tensor.name]
         if layer_of(entry) is None:
             self._write_at(entry.start, bits)
@@ -73,13 +73,13 @@ class SafetensorsSink:
         write.result()
 
     def finish(self) -> None:
-        """Wait until everything is written, and leave the output positioned behind the file."""
+        """Wait until everything is written, and move the output's position to the end of the file."""
         while self._writes:
             self._wait()
         self._output.seek(self._base + self._header.file_size)
 
     def close(self) -> None:
-        """Let go of the threads, also where something went wrong."""
+        """Release the threads, even after an error."""
         self._pool.shutdown(cancel_futures=True)
 
 
@@ -91,7 +91,7 @@ def _write_all(descriptor: int, position: int, bits: Bits) -> None:
 
 
 def _descriptor_of(output: BinaryIO) -> int | None:
-    """The descriptor of a file that can be written at several places at once, or None."""
+    """Return the file's descriptor if the file can be written at several places at once, else None."""
     try:
         return output.fileno() if hasattr(os, "pwrite") else None
     except (OSError, AttributeError):
@@ -99,5 +99,5 @@ def _descriptor_of(output: BinaryIO) -> int | None:
 
 
 def as_bytes(bits: Bits) -> memoryview[int]:
-    """An array's bytes, row-major."""
+    """Return an array's bytes in row-major order."""
     return np.ascontiguousarray(bits).reshape(-1).view(np.uint8).data

@@ -1,4 +1,4 @@
-"""Reads captures: windows of bit patterns, which are views of the mapped file."""
+"""Read captures as windows of bit patterns, which are views of the mapped file."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ WINDOW_TOKENS = 2048
 
 
 class Capture:
-    """A capture: a safetensors file, whose keys and values are named ``layers.{i}.keys`` and ``layers.{i}.values``."""
+    """A capture: a safetensors file with keys and values named ``layers.{i}.keys`` and ``layers.{i}.values``."""
 
     def __init__(self, file: TensorFile) -> None:
-        """Over an open file."""
+        """Wrap an open file."""
         self.file = file
         self.spec = cache_spec(file.header)
         self.tensors: Mapping[str, TensorSpec] = file.tensors
@@ -27,14 +27,14 @@ class Capture:
 
     @classmethod
     def open(cls, path: Path, name: str | None = None) -> Capture:
-        """Map and check ``path``; as :meth:`kvpack.formats.safetensors.TensorFile.open`."""
+        """Map and check ``path``, as :meth:`kvpack.formats.safetensors.TensorFile.open` does."""
         return cls(TensorFile.open(path, name))
 
     def read(self, name: str, rows: slice | None = None) -> Bits:
-        """A tensor's bit patterns in its shape, or a range of rows of keys or values; nothing is copied.
+        """Return a tensor's bit patterns in its shape, or a range of rows of keys or values, without copying.
 
         Raises:
-            KeyError: the capture has no such tensor.
+            KeyError: The capture has no such tensor.
 
         """
         entry = self.tensors[name]
@@ -44,16 +44,16 @@ class Capture:
         return bits[:, rows] if layer_of(entry) is not None else bits[..., rows]
 
     def part(self, part: PartSpec) -> Bits:
-        """A part's bit patterns, a view ``[H, T, D]``."""
+        """Return a part's bit patterns as a view ``[H, T, D]``."""
         bits = self.read(part.tensor.name).reshape(part.tensor.shape)
         return bits[:, part.first : part.first + part.tokens]
 
     def window(self, spec: WindowSpec) -> Window:
-        """A window, or some parts of one."""
+        """Return the data of a window, or of some parts of one."""
         return Window(spec, tuple(map(self.part, spec.parts)))
 
     def windows(self, tokens: int = WINDOW_TOKENS) -> Iterator[tuple[int, Mapping[str, Bits]]]:
-        """Keys and values, ``tokens`` rows at a time: the first row, and views ``[H, t, D]`` by tensor name."""
+        """Yield keys and values ``tokens`` rows at a time: the first row, and views ``[H, t, D]`` by tensor name."""
         for spec in windows(self.spec, tokens):
             if spec.layered:
                 yield spec.parts[0].first, {part.tensor.name: self.part(part) for part in spec.parts}

@@ -1,4 +1,4 @@
-"""What kvpack does with files, for programs: the command line is a thin layer over this."""
+"""The Python interface to what kvpack does with files. The command line is a thin layer over it."""
 
 from kvpack.jobs.compression import PROBES, Compressed, CompressJob, Write, compress, compress_many, prepare
 from kvpack.jobs.decompression import Selection, check, decompress, differing_parts

@@ -1,4 +1,4 @@
-"""Compresses captures into ``.kvp`` files: prepares jobs, has an engine encode their blocks, writes their frames."""
+"""Compress captures into ``.kvp`` files: prepare jobs, let an engine encode their blocks, and write the frames."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ from kvpack.version import __version__
 
 CHUNK_TOKENS = 2048
 CHUNK_MULTIPLE = 128
-"""Windows begin at multiples of this many tokens, so that groups of tokens never straddle two."""
+"""Every window begins at a multiple of this many tokens, so that no group of tokens lies in two windows."""
 
 PROBES = ("queries.*", "query_positions", "attention_mass", "continuation")
-"""Tensors of a capture that only measure fidelity."""
+"""These tensors of a capture are used only to measure fidelity."""
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """What was written: the codec's name, sizes in bytes, and the parts that had to be carried losslessly.
+    """The result of a compression.
 
-    ``surprise`` is how many bits coefficients took over how many the profile expected of texts like those of its
-    calibration, where the codec can say so; else None.
+    It holds the codec's name, the sizes in bytes, and the parts that had to be stored losslessly. ``surprise`` is the
+    number of bits that the coefficients took, divided by the number that the profile expects for texts like those of
+    its calibration. It is None if the codec cannot compute it.
     """
 
     codec: str
@@ -61,17 +62,18 @@ def compress(
     engine: Engine | None = None,
     progress: Progress | None = None,
 ) -> Compressed:
-    """Compress the capture ``source``, open or a path, into ``output``, which is written in order: it may be a pipe.
+    """Compress the capture ``source`` into ``output``.
 
-    Keys and values go through ``codec``. Every other tensor, and parts that a lossy codec cannot represent (NaN, Inf,
-    out of range), are carried losslessly. Tensors whose names match a pattern of ``drop`` are left out, and the file
-    says so. Without an ``engine`` all processors are used.
+    ``source`` is an open capture or a path. ``output`` is written strictly in order, so it may be a pipe. ``codec``
+    compresses keys and values. Every other tensor is stored losslessly, and so is each part that a lossy codec cannot
+    represent (because it has NaN, Inf, or values out of range). Tensors whose names match a pattern in ``drop`` are
+    left out, and the file records this. Without an ``engine``, all processors are used.
 
     Raises:
-        FormatError: ``source`` has no keys and values to be lossy about.
+        FormatError: The codec is lossy, but ``source`` has no keys and values.
         UsageError: ``chunk_tokens`` is not a positive multiple of 128, or the codec needs a profile.
         MismatchError: ``profile`` is for another model.
-        UnsupportedError: the codec codes all layers as one, and they differ in shape.
+        UnsupportedError: The codec codes all layers as one array, but the layers differ in shape.
 
     """
     capture = source if isinstance(source, Capture) else Capture.open(source)
@@ -87,7 +89,7 @@ def prepare(
     chunk_tokens: int = CHUNK_TOKENS,
     drop: Sequence[str] = (),
 ) -> CompressJob:
-    """Check everything that can be checked before work begins; arguments and errors are those of :func:`compress`."""
+    """Check all that can be checked before the work begins. Arguments and errors are those of :func:`compress`."""
     if chunk_tokens < 1 or chunk_tokens % CHUNK_MULTIPLE or chunk_tokens > 1 << 20:
         raise UsageError(f"chunk tokens must be a multiple of {CHUNK_MULTIPLE} up to {1 << 20}")
     kept, dropped = _without(source.file.header, drop)
@@ -104,13 +106,13 @@ def prepare(
     if Need.TOKENS in codec.traits.needs and any(entry.name == "tokens" for entry in kept.tensors):
         tokens = token_ids(source)
     job = CompressJob(source, cache, codec, needed, chunk_tokens, DecodeContext(needed, tokens), kept, dropped)
-    job.header  # noqa: B018 - whether the blocks can be coded is known now
+    job.header  # noqa: B018 - computing the header checks that the blocks can be coded
     return job
 
 
 @dataclass(frozen=True, eq=False)
 class CompressJob:
-    """One file to be written, by :func:`prepare`: the source is open and checked, and nothing of it encoded."""
+    """One file that is to be written. :func:`prepare` has opened and checked its source, and nothing is encoded yet."""
 
     source: Capture
     cache: CacheSpec
@@ -123,12 +125,12 @@ class CompressJob:
 
     @cached_property
     def codecs(self) -> list[Codec]:
-        """The codecs of the file: the one asked for, then those that carry what it does not take."""
+        """Return the file's codecs: first the requested one, then those that store what it cannot take."""
         return list({codec.name: codec for codec in (self.codec, CODECS["lossless"], CODECS["zstd"])}.values())
 
     @cached_property
     def blocks(self) -> list[list[tuple[WindowSpec, tuple[int, ...]]]]:
-        """By window its blocks in order, each with the numbers of the codecs to try."""
+        """Return the blocks of each window in order, each with the numbers of the codecs to try."""
         return [list(self._split(window)) for window in windows(self.cache, self.chunk_tokens)]
 
     def _split(self, window: WindowSpec) -> Iterator[tuple[WindowSpec, tuple[int, ...]]]:
@@ -144,7 +146,7 @@ class CompressJob:
         return (number,) if self.codecs[number].lossless else (number, names.index("lossless"))
 
     def _carrier(self, dtype: str) -> int:
-        """The codec for a tensor that is neither keys nor values."""
+        """Return the number of the codec for a tensor that is neither keys nor values."""
         names = [codec.name for codec in self.codecs]
         if dtype not in FLOAT_DTYPES:
             return names.index("zstd")
@@ -152,7 +154,7 @@ class CompressJob:
 
     @cached_property
     def header(self) -> Header:
-        """What the file says before its streams."""
+        """Return the file's header, which is written before its streams."""
         names: set[str] = set()
         for block, choices in self._distinct():
             for number in choices:
@@ -169,7 +171,7 @@ class CompressJob:
         )
 
     def _distinct(self) -> Iterable[tuple[WindowSpec, tuple[int, ...]]]:
-        """One block of each kind: most parts that are coded by themselves differ in their layer alone."""
+        """Return one block of each kind: most parts that are coded separately differ only in their layer."""
 
         def kind(block: WindowSpec) -> object:
             part = block.parts[0]
@@ -180,7 +182,7 @@ class CompressJob:
         return {kind(block): (block, choices) for window in self.blocks for block, choices in window}.values()
 
     def tasks(self, number: int) -> Iterator[EncodeTask]:
-        """The file's work in order, as job ``number``; the first of it waits for the encoder's hints."""
+        """Yield the file's tasks in order, as job ``number``. The encoder's hints are computed before the first."""
         hints = encoder_hints(self.source, self.codec)
         for w, blocks in enumerate(self.blocks):
             for b, (block, choices) in enumerate(blocks):
@@ -216,26 +218,26 @@ class CompressJob:
 
 
 Write = Callable[[BinaryIO, Progress | None], Compressed]
-"""Writes one file, before the next is asked for."""
+"""A function that writes one file. It must be called before the next one is requested."""
 
 
 def compress_many(jobs: Iterable[CompressJob], engine: Engine | None = None) -> Iterator[Write]:
-    """What writes each job's file, in order: the bytes that :func:`compress` gives.
+    """Yield for each job, in order, a function that writes its file: the same bytes as :func:`compress` writes.
 
-    Blocks of several jobs are in work together, so jobs are asked for ahead, as far as the engine asks for tasks. An
-    error in making a job is raised after the files before it were given.
+    The engine works on blocks of several jobs at once. Jobs are therefore requested ahead of time, as far ahead as the
+    engine requests tasks. If making a job fails, the error is raised after the files before it were yielded.
     """
     feed = _Feed(jobs)
     results = InTurn((engine or CpuEngine()).run(feed.tasks()))
     number = 0
     while (job := feed.job(number, results)) is not None:
         yield partial(job.write, results, number)
-        results.drop(number)  # of a file that was not written
+        results.drop(number)  # in case the caller did not write the file
         number += 1
 
 
 class _Feed:
-    """Makes jobs as an engine asks for their tasks."""
+    """Makes jobs when an engine requests their tasks."""
 
     def __init__(self, jobs: Iterable[CompressJob]) -> None:
         self._jobs = iter(jobs)
@@ -257,7 +259,7 @@ class _Feed:
             number += 1
 
     def job(self, number: int, results: InTurn) -> CompressJob | None:
-        """The job of that number, or None where there are no more; what went wrong in making it is raised."""
+        """Return the job of that number, or None if there are no more. Raise the error if making it failed."""
         self._made.pop(number - 1, None)
         while number not in self._made and results.pump():
             pass

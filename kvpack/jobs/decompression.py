@@ -1,4 +1,4 @@
-"""Decompresses ``.kvp`` files, whole or a range of layers and tokens, and checks that they would decompress."""
+"""Decompress ``.kvp`` files, either whole or a range of layers and tokens, and check that they can be decompressed."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from kvpack.numerics.floats import Bits
 
 @dataclass(frozen=True)
 class Selection:
-    """Which part of a cache to decompress: layers by index, tokens ``[start, stop)``; None means all."""
+    """The part of a cache to decompress: layers by index, and tokens ``[start, stop)``. None selects all."""
 
     layers: frozenset[int] | None = None
     tokens: tuple[int, int] | None = None
 
     @property
     def partial(self) -> bool:
-        """Whether anything is left out."""
+        """Return whether the selection leaves anything out."""
         return self.layers is not None or self.tokens is not None
 
     def of(self, tensors: Mapping[str, TensorSpec]) -> dict[str, slice | None]:
-        """Names of the tensors that are chosen, and the rows of each (None: it is whole).
+        """Return the selected tensors by name, each with its range of rows (None for a whole tensor).
 
         Raises:
-            UsageError: the selection reaches outside the cache.
+            UsageError: The selection reaches outside the cache.
 
         """
         if not self.partial:
@@ -69,17 +69,17 @@ def decompress(
     engine: Engine | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Write the capture that ``file`` holds to ``output``.
+    """Write the capture that ``file`` holds to ``output``, and return the names of the tensors left out.
 
-    Without a selection, a losslessly compressed file comes back byte for byte. With one, the chosen layers' keys and
-    values and the tensor ``tokens`` are written, cut to the range. Returns the names left out.
+    Without a selection, a losslessly compressed file is restored byte for byte. With a selection, the keys and values
+    of the selected layers and the tensor ``tokens`` are written, cut to the range.
 
-    An output that can seek is written window by window. A pipe gets tensor after tensor; where the codec codes all
-    layers together, what is decoded waits in a temporary file of the capture's size (``kvpack-spool-*``).
+    A seekable output is written window by window. A pipe is written tensor by tensor. If the codec codes all layers
+    together, decoded data then waits in a temporary file of the capture's size (``kvpack-spool-*``).
 
     Raises:
-        UsageError: the selection reaches outside the cache.
-        CorruptError: the file is damaged.
+        UsageError: The selection reaches outside the cache.
+        CorruptError: The file is damaged.
 
     """
     with naming(file.name):
@@ -98,7 +98,7 @@ def decompress(
 
 
 class _Work:
-    """One file's decompression."""
+    """The decompression of one file."""
 
     def __init__(
         self, file: KvpFile, chosen: Mapping[str, slice | None], engine: Engine, progress: Progress | None
@@ -110,7 +110,7 @@ class _Work:
         self.done = 0
 
     def rows(self, part: PartSpec) -> tuple[int, int]:
-        """The range of rows of the part's tensor that is chosen."""
+        """Return the selected range of rows of the part's tensor."""
         start, stop, _ = (self.chosen[part.tensor.name] or slice(None)).indices(part.tensor.rows)
         return start, stop
 
@@ -126,7 +126,7 @@ class _Work:
             self.progress(self.done, self.total)
 
     def by_position(self, output: BinaryIO) -> None:
-        """Write each block where it belongs as soon as it is decoded."""
+        """Write each block to its place as soon as it is decoded."""
         cut = next((cut for cut in self.chosen.values() if cut is not None), None)
         sink = SafetensorsSink(output, self.header, cut.start if cut else 0)
         with closing(sink):
@@ -137,12 +137,12 @@ class _Work:
             sink.finish()
 
     def _cut_other(self, part: PartSpec, bits: Bits) -> Bits:
-        """The tensor ``tokens`` is cut as keys and values are, which the sink does itself."""
+        """Cut the tensor ``tokens`` to the range of keys and values. The sink itself cuts keys and values."""
         cut = self.chosen[part.tensor.name]
         return bits if cut is None or part.tensor.layer is not None else bits.reshape(-1)[cut]
 
     def _decoded(self, tasks: Iterator[DecodeTask]) -> Iterator[tuple[DecodeTask, tuple[Bits, ...]]]:
-        """Tasks with what they decode to, in any order: each block has a place of its own."""
+        """Yield each task with its decoded parts, in any order, since each block has its own place."""
         asked: dict[object, DecodeTask] = {}
 
         def noted() -> Iterator[DecodeTask]:
@@ -156,7 +156,7 @@ class _Work:
             yield asked.pop(result.ticket), result.arrays
 
     def by_tensor(self, output: BinaryIO) -> None:
-        """Write tensor after tensor, of which one is held at a time."""
+        """Write one tensor after another, with one tensor in memory at a time."""
         output.write(len(self.header.raw).to_bytes(8, "little") + self.header.raw)
         tasks: dict[str, list[DecodeTask]] = {entry.name: [] for entry in self.header.tensors}
         for task in self.file.tasks(self.wanted):
@@ -177,7 +177,7 @@ class _Work:
 
 
 def _cut_header(file: KvpFile, chosen: Mapping[str, slice | None]) -> Header:
-    """The safetensors header of what :meth:`Selection.of` chose."""
+    """Return the safetensors header for the result of :meth:`Selection.of`."""
     entries = []
     for name, cut in chosen.items():
         spec = file.tensors[name]
@@ -191,10 +191,10 @@ def _cut_header(file: KvpFile, chosen: Mapping[str, slice | None]) -> Header:
 
 
 def check(file: KvpFile, *, engine: Engine | None = None, progress: Progress | None = None) -> None:
-    """Decode everything and keep nothing: checksums, coding, and the digests of what is lossless.
+    """Decode everything without storing it, and verify checksums, coding, and the digests of lossless parts.
 
     Raises:
-        CorruptError: the file is damaged.
+        CorruptError: The file is damaged.
 
     """
     done, total = 0, sum(spec.nbytes for spec in file.tensors.values())
@@ -208,7 +208,7 @@ def check(file: KvpFile, *, engine: Engine | None = None, progress: Progress | N
 
 
 def differing_parts(file: KvpFile, capture: Capture) -> Iterator[str]:
-    """Names of parts whose digests say that ``capture`` is not what ``file`` was made from."""
+    """Yield the names of parts whose digests show that ``file`` was not made from ``capture``."""
     for entry in file.container.parts:
         ours, theirs = file.tensors[entry.spec.tensor.name], capture.tensors.get(entry.spec.tensor.name)
         same = theirs is not None and (ours.dtype, ours.declared_shape) == (theirs.dtype, theirs.declared_shape)

@@ -1,4 +1,4 @@
-"""What a capture itself tells the encoder of a codec without a profile: how keys were turned, what its probes read."""
+"""Find a capture's hints for the encoder of a codec without a profile: RoPE's frequencies and the probes' weights."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Floats = NDArray[np.float32]
 
 
 KEY_WEIGHT = 32**0.5
-"""A logit's error beside a relative error of a value, by trial on SmolLM2-135M (docs/fisher.md)."""
+"""How an error of a logit counts relative to a relative error of a value, by trial on SmolLM2-135M (docs/fisher.md)."""
 
 
 def encoder_hints(source: Capture, codec: Codec) -> Hints:
-    """What the encoder of ``codec`` gains from, as far as the capture tells it."""
+    """Return the hints that the encoder of ``codec`` benefits from, as far as the capture provides them."""
     wanted = codec.traits.hints
     mass = attention_mass(source) if Hint.MASS in wanted else None
     if Hint.WEIGHTS not in wanted:
@@ -35,9 +35,10 @@ def encoder_hints(source: Capture, codec: Codec) -> Hints:
 
 
 def rope_frequencies(metadata: Mapping[str, str]) -> Floats | None:
-    """Radians a position ``[N]`` for dimensions i and i + N, from ``rope`` and ``model``; None where they do not tell.
+    """Return RoPE's frequencies ``[N]``, in radians a position, for dimensions i and i + N.
 
-    Knows transformers' ``default``, ``linear`` and ``llama3``.
+    They follow from the metadata ``rope`` and ``model``; without enough metadata the result is None. The kinds
+    ``default``, ``linear`` and ``llama3`` of transformers are known.
     """
     known = parse_metadata(metadata)
     if known.rope is None or known.rotary_dimensions is None:
@@ -52,7 +53,7 @@ def rope_frequencies(metadata: Mapping[str, str]) -> Floats | None:
 
 
 def _frequencies(rope: Mapping[str, Any], count: int) -> NDArray[np.float64]:
-    """As transformers' ``ROPE_INIT_FUNCTIONS`` has them, ``[count]``; raises for kinds that are not known."""
+    """Return the frequencies ``[count]`` as transformers' ``ROPE_INIT_FUNCTIONS`` does; raise for an unknown kind."""
     if not 0 < count <= 1 << 16:
         raise ValueError("not a number of dimensions")
     found = np.float64(rope["rope_theta"]) ** -(np.arange(count) / count)
@@ -70,11 +71,12 @@ def _frequencies(rope: Mapping[str, Any], count: int) -> NDArray[np.float64]:
 
 
 def probe_weights(capture: Capture, frequencies: Floats | None) -> dict[str, Floats] | None:
-    """Weights ``[H, D]`` of keys' and values' elements by tensor, from probe queries; None unless every layer has them.
+    """Return the weights ``[H, D]`` of keys' and values' elements by tensor, computed from the probe queries.
 
-    An error of a key shifts a logit by scale * (q . error), so dimension d weighs as the root mean square of q_d before
-    RoPE. An error of a value counts beside its layer's deviation, and beside its layer's attention output as often as
-    the probes read it: the geometric mean of both.
+    The result is None unless every layer has probe queries. An error of a key shifts a logit by scale * (q . error), so
+    the weight of dimension d is the root mean square of q_d before RoPE. An error of a value matters relative to the
+    standard deviation of its layer's values. It also matters relative to its layer's attention output, in proportion to
+    how much the probes read the value. The weight is the geometric mean of both.
     """
     layers = layer_tensors(capture)
     keys: dict[str, Floats] = {}
@@ -103,7 +105,7 @@ def probe_weights(capture: Capture, frequencies: Floats | None) -> dict[str, Flo
 def _layer(
     capture: Capture, scale: float | None, layer: int, names: Mapping[str, str], frequencies: Floats | None
 ) -> tuple[Floats, float, Floats] | None:
-    """Weights of keys ``[H, D]``, one over the values' deviation, and how much probes read values ``[H]``."""
+    """Return the keys' weights ``[H, D]``, 1 / the values' deviation, and how much the probes read values ``[H]``."""
     if len(names) < 2:
         return None
     keys, values = (to_float32(capture.read(names[k]), capture.tensors[names[k]].dtype) for k in ("keys", "values"))
@@ -130,7 +132,7 @@ def _layer(
 
 
 def _before_rope(queries: Floats, positions: NDArray[np.integer[Any]], frequencies: Floats | None) -> Floats:
-    """Queries ``[H, P, D]`` before RoPE; dimensions that it turns into each other have their mean energy."""
+    """Return queries ``[H, P, D]`` as before RoPE. Each pair of dimensions that RoPE rotates gets its mean energy."""
     if frequencies is None or 2 * len(frequencies) > queries.shape[2]:
         return queries
     half = len(frequencies)

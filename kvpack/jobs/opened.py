@@ -1,4 +1,4 @@
-"""Files for programs: ``kvpack.open(path)`` gives tensors, on a GPU if wanted, and the cache that a model takes."""
+"""Open files from Python: ``kvpack.open(path)`` gives tensors, on a GPU if wanted, and a cache for a model."""
 
 from __future__ import annotations
 
@@ -24,34 +24,36 @@ if TYPE_CHECKING:
 
 
 class Opened:
-    """A capture or a ``.kvp`` file."""
+    """A capture or a ``.kvp`` file that is open."""
 
     def __init__(self, source: Capture | KvpFile) -> None:
-        """Over an open one."""
+        """Wrap an open capture or ``.kvp`` file."""
         self.source = source
         self.tensors: Mapping[str, TensorSpec] = source.tensors
         self.metadata: Mapping[str, str] = source.metadata
 
     def read(self, name: str) -> Bits:
-        """A tensor's bit patterns in its shape, unsigned integers.
+        """Return a tensor's bit patterns as unsigned integers, in its shape.
 
         Raises:
-            KeyError: the file has no such tensor.
-            CorruptError: the file is damaged.
+            KeyError: The file has no such tensor.
+            CorruptError: The file is damaged.
 
         """
         return self.source.read(name)
 
     def to_tensors(self, device: str = "cpu") -> dict[str, torch.Tensor]:
-        """Keys and values of all layers by name, ``[H, T, D]`` in their own dtype, on ``device`` (``cpu``, ``cuda:1``).
+        """Return keys and values of all layers by name, in shape ``[H, T, D]`` and their own dtype, on ``device``.
 
-        A ``.kvp`` file is decoded on a GPU by the codecs that have kernels, and then does not pass through main memory
-        decoded; what they do not take is decoded by the CPU, and sent.
+        ``device`` is for example ``cpu`` or ``cuda:1``.
+
+        If the codec of a ``.kvp`` file has GPU kernels, the GPU decodes it, and the decoded data does not pass through
+        main memory. The CPU decodes what the kernels do not support, and the result is copied to the GPU.
 
         Raises:
-            UsageError: there is no such GPU.
-            CorruptError: the file is damaged.
-            MismatchError: it needs a calibration profile.
+            UsageError: There is no such GPU.
+            CorruptError: The file is damaged.
+            MismatchError: The file needs a calibration profile.
 
         """
         if device == "cpu":
@@ -62,13 +64,13 @@ class Opened:
         return self.tensors_on(gpu)
 
     def tensors_on(self, gpu: Launcher) -> dict[str, torch.Tensor]:
-        """:meth:`to_tensors` for a GPU that was found."""
+        """Return the same as :meth:`to_tensors`, on a GPU that was found before."""
         from kvpack.gpu.engine import GpuEngine
 
         return self.tensors_by(GpuEngine(gpu), gpu.device)
 
     def tensors_by(self, engine: Engine, device: str) -> dict[str, torch.Tensor]:
-        """:meth:`to_tensors` by an engine of the caller's, which is that of ``device``."""
+        """Return the same as :meth:`to_tensors`, decoded by the caller's ``engine``, which must be for ``device``."""
         if isinstance(self.source, Capture):
             read = self.source.read
             return {name: to_torch(read(name), entry.dtype).to(device) for name, entry in self._layers().items()}
@@ -80,7 +82,7 @@ class Opened:
         alike: dict[tuple[str, tuple[int, ...]], list[str]] = {}
         for name, entry in self._layers().items():
             alike.setdefault((entry.dtype, entry.shape), []).append(name)
-        for (dtype, shape), names in alike.items():  # few allocations, and few views to make
+        for (dtype, shape), names in alike.items():  # one allocation for all tensors of one dtype and shape
             every = torch.empty((len(names), *shape), dtype=dtypes[dtype], device=device)
             tensors.update(zip(names, every.unbind(), strict=True))
             integers.update(zip(names, every.view(_integer(every)).unbind(), strict=True))
@@ -103,13 +105,13 @@ class Opened:
         return tensors
 
     def to_cache(self, device: str = "cpu", config: Any = None) -> Any:
-        """A ``transformers`` ``DynamicCache`` for a batch of one, of the file's layers, on ``device``.
+        """Return a ``transformers`` ``DynamicCache`` of the file's layers, for a batch of one, on ``device``.
 
-        ``config`` is the model's, if its cache wants one.
+        ``config`` is the model's configuration, if its cache needs one.
 
         Raises:
-            FormatError: a layer is missing, or has keys or values alone.
-            KvpackError: transformers is not installed; and what :meth:`to_tensors` raises.
+            FormatError: A layer is missing, or a layer has only keys or only values.
+            KvpackError: transformers is not installed. The errors of :meth:`to_tensors` are raised too.
 
         """
         try:
@@ -138,14 +140,14 @@ def _integer(tensor: torch.Tensor) -> torch.dtype:
 
 
 def open_file(path: str | Path, profile: str | Path | Profile | None = None) -> Opened:
-    """``kvpack.open``: a capture or a ``.kvp`` file, with the calibration profile that it needs.
+    """Open a capture or a ``.kvp`` file, with the calibration profile that it needs. This is ``kvpack.open``.
 
-    A profile is unpacked when it is first used, which takes a second: for many files open it once
-    (:meth:`kvpack.profiles.Profile.open`) and give it to each.
+    A profile is unpacked when it is first used, which takes a second. For many files, open the profile once
+    (:meth:`kvpack.profiles.Profile.open`) and pass it to each call.
 
     Raises:
-        FormatError: the file is neither, or damaged.
-        MismatchError: the file needs another profile.
+        FormatError: The file is neither a capture nor a ``.kvp`` file, or it is damaged.
+        MismatchError: The file needs another profile.
 
     """
     given = profile if profile is None or isinstance(profile, Profile) else Profile.open(Path(profile))

@@ -1,4 +1,4 @@
-"""Rate control: the coarsest step of ``fisher`` or ``local`` that keeps a promise, by trial or read off the profile."""
+"""Rate control: find the coarsest step of ``fisher`` or ``local`` that meets a goal, by trial or from the profile."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from kvpack.jobs.reader import KvpFile
 from kvpack.profiles import Profile
 
 QUALITIES = {"high": 0.03, "balanced": 0.06, "small": 0.12}
-"""Next-token KL, nats a token; no sequence held back from calibration had more than that over :data:`MARGIN`."""
+"""Next-token KL, in nats a token. Of the sequences held back from calibration, none exceeded it over :data:`MARGIN`."""
 
 MARGIN = 1.5
-"""Sequences held back are of the texts that calibration knows; others lose more."""
+"""The sequences that were held back are texts like those of the calibration. Other texts lose more."""
 
 FINEST, COARSEST = -480, -96
-"""Range of steps of ``fisher`` that are searched, in 32nds of an octave."""
+"""The range of steps that is searched for ``fisher``, in 32nds of an octave."""
 
 LOCAL_FINEST, LOCAL_COARSEST = -128, 128
-"""Range of steps of ``local`` that are searched, likewise."""
+"""The range of steps that is searched for ``local``, in 32nds of an octave."""
 
 RESOLUTION = 4
-"""A search stops within an eighth of an octave of the step: 6 or 7 trials."""
+"""A search ends within an eighth of an octave of the best step, which takes 6 or 7 trials."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """One of: ``quality`` (a name), ``max_kl`` (nats a token), ``max_attn_err``, ``ratio``; the others None."""
+    """One goal: ``quality`` (a name), ``max_kl`` (nats a token), ``max_attn_err`` or ``ratio``. The others are None."""
 
     quality: str | None = None
     max_kl: float | None = None
@@ -47,10 +47,10 @@ class Goal:
     ratio: float | None = None
 
     def __post_init__(self) -> None:
-        """Check that one is given, and sound.
+        """Check that exactly one goal is given, and that its value is valid.
 
         Raises:
-            UsageError: none or several, or a value out of range.
+            UsageError: No goal or several goals are given, or the value is out of range.
 
         """
         given = [value for value in (self.quality, self.max_kl, self.max_attn_err, self.ratio) if value is not None]
@@ -72,11 +72,12 @@ def choose(
     drop: Sequence[str],
     engine: Engine | None = None,
 ) -> Codec:
-    """The codec for ``capture`` that keeps ``goal``: ``fisher`` with a profile, ``local`` without one.
+    """Return the codec for ``capture`` that meets ``goal``: ``fisher`` with a profile, ``local`` without one.
 
     Raises:
-        UsageError: no step reaches the goal, it takes a profile, or there are no probes to measure attention with.
-        MismatchError: the profile has no section ``fisher``, or is for another model.
+        UsageError: No step reaches the goal, the goal needs a profile, or there are no probes to measure attention
+            with.
+        MismatchError: The profile has no section ``fisher``, or is for another model.
 
     """
     if profile is None and (goal.quality is not None or goal.max_kl is not None):
@@ -115,7 +116,7 @@ def choose(
 
 
 def _step_for_ratio(pack: Callable[[int], Compressed], ratio: float, finest: int, last: int) -> int:
-    """The finest step at which a capture becomes ``ratio`` times smaller."""
+    """Return the finest step at which a capture becomes ``ratio`` times smaller."""
 
     def below(log_step: int) -> bool:
         done = pack(log_step)
@@ -128,7 +129,7 @@ def _step_for_ratio(pack: Callable[[int], Compressed], ratio: float, finest: int
 
 
 class _Discarded(io.RawIOBase):
-    """Takes what is written and keeps nothing: only the size of a trial's file matters."""
+    """An output that discards everything. Only the size of a trial's file matters."""
 
     def writable(self) -> bool:
         return True
@@ -138,7 +139,7 @@ class _Discarded(io.RawIOBase):
 
 
 def coarsest(holds: Callable[[int], bool], finest: int = FINEST, last: int = COARSEST) -> int | None:
-    """The coarsest step for which ``holds`` is true, if it is true up to some step and false beyond."""
+    """Return the coarsest step for which ``holds`` is true, provided it is true up to some step and false beyond."""
     good, bad = finest - RESOLUTION, last + RESOLUTION
     while bad - good > RESOLUTION:
         middle = (good + bad) // (2 * RESOLUTION) * RESOLUTION
@@ -147,13 +148,15 @@ def coarsest(holds: Callable[[int], bool], finest: int = FINEST, last: int = COA
 
 
 def step_for_kl(curve: np.ndarray, limit: float) -> int:
-    """The coarsest step at which neither continuation's largest KL was above ``limit``, by the profile's ``curve``.
+    """Return the coarsest step at which the largest KL of both continuations was at most ``limit``.
 
-    Rows are log_step, then mean and largest KL of the plain, and of the repeated continuation; interpolated in
-    log KL over log_step. A limit above everything measured gets the coarsest step measured.
+    Each row of the profile's ``curve`` has log_step, then the mean and the largest KL of the plain continuation, then
+    those of the repeated continuation. Between rows, log KL is interpolated over log_step. A limit above all measured
+    values gives the coarsest measured step.
 
     Raises:
-        UsageError: a limit below what the finest step measured keeps: a profile's cut at R directions is a floor.
+        UsageError: The limit is below the KL at the finest measured step. A profile keeps only R directions, so its KL
+            cannot fall below some value.
 
     """
     order = np.argsort(curve[:, 0])

@@ -1,4 +1,4 @@
-"""Reads ``.kvp`` files: a file's blocks as tasks for an engine, tensors and windows for programs."""
+"""Read ``.kvp`` files: blocks as tasks for an engine, and tensors and windows for Python programs."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from kvpack.numerics.floats import Bits
 from kvpack.profiles import Profile
 
 Wanted = Callable[[PartSpec], bool]
-"""Whether a part is wanted."""
+"""A function that says whether a part is wanted."""
 
 
 def everything(_: PartSpec) -> bool:
-    """All parts are wanted."""
+    """Return True: all parts are wanted."""
     return True
 
 
 def keys_and_values(part: PartSpec) -> bool:
-    """The parts of layers are wanted."""
+    """Return whether the part belongs to a layer."""
     return part.tensor.layer is not None
 
 
 class KvpFile:
-    """A ``.kvp`` file, which any number of threads may read from."""
+    """A ``.kvp`` file. Any number of threads may read from it."""
 
     def __init__(self, container: Container, profile: Profile | None = None, name: str | None = None) -> None:
-        """Over an open container; its codecs are rebuilt from the header. ``name`` stands for the file in messages.
+        """Wrap an open container and rebuild the codecs from its header. Messages call the file ``name``.
 
         Raises:
-            FormatError, UnsupportedError: codecs that this kvpack cannot rebuild.
+            FormatError, UnsupportedError: This kvpack cannot rebuild a codec.
             MismatchError: ``profile`` is not the one the file was made with.
 
         """
@@ -64,7 +64,7 @@ class KvpFile:
 
     @classmethod
     def open(cls, path: Path, profile: Profile | None = None, name: str | None = None) -> KvpFile:
-        """Open ``path``, which messages call ``name`` if that is given."""
+        """Open ``path``. Messages call it ``name`` if that is given."""
         name = name or str(path)
         container = Container.open(path, name)
         with naming(name):
@@ -72,16 +72,16 @@ class KvpFile:
 
     @property
     def lossless(self) -> bool:
-        """Whether everything comes back bit for bit."""
+        """Return whether every tensor is restored bit for bit."""
         return self.container.header.lossless
 
     @property
     def by_tensor(self) -> bool:
-        """Whether every tensor can be decoded without others."""
+        """Return whether every tensor can be decoded without the others."""
         return all(codec.traits.scope is Scope.TENSOR for codec in self.codecs)
 
     def context(self) -> DecodeContext:
-        """What codecs are given; token ids, which lie behind what they explain, are decoded first."""
+        """Return what codecs are given. Token ids are decoded first, although the file stores them after the layers."""
         with self._lock:
             if self._context is None:
                 tokens: NDArray[np.int32] | None = None
@@ -93,13 +93,13 @@ class KvpFile:
     def tasks(
         self, wanted: Wanted = everything, room: Callable[[WindowSpec], Room] | None = None, job: int = 0
     ) -> Iterator[DecodeTask]:
-        """A task for every block that holds a part that is ``wanted``, in the order of the file.
+        """Yield a task for every block that has a part for which ``wanted`` is true, in the order of the file.
 
-        ``room`` says where a block is decoded to; without it results come with arrays of their own.
+        ``room`` gives the memory into which a block is decoded. Without it, each result has arrays of its own.
 
         Raises:
-            CorruptError: parts that are coded together have several codecs.
-            MismatchError: a block needs a profile, and there is none.
+            CorruptError: Parts that are coded together have different codecs.
+            MismatchError: A block needs a profile, and there is none.
 
         """
         for number, window in enumerate(self.container.windows):
@@ -109,7 +109,7 @@ class KvpFile:
                         yield self._task(Ticket(job, number, b), block, room)
 
     def _blocks(self, frame: Frame) -> Iterator[Frame]:
-        """The runs of a frame's parts that are decoded together."""
+        """Yield each run of a frame's parts that is decoded together."""
         codecs = {part.codec for part in frame.parts}
         together = any(self.codecs[codec].traits.scope is not Scope.TENSOR for codec in codecs)
         if not frame.spec.layered or not together:
@@ -134,14 +134,15 @@ class KvpFile:
         return DecodeTask(ticket, block.spec, block.parts, codec, context, room(block.spec) if room else None)
 
     def read(self, name: str, rows: slice | None = None) -> Bits:
-        """Decode a tensor, or of keys and values a range of rows alone, touching no other window.
+        """Decode a tensor, or for keys and values only a range of rows, without reading other windows.
 
-        Of a codec that codes all layers together, whole windows are decoded: :meth:`windows` gives all tensors at once.
+        If the codec codes all layers together, whole windows are decoded. :meth:`windows` then gives all tensors at
+        once.
 
         Raises:
-            KeyError: the file has no such tensor.
-            CorruptError: the file is damaged.
-            MismatchError: a calibration profile is needed, and there is none.
+            KeyError: The file has no such tensor.
+            CorruptError: The file is damaged.
+            MismatchError: A calibration profile is needed, and there is none.
 
         """
         entry = self.tensors[name]
@@ -164,7 +165,7 @@ class KvpFile:
         return out if rows is None or layered else out[..., rows]
 
     def _decoded(self, wanted: Wanted) -> Iterator[tuple[PartSpec, Bits]]:
-        """The parts that are wanted, decoded, in the order of the file."""
+        """Yield the wanted parts, decoded, in the order of the file."""
         with naming(self.name):
             tasks = list(self.tasks(wanted))
             results = InTurn(CpuEngine().run(tasks))
@@ -173,9 +174,9 @@ class KvpFile:
                 yield from ((part, bits) for part, bits in every if wanted(part))
 
     def windows(self, engine: Engine | None = None) -> Iterator[tuple[int, Mapping[str, Bits]]]:
-        """Keys and values window by window: the first row, and by tensor name the rows ``[H, t, D]`` from there on.
+        """Yield keys and values window by window: the first row, and the window's rows ``[H, t, D]`` by tensor name.
 
-        A tensor that ends earlier is left out. Raises as :meth:`read`.
+        A tensor that ends before the window is left out. The errors are those of :meth:`read`.
         """
         results = InTurn((engine or CpuEngine()).run(self.tasks(keys_and_values)))
         for number, window in enumerate(self.container.windows):
@@ -193,11 +194,11 @@ def _describe(identity: Mapping[str, str]) -> str:
 
 
 def open_cache(path: Path, profile: Profile | None = None) -> Capture | KvpFile:
-    """Open a capture or a ``.kvp`` file, told apart by their first bytes.
+    """Open a capture or a ``.kvp`` file. The first bytes tell which one it is.
 
     Raises:
-        FormatError: the file is neither, or damaged.
-        MismatchError: the ``.kvp`` file needs another profile.
+        FormatError: The file is neither a capture nor a ``.kvp`` file, or it is damaged.
+        MismatchError: The ``.kvp`` file needs another profile.
 
     """
     with path.open("rb") as file:

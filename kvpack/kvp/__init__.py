@@ -1,6 +1,6 @@
-"""The ``.kvp`` container: bytes, offsets and checksums; no stages, no numpy, no torch.
+"""The ``.kvp`` container: bytes, offsets and checksums. It uses neither stages nor numpy nor torch.
 
-``docs/format.md`` is the specification; :mod:`layout` has its byte tables.
+``docs/format.md`` is the specification. :mod:`layout` has its byte tables.
 """
 
 from kvpack.kvp.frame import Frame, FramePart, Stream

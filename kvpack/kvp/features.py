@@ -1,7 +1,7 @@
 """The critical features of the ``.kvp`` format: what a file may use that readers of format 1.0 do not know.
 
-Each feature has a bit in the prologue. A reader refuses a file whose prologue has a bit that it does not know, instead
-of misreading it. ``docs/format.md``, section "Format 1.1", is the specification, and lists the same bits.
+Each feature has a bit in the prologue. A reader that does not know a bit refuses the file, so that it never misreads
+one. The section "Format 1.1" of ``docs/format.md`` is the specification and lists the same bits.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ FIRST_VERSION = (1, 0)
 """The version of files that use no critical feature."""
 
 NEWER_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64"})
-"""The safetensors dtypes that readers of format 1.0 take for malformed."""
+"""The safetensors dtypes that readers of format 1.0 reject as malformed."""
 
 
 @dataclass(frozen=True)
 class Feature:
     """One critical feature.
 
-    ``bit`` is its position in the prologue's field, counted from the least significant one. ``since`` is the format's
-    version that has introduced it. ``used_by`` says of the compressed file's safetensors header whether it takes it.
+    ``bit`` is its position in the prologue's field, counted from the least significant bit. ``since`` is the version of
+    the format that introduced it. ``used_by`` tells from the safetensors header of the source whether the file uses it.
     """
 
     bit: int
@@ -33,7 +33,7 @@ class Feature:
 
     @property
     def mask(self) -> int:
-        """The feature's bit as a number."""
+        """Return the feature's bit as a number."""
         return 1 << self.bit
 
 
@@ -52,15 +52,15 @@ VERSION = max((feature.since for feature in FEATURES), default=FIRST_VERSION)
 
 
 def critical_of(source: SourceHeader) -> int:
-    """The bits of the features that a file takes which holds what ``source`` describes."""
+    """Return the bits of the features that a file needs to hold what ``source`` describes."""
     return sum(feature.mask for feature in FEATURES if feature.used_by(source))
 
 
 def written_version(critical: int) -> tuple[int, int]:
-    """The oldest version of the format that has all features of these bits: what a file that uses them says it is."""
+    """Return the oldest version of the format that has all these features. Files that use them carry this version."""
     return max((feature.since for feature in FEATURES if feature.mask & critical), default=FIRST_VERSION)
 
 
 def names_of(critical: int) -> list[str]:
-    """The names of the features of these bits."""
+    """Return the names of the features with these bits."""
     return [feature.name for feature in FEATURES if feature.mask & critical]

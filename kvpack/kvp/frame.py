@@ -1,4 +1,4 @@
-"""A frame: a window encoded, which is streams with their checksums and nothing of files."""
+"""A frame is an encoded window: streams with their checksums. It does not depend on files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kvpack.cache import WindowSpec
 
 
 class Stream(NamedTuple):
-    """A stream: the name of its kind, its bytes, and their checksum. Whoever decodes the bytes verifies them first."""
+    """A stream: the name of its kind, its bytes, and their checksum. The decoder verifies the bytes first."""
 
     name: str
     data: Any
@@ -16,9 +16,9 @@ class Stream(NamedTuple):
 
 
 class FramePart(NamedTuple):
-    """A part encoded: which of the file's codecs has coded it, the checksum of its original, and its streams.
+    """An encoded part: the number of its codec in the file, its original's checksum, and its streams.
 
-    ``joined`` are the bytes of all streams, one behind another, where they lie so in memory; else None.
+    ``joined`` holds the bytes of all streams if they are contiguous in memory, and is None otherwise.
     """
 
     codec: int
@@ -28,11 +28,11 @@ class FramePart(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """A window, or a block of it, encoded."""
+    """An encoded window, or an encoded block of one."""
 
     spec: WindowSpec
     parts: tuple[FramePart, ...]
 
     def take(self, which: slice) -> Frame:
-        """Some neighbouring parts."""
+        """Return a frame of a run of neighbouring parts."""
         return Frame(self.spec.take(which), self.parts[which])

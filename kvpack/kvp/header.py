@@ -1,4 +1,4 @@
-"""The fields of a ``.kvp`` file's header. One declaration of them serves the writer, the reader and ``inspect``."""
+"""The fields of a ``.kvp`` file's header. The writer, the reader and ``inspect`` share this one declaration."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ MAX_STREAM_NAMES = 256
 
 @dataclass(frozen=True)
 class Header:
-    """What a ``.kvp`` file says of itself before its streams. ``docs/format.md``, section "Header", specifies it."""
+    """The header of a ``.kvp`` file. ``docs/format.md``, section "Header", specifies it."""
 
     writer: str
-    """The program that wrote the file. It is for people: readers ignore it."""
+    """The program that wrote the file. It is information for people, and readers ignore it."""
     codecs: list[dict[str, Any]]
-    """The codecs, which parts refer to by position: first the one asked for, then those that carry the rest."""
+    """The codecs, which parts refer to by position: first the requested one, then those that store the rest."""
     chunk_tokens: int
     """The number of tokens in a chunk."""
     lossless: bool
-    """Whether every tensor comes back bit for bit."""
+    """Whether every tensor is restored bit for bit."""
     streams: list[str]
     """The names of the kinds of stream, sorted. The index refers to them by position."""
     profile: dict[str, str] | None
-    """The name and SHA-256 of the calibration profile that decoding takes, or None."""
+    """The name and SHA-256 of the calibration profile that decoding needs, or None."""
     dropped: list[str]
-    """The names of the source's tensors that the user had left out."""
+    """The names of the source's tensors that were left out at the user's request."""
     source: str
-    """The source's safetensors header, verbatim; where tensors were dropped, a header of those that are left."""
+    """The source's safetensors header, verbatim. If tensors were dropped, a header of the remaining ones."""
 
     def to_bytes(self) -> bytes:
-        """The header as JSON in UTF-8, with sorted keys and without spaces."""
+        """Return the header as JSON in UTF-8, with sorted keys and without spaces."""
         document = {field.name: getattr(self, field.name) for field in fields(self)}
         return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
@@ -53,7 +53,7 @@ class Header:
         """
         try:
             document = json.loads(raw.decode())
-        except (ValueError, RecursionError) as error:  # ValueError is also what a number of too many digits raises
+        except (ValueError, RecursionError) as error:  # a number with too many digits raises ValueError too
             raise FormatError(f"header is not valid JSON ({error})") from None
         if not isinstance(document, dict):
             raise FormatError("header is not a JSON object")

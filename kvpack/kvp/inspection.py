@@ -1,6 +1,6 @@
-"""What is in a capture or a ``.kvp`` file, and where its bytes went.
+"""Show what a capture or a ``.kvp`` file holds, and how many bytes each part takes.
 
-This imports nothing but the standard library, so that ``kvpack inspect`` starts fast.
+This module imports only the standard library, so that ``kvpack inspect`` starts fast.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """A layer's number of tokens, and the bytes of its keys' and values' streams (in a capture: of its tensors)."""
+    """A layer's number of tokens, and the bytes of its keys' and values' streams (for a capture: of its tensors)."""
 
     layer: int
     tokens: int
@@ -33,11 +33,11 @@ class LayerBytes:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything that ``kvpack inspect`` says. Sizes are in bytes.
+    """Everything that ``kvpack inspect`` shows. Sizes are in bytes.
 
-    ``bits_per_element`` is the size of the whole file, without the streams of tensors that are not keys or values, over
-    the number of elements of keys and values. ``ratio`` is the original file's size over this file's. ``features`` are
-    the names of the critical features that a ``.kvp`` file uses.
+    ``bits_per_element`` is the size of the file, without the streams of tensors other than keys and values, divided by
+    the number of elements of keys and values. ``ratio`` is the original file's size divided by this file's size.
+    ``features`` are the names of the critical features that a ``.kvp`` file uses.
     """
 
     path: str
@@ -65,15 +65,15 @@ class Inspection:
     checksums: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The same in types that JSON has, with ``schema_version``."""
+        """Return the same as JSON types, with ``schema_version``."""
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
 
 def inspect(path: Path, *, check: bool = False) -> Inspection:
-    """Look into ``path``. With ``check`` the checksum of every stream is verified too.
+    """Inspect the file ``path``. With ``check``, also verify the checksum of every stream.
 
     Raises:
-        FormatError: The file is neither a sound capture nor a sound ``.kvp`` file.
+        FormatError: The file is neither a valid capture nor a valid ``.kvp`` file.
         UnsupportedError: The file was written by a newer kvpack, or has a dtype that kvpack does not know.
 
     """
@@ -153,7 +153,7 @@ def _bits(size: int, header: Header) -> float | None:
 
 
 def _shapes(header: Header) -> dict[str, list[str]]:
-    """The tensors' names by ``dtype[shape]``, so that equal layers take one line."""
+    """Return the tensors' names by ``dtype[shape]``, so that equal layers take one line."""
     shapes: dict[str, list[str]] = {}
     for spec in header.tensors:
         shapes.setdefault(f"{spec.dtype}{list(spec.declared_shape)}", []).append(spec.name)

@@ -1,4 +1,4 @@
-"""The byte tables of ``docs/format.md``: prologue, index, footer, and the canonical order of parts."""
+"""The byte tables of ``docs/format.md``: the prologue, the index, the footer, and the canonical order of parts."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ END_MAGIC = b"\x89KVPEND\n"
 PROLOGUE = struct.Struct("<8sHHIIIII")
 FOOTER = struct.Struct("<QIIQII8s")
 MAX_HEADER = 1 << 27
-"""Cap in bytes on the header, before and after inflation."""
+"""The largest size of the header in bytes, both deflated and inflated."""
 MAX_INDEX = 1 << 30
 MAX_EXPANSION = 1 << 20
-"""Cap on the original's size over the file's: no file of a few bytes makes a reader allocate terabytes."""
+"""The largest ratio of the original's size to the file's, so that a tiny file cannot make a reader allocate terabytes.
+"""
 
 
 class Record(NamedTuple):
-    """A stream as the index lists it: kind (position in the header's names), size in bytes, checksum."""
+    """A stream's entry in the index: its kind (a position in the header's names), size in bytes, and checksum."""
 
     kind: int
     size: int
@@ -33,7 +34,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class PartEntry:
-    """A part as the index lists it: its codec, its original's checksum, and streams with absolute offsets."""
+    """A part's entry in the index: its codec, its original's checksum, and its streams with absolute offsets."""
 
     spec: PartSpec
     codec: int
@@ -42,7 +43,7 @@ class PartEntry:
 
 
 class Prologue(NamedTuple):
-    """What the fixed first bytes of a file say.
+    """The contents of the fixed first bytes of a file.
 
     These are the format's version, the bits of the critical features that the file uses, and the length and CRC-32 of
     its deflated header.
@@ -55,9 +56,9 @@ class Prologue(NamedTuple):
 
 
 def pack_prologue(header: bytes, critical: int = 0) -> bytes:
-    """The fixed first bytes of a file, for its deflated header and the bits of the critical features that it uses.
+    """Return a file's fixed first bytes, from its deflated header and the bits of the critical features it uses.
 
-    The version is the oldest one that has these features, so that a file without any stays one of format 1.0.
+    The version is the oldest one that has these features, so a file without any of them has format 1.0.
     """
     version = written_version(critical)
     body = PROLOGUE.pack(MAGIC, *version, critical, 0, len(header), zlib.crc32(header), 0)[:-4]
@@ -91,7 +92,7 @@ def unpack_prologue(raw: bytes) -> Prologue:
 
 
 def inflate(raw: bytes, limit: int, what: str) -> bytes:
-    """Inflate a zlib stream of at most ``limit`` bytes."""
+    """Inflate a zlib stream to at most ``limit`` bytes."""
     engine = zlib.decompressobj()
     try:
         data = engine.decompress(raw, limit)
@@ -103,7 +104,7 @@ def inflate(raw: bytes, limit: int, what: str) -> bytes:
 
 
 def pack_index(parts: Sequence[tuple[int, int, Sequence[Record]]]) -> bytes:
-    """Columns of the index for parts of (codec, digest, streams), deflated."""
+    """Return the deflated index, stored in columns, of parts given as (codec, digest, streams)."""
     records = [record for _, _, streams in parts for record in streams]
     columns = (
         struct.pack("<II", len(parts), len(records)),
@@ -118,10 +119,10 @@ def pack_index(parts: Sequence[tuple[int, int, Sequence[Record]]]) -> bytes:
 
 
 def unpack_index(raw: bytes, specs: Sequence[PartSpec], start: int, stop: int) -> list[PartEntry]:
-    """The parts of an inflated index, whose streams must fill the bytes ``start`` to ``stop`` exactly.
+    """Return the parts of an inflated index, whose streams must exactly fill the bytes ``start`` to ``stop``.
 
     Raises:
-        FormatError: the index contradicts the header or itself.
+        FormatError: The index contradicts the header or itself.
 
     """
     if len(raw) < 8:
@@ -150,7 +151,7 @@ def _running(start: int, sizes: Sequence[int]) -> Iterator[int]:
 
 
 def pack_footer(index: bytes, offset: int, prologue: bytes) -> bytes:
-    """The fixed last bytes, for a deflated index at ``offset``."""
+    """Return the file's fixed last bytes, for a deflated index at ``offset``."""
     total = offset + len(index) + FOOTER.size
     crcs = zlib.crc32(index), int.from_bytes(prologue[-4:], "little")
     body = FOOTER.pack(offset, len(index), crcs[0], total, crcs[1], 0, END_MAGIC)[: FOOTER.size - 12]
@@ -158,10 +159,10 @@ def pack_footer(index: bytes, offset: int, prologue: bytes) -> bytes:
 
 
 def unpack_footer(raw: bytes, size: int, prologue: bytes) -> tuple[int, int, int]:
-    """Offset, length and CRC-32 of the deflated index, in a file of ``size`` bytes.
+    """Return the offset, length and CRC-32 of the deflated index, in a file of ``size`` bytes.
 
     Raises:
-        TruncatedError, CorruptError: damaged.
+        TruncatedError, CorruptError: The footer is missing or damaged.
 
     """
     if len(raw) < FOOTER.size or raw[-8:] != END_MAGIC:

@@ -1,4 +1,4 @@
-"""Opens a ``.kvp`` file: checks its prologue, header, footer and index, and reads single streams of it."""
+"""Open a ``.kvp`` file: check its prologue, header, footer and index, and read single streams."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ from kvpack.kvp.layout import (
 
 
 class Container:
-    """A ``.kvp`` file, mapped into memory for reading.
+    """A ``.kvp`` file that is mapped into memory for reading.
 
     ``version`` and ``critical`` are the format's version and the bits of critical features, from the prologue.
-    ``header``, ``source`` (the safetensors header of what was compressed), ``cache`` (what it describes), ``windows``
-    and ``parts`` are checked on opening; a stream's checksum by whoever decodes it. ``view`` is the whole file.
+    ``header``, ``source`` (the safetensors header of the original), ``cache`` (the cache that it describes),
+    ``windows`` and ``parts`` are checked when the file is opened. Checksums of streams are verified by the decoder.
+    ``view`` is the whole file.
     """
 
     def __init__(self, view: memoryview) -> None:
-        """Check everything but the streams of a file, whose bytes ``view`` is.
+        """Check everything in the file's bytes ``view`` except the streams.
 
         Raises:
             FormatError: The file is not a ``.kvp`` file, or it breaks the format.
@@ -77,7 +78,7 @@ class Container:
 
     @classmethod
     def open(cls, path: Path, name: str | None = None) -> Container:
-        """Map ``path``; raises as the constructor, with ``name`` or the path in the message."""
+        """Map ``path`` into memory. Errors are those of the constructor, with ``name`` or the path in the message."""
         with path.open("rb") as file:
             empty = not file.seek(0, 2)
             view = memoryview(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -97,16 +98,16 @@ class Container:
             raise FormatError(f"{part.spec.label}: a stream's kind is not in the header")
 
     def stream_name(self, record: Record) -> str:
-        """The name of the kind that a stream is of."""
+        """Return the name of the stream's kind."""
         return self.header.streams[record.kind]
 
     def frame(self, window: int) -> Frame:
-        """A window as the file has it; nothing is verified."""
+        """Return a window as the file stores it, without verifying anything."""
         entries = self.parts[self._starts[window] : self._starts[window + 1]]
         return Frame(self.windows[window], tuple(map(self.part, entries)))
 
     def part(self, entry: PartEntry) -> FramePart:
-        """A part as the file has it; nothing is verified."""
+        """Return a part as the file stores it, without verifying anything."""
         names, view = self.header.streams, self.view
         streams = tuple([Stream(names[r.kind], view[at : at + r.size], r.checksum) for r, at in entry.streams])
         joined = None
@@ -119,10 +120,10 @@ class Container:
         """Check the checksums of a part's streams.
 
         Raises:
-            CorruptError: one does not match.
+            CorruptError: A checksum does not match.
 
         """
-        # This is imported here because it takes numba, which ``kvpack inspect`` does without.
+        # Imported here because it needs numba, which ``kvpack inspect`` does not load.
         from kvpack.numerics.checksum import checksum
 
         for name, data, expected in self.part(entry).streams:

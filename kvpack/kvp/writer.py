@@ -1,4 +1,4 @@
-"""Writes a ``.kvp`` file in one pass, so that the output may be a pipe."""
+"""Write a ``.kvp`` file in one pass, so that the output may be a pipe."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from kvpack.kvp.layout import MAX_HEADER, Record, pack_footer, pack_index, pack_
 
 
 class ContainerWriter:
-    """Writes a file's header first, then its parts in their canonical order, and then what :meth:`finish` writes."""
+    """Writes a file's header, then its parts in canonical order, and with :meth:`finish` the index and the footer."""
 
     def __init__(self, output: BinaryIO, header: Header) -> None:
-        """Write the prologue and the header. The header says which critical features the prologue has to name.
+        """Write the prologue and the header. The header determines which critical features the prologue lists.
 
         Raises:
             FormatError: The header is longer than the format allows.

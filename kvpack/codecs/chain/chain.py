@@ -1,4 +1,4 @@
-"""A chain: the stages that an array goes through, in their order."""
+"""A chain: the stages that an array passes through, in order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ S = TypeVar("S", bound=Stage)
 
 @dataclass(frozen=True)
 class Chain:
-    """Which tokens are kept whole, transforms in order, a predictor, a quantizer and an entropy coder."""
+    """A chain's stages: tokens to keep whole, transforms in order, a predictor, a quantizer and an entropy coder."""
 
     keep: Keep | None
     transforms: tuple[Transform, ...]
@@ -25,10 +25,10 @@ class Chain:
 
     @classmethod
     def of(cls, *stages: Stage) -> Self:
-        """A chain of stages in their order: keep?, transforms, predictor?, quantizer, entropy coder.
+        """Return the chain of the given stages, in the order keep?, transforms, predictor?, quantizer, entropy coder.
 
         Raises:
-            ValueError: stages are missing, stand in another order, or do not fit together.
+            ValueError: Stages are missing, are in another order, or do not fit together.
 
         """
         rest = list(stages)
@@ -45,25 +45,25 @@ class Chain:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The stages in order."""
+        """Return the stages in order."""
         every = (self.keep, *self.transforms, self.predictor, self.quantizer, self.entropy)
         return tuple(stage for stage in every if stage is not None)
 
     def with_seed(self, seed: int) -> Self:
-        """The same with ``1000 * seed`` added to every stage's seed."""
+        """Return the same chain with ``1000 * seed`` added to every stage's seed."""
         return self.of(*(_reseeded(stage, seed) for stage in self.stages))
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The stages' JSON forms in order."""
+        """Return the stages' JSON forms in order."""
         return [stage.to_json() for stage in self.stages]
 
     @classmethod
     def from_json(cls, document: Any) -> Self:
-        """Rebuild from :meth:`to_json`.
+        """Rebuild a chain from the result of :meth:`to_json`.
 
         Raises:
-            FormatError: the document is not a chain.
-            UnsupportedError: this kvpack does not have one of the stages.
+            FormatError: The document is not a chain.
+            UnsupportedError: This kvpack does not have one of the stages.
 
         """
         if not isinstance(document, list) or not 2 <= len(document) <= 16:

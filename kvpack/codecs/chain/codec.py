@@ -1,4 +1,4 @@
-"""Codecs that send each array through a chain of stages: one chain for keys, one for values and everything else."""
+"""Codecs that pass each array through a chain of stages: one chain for keys, another for all other tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROLES = (Role.KEYS, Role.VALUES)
 
 @dataclass(frozen=True)
 class ChainCodec:
-    """A codec of two chains. With ``stacked`` the keys (and the values) of all layers of a window are one array."""
+    """A codec of two chains. With ``stacked``, a window's keys of all layers are one array, and so are its values."""
 
     name: str
     stacked: bool
@@ -33,18 +33,18 @@ class ChainCodec:
     values: Chain
 
     def __post_init__(self) -> None:
-        """Check that stages which need a stack get one."""
+        """Check that stages that need stacked layers get them."""
         if not self.stacked and any(stage.scope is not Scope.TENSOR for stage in self.stages):
             raise ValueError("a stage needs the stack of all layers")
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """All stages of both chains."""
+        """Return all stages of both chains."""
         return self.keys.stages + self.values.stages
 
     @cached_property
     def traits(self) -> Traits:
-        """See :class:`kvpack.codecs.protocol.Codec`."""
+        """Return the codec's traits. See :class:`kvpack.codecs.protocol.Codec`."""
         scope = Scope.KIND if self.stacked else Scope.TENSOR
         return Traits(
             scope=max(scope, *(stage.scope for stage in self.stages)),
@@ -56,20 +56,20 @@ class ChainCodec:
 
     @property
     def lossless(self) -> bool:
-        """Whether every bit comes back."""
+        """Return whether every bit is restored."""
         return self.keys.quantizer.exact and self.values.quantizer.exact
 
     @property
     def seeded(self) -> bool:
-        """Whether something in it is random."""
+        """Return whether any stage uses random numbers."""
         return any(hasattr(stage, "seed") for stage in self.stages)
 
     def with_seed(self, seed: int) -> Self:
-        """The same with other random matrices; 0 gives the codec's own."""
+        """Return the same codec with other random matrices. Seed 0 gives the codec's own matrices."""
         return replace(self, keys=self.keys.with_seed(seed), values=self.values.with_seed(seed)) if seed else self
 
     def with_step(self, log_step: int) -> Self | None:
-        """The same at another step where the quantizer has one, else None."""
+        """Return the same codec at another step, or None if its quantizer has no step."""
         quantizer = self.keys.quantizer
         if not isinstance(quantizer, DeadZone):
             return None
@@ -77,14 +77,14 @@ class ChainCodec:
         return replace(self, keys=chain, values=chain)
 
     def expected_bits(self, context: DecodeContext, tokens: int) -> tuple[str, float] | None:
-        """Bits that the coefficients of ``tokens`` tokens take if they scatter as in calibration."""
+        """Return a stream's name and its expected bits for ``tokens`` tokens that vary as in calibration, or None."""
         quantizer = self.keys.quantizer
         if context.profile is None or not isinstance(quantizer, DeadZone):
             return None
         return "coefficients", quantizer.expected_bits(context.profile) * tokens
 
     def to_json(self) -> dict[str, Any]:
-        """The form that a file carries."""
+        """Return the JSON form that a file carries."""
         return {
             "name": self.name,
             "stacked": self.stacked,
@@ -93,29 +93,29 @@ class ChainCodec:
         }
 
     def blocks(self, spec: WindowSpec) -> Iterator[slice]:
-        """Each part by itself, or all keys and values of a window together."""
+        """Yield a block for each part, or one block of all keys and values of a window."""
         if self.traits.scope is Scope.TENSOR or not spec.layered:
             yield from (slice(i, i + 1) for i in range(len(spec.parts)))
         elif spec.parts:
             yield slice(0, len(spec.parts))
 
     def exact(self, part: PartSpec) -> bool:
-        """Whether every bit of a part comes back."""
+        """Return whether every bit of a part is restored."""
         return self.chain_for(part).quantizer.exact
 
     def chain_for(self, part: PartSpec) -> Chain:
-        """The chain of the tensor of a part: that for keys if its name ends in ``.keys``."""
+        """Return the chain for a part's tensor. The keys' chain is for tensors whose name ends in ``.keys``."""
         return self.keys if part.tensor.name.endswith(".keys") else self.values
 
     def stack_key(self, part: PartSpec) -> object:
-        """Parts of a block that have the same key are one array."""
+        """Return a key. Parts of a block that have equal keys form one array."""
         return part.tensor.role if self.traits.scope is Scope.KIND else None
 
     def stacks(self, block: WindowSpec) -> list[list[int]]:
-        """Which parts of a block are one array: keys before values, layers ascending.
+        """Return which parts of a block form one array: keys before values, with layers ascending.
 
         Raises:
-            UnsupportedError: parts of one array differ in shape or dtype.
+            UnsupportedError: Parts of one array differ in shape or dtype.
 
         """
         if len(block.parts) == 1 or self.traits.scope is Scope.TENSOR:
@@ -136,7 +136,7 @@ class ChainCodec:
             )
 
     def array_of(self, stack: Sequence[PartSpec], context: DecodeContext) -> Part:
-        """What the parts of a stack are as one array."""
+        """Return the description of a stack's parts as one array."""
         part = stack[0]
         heads, tokens, dims = part.shape
         ids = context.tokens if part.tensor.layer is not None else None
@@ -154,7 +154,7 @@ class ChainCodec:
         )
 
     def stream_names(self, block: WindowSpec, context: DecodeContext) -> set[str]:
-        """Names of all streams that :meth:`encode` gives for a block."""
+        """Return the names of all streams that :meth:`encode` gives for a block."""
         names: set[str] = set()
         for stack in self.stacks(block):
             parts = block.take(stack).parts
@@ -162,10 +162,10 @@ class ChainCodec:
         return names
 
     def encode(self, block: Window, context: DecodeContext, hints: Hints) -> list[PartStreams]:
-        """The streams of each part; those of a stack lie with the first of its parts.
+        """Return the streams of each part. The streams of a stack belong to the first of its parts.
 
         Raises:
-            UnrepresentableError: a lossy chain met values it cannot represent.
+            UnrepresentableError: A lossy chain cannot represent some values.
 
         """
         streams: list[PartStreams] = [[] for _ in block.arrays]
@@ -179,10 +179,10 @@ class ChainCodec:
         return streams
 
     def decode(self, block: WindowSpec, streams: Sequence[PartStreams], context: DecodeContext) -> list[Bits]:
-        """The inverse of :meth:`encode`.
+        """Return the bit patterns of each part, decoded from its streams: the inverse of :meth:`encode`.
 
         Raises:
-            CorruptError: the streams do not decode to these parts.
+            CorruptError: The streams do not decode to these parts.
 
         """
         out: dict[int, Bits] = {}
@@ -207,7 +207,7 @@ def _joined(arrays: Sequence[Bits]) -> Bits:
 
 
 def stack_hints(hints: Hints, stack: Sequence[PartSpec]) -> StackHints:
-    """The hints for one array: mass where it is of every row, weights where there are some for every tensor."""
+    """Return the hints for one array: its mass if it covers every row, and weights if every tensor has some."""
     mass = hints.mass if hints.mass is not None and len(hints.mass) == stack[0].length else None
     known = hints.weights or {}
     weights: list[NDArray[np.float32]] = [known[p.tensor.name] for p in stack if p.tensor.name in known]

@@ -1,4 +1,4 @@
-"""Runs a chain over a part: bits in, streams out, and back. Pure compute, no files."""
+"""Run a chain on a part: encode bit patterns to streams, and decode them. It does not depend on files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ Streams = list[tuple[str, bytes]]
 
 @dataclass(frozen=True)
 class StageRoute:
-    """An array's way through a chain.
+    """The path of an array through a chain.
 
-    Tokens ``[start, stop)`` are coded and the others kept whole. ``parts`` describe the array before each transform and
-    behind the last; ``whole`` and ``planes`` are what is stored of the tokens kept and of those coded.
+    Tokens ``[start, stop)`` are coded, and the others are kept whole. ``parts`` describe the array before each
+    transform and after the last one. ``whole`` and ``planes`` describe what is stored of the kept and of the coded
+    tokens.
     """
 
     start: int
@@ -33,12 +34,12 @@ class StageRoute:
 
     @property
     def stored(self) -> Iterator[PlaneSpec]:
-        """Planes that have a stream: those with codes, of at least one bit."""
+        """Yield the planes that have a stream: those with codes, of at least one bit."""
         return (plane for plane in (*self.whole, *self.planes) if plane.size and plane.width)
 
 
 def route_of(chain: Chain, part: Part) -> StageRoute:
-    """The way of ``part`` through ``chain``."""
+    """Return the path of ``part`` through ``chain``."""
     heads, tokens, dims = part.shape
     start, stop = chain.keep.coded(part) if chain.keep else (0, tokens)
     parts = [replace(part, shape=(heads, stop - start, dims), first=part.first + start)]
@@ -49,20 +50,20 @@ def route_of(chain: Chain, part: Part) -> StageRoute:
 
 
 def stream_names(chain: Chain, part: Part) -> list[str]:
-    """Names of the streams that :func:`encode` gives: the planes that have codes."""
+    """Return the names of the streams that :func:`encode` gives: one for each plane that has codes."""
     return [plane.name for plane in route_of(chain, part).stored]
 
 
 def encode(
     chain: Chain, bits: Bits, part: Part, hints: StackHints = NO_HINTS, reference: Floats | None = None
 ) -> tuple[Streams, Floats | None]:
-    """Streams by name (planes without codes have none), and the decoder's array where the chain predicts.
+    """Return the streams by name, and the array as decoded if the chain predicts (else None).
 
-    ``bits`` are ``[H, T, D]``, unsigned integers of the tensor's item size; ``reference`` is the array that the
-    keys' chain gave, where the values' chain predicts from it.
+    Planes without codes have no stream. ``bits`` are ``[H, T, D]``, unsigned integers of the tensor's item size.
+    ``reference`` is the decoded array of the keys' chain, if the values' chain predicts from it.
 
     Raises:
-        UnrepresentableError: a lossy chain met values it cannot represent.
+        UnrepresentableError: A lossy chain cannot represent some values.
 
     """
     route = route_of(chain, part)
@@ -106,7 +107,7 @@ def _encode_rows(
         one = replace(part, shape=(1, *part.shape[1:]), row=row)
         with np.errstate(over="ignore", invalid="ignore"):
             rows.append(chain.quantizer.encode(values[row : row + 1] - expected, one, hints))
-            copies = [code.copy() for code in rows[-1]]  # decoding reuses them
+            copies = [code.copy() for code in rows[-1]]  # decoding overwrites them
             decoded[row] = (expected + chain.quantizer.decode(copies, one))[0]
         if not np.isfinite(decoded[row]).all():
             raise UnrepresentableError("a prediction beyond float32")
@@ -116,12 +117,12 @@ def _encode_rows(
 def decode(
     chain: Chain, streams: Sequence[tuple[str, memoryview]], part: Part, reference: Floats | None = None
 ) -> tuple[Bits, Floats | None]:
-    """The part's bit patterns: the very ones for exact chains, approximations for the others.
+    """Return the part's bit patterns, which are the original ones for exact chains and approximations for others.
 
-    The second result is as of :func:`encode`.
+    The second result is the same as that of :func:`encode`.
 
     Raises:
-        CorruptError: streams that do not decode to this part.
+        CorruptError: The streams do not decode to this part.
 
     """
     route = route_of(chain, part)

@@ -1,4 +1,4 @@
-"""The codec ``local``: ``low_rank`` over all layers of a window that are of one shape."""
+"""The codec ``local``: it applies ``low_rank`` to all layers of a window that have the same shape."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from kvpack.codecs.protocol import Traits
 class LowRankCodec(ChainCodec):
     """A codec that learns its basis from each window.
 
-    It needs no profile, and layers may differ: keys and values of the same dtype, shape and length are one array, so a
-    window has an array for each shape. Its JSON form is that of a chain (``docs/format.md``, Stacks).
+    It needs no profile, and layers may differ. Keys and values of the same dtype, shape and length form one array, so a
+    window has one array for each shape. Its JSON form is that of a chain (``docs/format.md``, Stacks).
     """
 
     @cached_property
     def traits(self) -> Traits:
-        """See :class:`kvpack.codecs.protocol.Codec`."""
+        """Return the codec's traits. See :class:`kvpack.codecs.protocol.Codec`."""
         return replace(super().traits, alike=False)
 
     def stack_key(self, part: PartSpec) -> object:
-        """Parts of a block that have the same key are one array."""
+        """Return a key. Parts of a block that have equal keys form one array."""
         return part.tensor.dtype, part.shape, part.length
 
     def with_step(self, log_step: int) -> Self | None:
-        """The same at another step."""
+        """Return the same codec at another step."""
         if not isinstance(self.keys.quantizer, LowRank):
             return None
         chain = replace(self.keys, quantizer=replace(self.keys.quantizer, log_step=log_step))

@@ -1,4 +1,4 @@
-"""The engine of a GPU: ``lossless``, ``fisher``, KIVI and TurboQuant by kernels, everything else by the CPU."""
+"""The GPU engine: kernels run ``lossless``, ``fisher``, KIVI and TurboQuant, and the CPU runs everything else."""
 
 from kvpack.gpu.engine.engine import GpuEngine
 

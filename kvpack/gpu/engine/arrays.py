@@ -1,6 +1,6 @@
-"""How a part lies in device memory for a lossy codec: tokens kept whole (bf16), codes (a byte each) and halves.
+"""The device-memory layout of a part for a lossy codec: tokens kept whole (bf16), codes (a byte each), and halves.
 
-Each of these is an **array**, which holds one plane of the file or two. Planes of one geometry are coded by one launch,
+Each of these is an **array**, which holds one or two planes of the file. One launch codes all planes of one geometry,
 whichever arrays and parts they belong to.
 """
 
@@ -25,7 +25,7 @@ from kvpack.gpu.runtime.launch import Launcher
 
 
 class Geometry(NamedTuple):
-    """What planes that are coded by one launch have in common; of an array of ``item`` bytes an element."""
+    """What the planes coded by one launch have in common. Their array has ``item`` bytes an element."""
 
     shape: tuple[int, int, int]
     item: int
@@ -34,12 +34,12 @@ class Geometry(NamedTuple):
     modelled: bool
 
     def parts(self, addresses: torch.Tensor) -> Parts:
-        """Planes of arrays at ``addresses``."""
+        """Return the planes of the arrays at ``addresses``."""
         return Parts(addresses, self.shape, self.shape[1] * self.shape[2], self.item, self.shift, self.width)
 
 
 class Plane(NamedTuple):
-    """A plane of an array of a part."""
+    """One plane of one array of a part."""
 
     name: str
     array: int
@@ -48,7 +48,7 @@ class Plane(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How parts that a chain codes alike lie in arrays: tokens ``[start, stop)`` are coded, the others kept whole."""
+    """The arrays of parts that a chain codes alike. Tokens ``[start, stop)`` are coded, the others are kept whole."""
 
     kernels: Kernels
     start: int
@@ -58,7 +58,7 @@ class Layout:
     planes: list[Plane]
 
     def gather(self, gpu: Launcher, tensors: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Arrays of bf16 ``tensors`` ``[P, H, T, D]``; and ``[P]``, whether one cannot be represented."""
+        """Return the arrays of bf16 ``tensors`` ``[P, H, T, D]``, and ``[P]`` whether a part cannot be represented."""
         arrays, lost = [], torch.zeros(len(tensors), dtype=torch.bool, device=gpu.device)
         if self.kept:
             arrays.append(torch.cat([tensors[:, :, : self.start], tensors[:, :, self.stop :]], 2))
@@ -68,7 +68,7 @@ class Layout:
         return arrays, lost
 
     def scatter(self, gpu: Launcher, arrays: list[torch.Tensor], tensors: torch.Tensor) -> None:
-        """The inverse, into ``tensors``."""
+        """Write the parts that ``arrays`` hold into ``tensors``: the inverse of :meth:`gather`."""
         if self.start < self.stop:
             tensors[:, :, self.start : self.stop] = self.kernels.decompress(gpu, arrays[self.kept :])
         if self.kept:
@@ -76,14 +76,14 @@ class Layout:
             tensors[:, :, self.stop :] = arrays[0][:, :, self.start :]
 
     def empty(self, gpu: Launcher, count: int) -> list[torch.Tensor]:
-        """Arrays of ``count`` parts, to be filled."""
+        """Return uninitialized arrays for ``count`` parts."""
         dtypes = [torch.bfloat16] * self.kept + [torch.uint8] + [torch.float16] * len(self.arrays)
         shapes = [planes[0].shape for planes in self.arrays]
         return [torch.empty((count, *s), dtype=d, device=gpu.device) for s, d in zip(shapes, dtypes, strict=False)]
 
 
 def layout_of(part: PartSpec, codec: ChainCodec) -> Layout | None:
-    """How a part lies in arrays, if there are kernels for all of it: bf16 keys or values, of shapes that they take."""
+    """Return a part's layout, or None unless kernels cover all of it: bf16 keys or values of a supported shape."""
     if part.tensor.layer is None or part.tensor.dtype != "BF16" or codec.stacked or not part.nbytes:
         return None
     array = Part(part.tensor.dtype, part.shape, part.first, part.length)
@@ -106,13 +106,13 @@ def _layout(chain: Chain, part: Part) -> Layout | None:
 
 
 def _planes_of(number: int, array: list[PlaneSpec]) -> Iterator[Plane]:
-    """Two planes are the upper and the lower bits of two bytes, one is a byte."""
+    """Yield the planes of an array: one plane for bytes, two for the upper and lower bits of two-byte elements."""
     for i, spec in enumerate(array):
         shift = sum(lower.width for lower in array[i + 1 :])
         yield Plane(spec.name, number, Geometry(spec.shape, len(array), shift, spec.width, spec.modelled))
 
 
 def addresses_of(array: torch.Tensor) -> list[int]:
-    """Where the parts of an array ``[P, ...]`` begin."""
+    """Return the addresses at which the parts of an array ``[P, ...]`` begin."""
     stride = array.stride(0) * array.element_size()
     return list(range(array.data_ptr(), array.data_ptr() + len(array) * stride, stride))

@@ -1,4 +1,4 @@
-"""The engine of a GPU: tasks of one key are coded together, others run on the threads of the CPU meanwhile."""
+"""The GPU engine: it codes tasks with the same key together, while CPU threads run the other tasks."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from kvpack.gpu.runtime.host import Slot
 from kvpack.gpu.runtime.launch import Launcher
 
 SLOTS = 5
-"""Batches at a time: one that is staged, two under way, one collected, one whose results are used."""
+"""The number of batches at a time: one staged, two running, one collected, and one whose results are in use."""
 
 AHEAD_BYTES = 256 << 20
-"""Bytes of tasks that may be asked for while a task waits for others of its key."""
+"""The most bytes of tasks that may be requested while a task waits for others with its key."""
 
 AHEAD_JOBS = 32
-"""Jobs (files) whose tasks may be asked for likewise. Every job keeps a file open, and so do those of the batches that
-are under way."""
+"""The most jobs (files) whose tasks may be requested while a task waits for others with its key. Every job keeps a
+file open, and so do the jobs of the running batches."""
 
 AHEAD_CPU = 4
-"""Tasks a thread that wait for the CPU or for their turn."""
+"""The most tasks for each thread that wait for the CPU or for their turn."""
 
 
 @dataclass
 class _Batch:
-    """Tasks of one key that wait for more; ``since`` is how many bytes had been asked for when the first came."""
+    """Tasks of one key that wait for more. ``since`` is the number of bytes requested when the first one came."""
 
     kernels: Kernels
     since: int
@@ -51,13 +51,13 @@ class _Batch:
 
 
 class GpuEngine:
-    """Runs tasks on a GPU where there are kernels for them, and on ``threads`` threads where there are none.
+    """Runs tasks on a GPU if there are kernels for them, and otherwise on ``threads`` CPU threads.
 
-    ``pinned`` are regions of page-locked memory, uint8, from which blocks that lie in them are sent without a copy.
+    ``pinned`` are regions of page-locked memory (uint8). Blocks that lie in them are sent without a copy.
     """
 
     def __init__(self, gpu: Launcher, threads: int | None = None, pinned: Sequence[torch.Tensor] = ()) -> None:
-        """On ``gpu``, which :func:`kvpack.gpu.runtime.host.find_gpu` gives."""
+        """Use ``gpu``, which :func:`kvpack.gpu.runtime.host.find_gpu` returns."""
         self.gpu, self.threads = gpu, threads or available_threads()
         self._kernels: tuple[Kernels, ...] = (
             LosslessEncoding(gpu, pinned),
@@ -71,7 +71,7 @@ class GpuEngine:
         self._idle: list[list[Slot]] = []
 
     def run(self, tasks: Iterable[Task]) -> Iterator[Done]:
-        """See :class:`kvpack.engine.Engine`: results come in any order."""
+        """Yield results in any order. See :class:`kvpack.engine.Engine`."""
         with self._lock:
             slots = self._idle.pop() if self._idle else [Slot(self.gpu) for _ in range(SLOTS)]
         slots[0].synchronize()  # rooms may have been made on other streams
@@ -102,7 +102,7 @@ class GpuEngine:
             self._idle.append(slots)
 
     def _batches(self, tasks: Iterable[Task]) -> Iterator[tuple[Kernels | None, list[Task]]]:
-        """Tasks of one key, as many as a batch takes or come soon enough; tasks without kernels one by one."""
+        """Yield batches of tasks with one key, each limited in size and waiting, and single tasks without kernels."""
         waiting: dict[Hashable, _Batch] = {}
         passed = 0
         for task in tasks:
@@ -138,7 +138,7 @@ def _overdue(batch: _Batch, passed: int, task: Task) -> bool:
 
 
 class _Pipeline:
-    """Batches at their several steps: while one is finished, later ones are collected, under way and staged."""
+    """Batches at several steps: while one is finished, later ones are collected, running and staged."""
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self._slots, self._number = slots, 0
@@ -147,7 +147,7 @@ class _Pipeline:
         self._collected: deque[tuple[Kernels, Any]] = deque()
 
     def push(self, kernels: Kernels, tasks: list[Task]) -> Iterator[Outcome]:
-        """Take one more batch, and give what an earlier one has come to."""
+        """Take one more batch, and yield the results of an earlier one."""
         slot = self._slots[self._number % SLOTS]
         self._number += 1
         self._staged.append((kernels, kernels.stage(tasks, slot)))
@@ -159,7 +159,7 @@ class _Pipeline:
             yield from self._finish()
 
     def drain(self) -> Iterator[Outcome]:
-        """Give everything that is left."""
+        """Yield all remaining results."""
         while self._staged:
             yield from self._start()
         while self._under_way:
@@ -170,12 +170,12 @@ class _Pipeline:
             yield from self._finish()
 
     def wait(self) -> None:
-        """Wait for what is under way, so that memory that it uses can be let go of."""
+        """Wait for the running batches, so that the memory they use can be released."""
         for slot in self._slots:
             slot.wait()
 
     def _start(self) -> Iterator[Outcome]:
-        """Start the next batch; one that proves corrupt is given back, for the CPU to say what is wrong with it."""
+        """Start the next batch. If it is corrupt, yield its tasks, so that the CPU reports what is wrong."""
         kernels, staged = self._staged.popleft()
         try:
             self._under_way.append((kernels, kernels.start(staged)))
@@ -192,7 +192,7 @@ class _Pipeline:
 
 
 class _Background:
-    """Tasks that the CPU runs meanwhile; their results are given in the order of the tasks."""
+    """Tasks that the CPU runs at the same time. Their results are yielded in the order of the tasks."""
 
     def __init__(self, pool: ThreadPoolExecutor, most: int) -> None:
         self._pool, self._most = pool, most
@@ -217,7 +217,7 @@ class _Background:
 
 
 def _on_cpu(task: Task) -> Done:
-    """Run a task; what is to be decoded into a GPU's memory is sent there."""
+    """Run a task on the CPU. If its room is in a GPU's memory, send the decoded data there."""
     if not isinstance(task, DecodeTask) or task.room is None:
         return run_task(task)
     done = run_task(replace(task, room=None))

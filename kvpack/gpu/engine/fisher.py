@@ -1,7 +1,7 @@
 """``fisher`` on a GPU: windows of a cache to streams, and back.
 
-A batch is neighbouring windows of one length. Levels of tokens are decided by the CPU before a window is sent; their
-shifts are decided by the GPU. The streams of both, a few bits a token, are coded by the CPU.
+A batch is a run of neighbouring windows of one length. The CPU decides the tokens' levels before a window is sent, and
+the GPU decides their shifts. The CPU codes the streams of both, which take a few bits a token.
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ from kvpack.kvp.frame import FramePart, Stream
 from kvpack.numerics.checksum import checksum
 
 KEPT = 2
-"""Profiles and captures whose matrices stay in device memory."""
+"""The number of pairs of profile and capture whose matrices stay in device memory."""
 
 
 @dataclass(frozen=True)
 class _Stack:
-    """All parts of a window as one array: the order in which they are stacked, and what they are together."""
+    """All parts of a window as one array: the order in which they are stacked, and the properties of the whole."""
 
     order: tuple[int, ...]
     array: Part
 
 
 class _Windows:
-    """What both directions know: which windows the kernels take, and the kernels for a capture."""
+    """What encoding and decoding share: which windows the kernels support, and the kernels for a capture."""
 
     batch_bytes: ClassVar[int] = 256 << 20
 
     def __init__(self, gpu: Launcher, pinned: Sequence[torch.Tensor]) -> None:
-        """See :class:`kvpack.gpu.engine.GpuEngine`."""
+        """Use ``gpu`` and the regions ``pinned``. See :class:`kvpack.gpu.engine.GpuEngine`."""
         self._gpu, self._pinned = gpu, pinned
         self._kernels: OrderedDict[Hashable, tuple[DecodeContext, FisherKernels]] = OrderedDict()
         self._stacks: OrderedDict[Hashable, tuple[object, _Stack | None]] = OrderedDict()
 
     def stack(self, block: WindowSpec, codec: Codec, context: DecodeContext) -> _Stack | None:
-        """How a window is stacked, or None where the kernels do not take it."""
+        """Return how a window is stacked, or None if the kernels do not support it."""
         parts = block.parts
         key = (id(context), id(codec), id(parts[0]), id(parts[-1]), len(parts))
-        if key not in self._stacks:  # what is held keeps its id
+        if key not in self._stacks:  # the entry keeps these objects alive, so their ids stay unique
             self._stacks[key] = (context, codec, parts), self._found(block, codec, context)
             while len(self._stacks) > 64:
                 self._stacks.popitem(last=False)
@@ -80,13 +80,13 @@ class _Windows:
         return _Stack(tuple(stacks[0]), array)
 
     def window_key(self, block: WindowSpec, codec: Codec, context: DecodeContext) -> Hashable | None:
-        """Windows of one capture and length are coded together."""
+        """Return the key of a window. Windows of one capture and one length are coded together."""
         if len(block.parts) < 2 or not block.layered or self.stack(block, codec, context) is None:
             return None
         return id(context), codec.name, block.parts[0].tokens
 
     def kernels(self, codec: Any, stack: _Stack, context: DecodeContext, slot: Slot) -> FisherKernels:
-        """The kernels for a capture: matrices of its profile, and what its token ids tell."""
+        """Return the kernels for a capture, with its profile's matrices and what follows from its token ids."""
         length = stack.array.length if stack.array.length is not None else stack.array.first + stack.array.shape[1]
         key = (id(context), codec, stack.array.shape[0], length)
         if key not in self._kernels:
@@ -130,13 +130,13 @@ class FisherEncoding(_Windows):
     """Encodes windows of one length."""
 
     def key(self, task: Task) -> Hashable | None:
-        """The capture, the codec, and the windows' length."""
+        """Return a key of the capture, the codec, and the windows' length."""
         if not isinstance(task, EncodeTask):
             return None
         return self.window_key(task.block.spec, task.codecs[0][1], task.context)
 
     def joins(self, batch: Sequence[Task], task: Task) -> bool:
-        """Whether a window follows those before it."""
+        """Return whether a window directly follows those in the batch."""
         last: Any = batch[-1]
         return isinstance(task, EncodeTask) and _follows(last.block.spec, task.block.spec)
 
@@ -151,7 +151,7 @@ class FisherEncoding(_Windows):
         return _Batch(tasks, found, kernels, slot, stage(slot, pieces, self._pinned))
 
     def start(self, batch: _Batch) -> _Encoding:
-        """Transform, quantize and encode, and ask for sizes, checksums and shifts."""
+        """Transform, quantize and encode the windows, and request sizes, checksums and shifts."""
         first = batch.tasks[0].block.spec.parts[0]
         shape, tensors, units = first.shape, len(batch.stacks[0].order), len(batch.tasks)
         kernels, position = batch.kernels, first.position
@@ -172,14 +172,14 @@ class FisherEncoding(_Windows):
         return _Encoding(batch.tasks, batch.stacks, slot, alive, done, numbers, digests, known, levels, shifts)
 
     def collect(self, batch: _Encoding) -> _Encoding:
-        """Ask for the streams, now that their sizes are known."""
+        """Request the streams, since their sizes are known now."""
         batch.known()
         with batch.slot as slot:
             batch.arena = slot.fetch(batch.done.coded.arena[: int(batch.numbers[0, -1])])
         return batch
 
     def finish(self, batch: _Encoding) -> Iterator[Outcome]:
-        """Give the streams; a window with values that the codec cannot represent is given back."""
+        """Yield the streams. If the codec cannot represent a window's values, yield its task instead."""
         batch.slot.wait()
         assert batch.arena is not None
         places = [0, *batch.numbers[0].tolist()]
@@ -202,7 +202,7 @@ class FisherEncoding(_Windows):
 
 
 def _side_streams(codec: Any, levels: Any, shifts: Any) -> list[bytes]:
-    """The streams of levels and shifts ``[T]``."""
+    """Return the streams of levels and shifts ``[T]``."""
     planes = codec.keys.quantizer.planes(Part("", (1, len(levels), 1), 0, 0))
     codes = [levels + MIDDLE, shifts + MAX_SHIFT]
     entropy = codec.keys.entropy
@@ -223,7 +223,7 @@ class FisherDecoding(_Windows):
     """Decodes windows of one length."""
 
     def key(self, task: Task) -> Hashable | None:
-        """The capture, the codec, the windows' length, and how far apart heads lie where they are decoded to."""
+        """Return a key of the capture, the codec, the windows' length, and the stride between heads of the target."""
         if not isinstance(task, DecodeTask) or [len(part.streams) for part in task.parts[:2]] != [3, 0]:
             return None
         key = self.window_key(task.block, task.codec, task.context)
@@ -235,7 +235,7 @@ class FisherDecoding(_Windows):
         return key, None if strides is None else strides.pop()
 
     def joins(self, batch: Sequence[Task], task: Task) -> bool:
-        """Whether a window follows those before it."""
+        """Return whether a window directly follows those in the batch."""
         last: Any = batch[-1]
         return isinstance(task, DecodeTask) and _follows(last.block, task.block)
 
@@ -249,7 +249,7 @@ class FisherDecoding(_Windows):
         return _Batch(tasks, found, kernels, slot, stage(slot, pieces, self._pinned))
 
     def start(self, batch: _Batch) -> _Decoding:
-        """Decode, and ask for the parts that have no room of their own, and for what was wrong."""
+        """Decode the windows, and request the parts that have no room of their own and the errors."""
         tasks, kernels = batch.tasks, batch.kernels
         first = tasks[0].block.parts[0]
         heads, tokens, dims = first.shape
@@ -281,7 +281,7 @@ class FisherDecoding(_Windows):
         return _Decoding(tasks, batch.stacks, slot, alive, fetched, faults)
 
     def _targets(self, batch: _Batch) -> tuple[torch.Tensor | None, list[list[int]], int]:
-        """Memory of the batch's own, if it has no rooms; where each window's tensors go; how far apart heads lie."""
+        """Return memory for a batch without rooms (else None), each window's target addresses, and heads' stride."""
         first = batch.tasks[0].block.parts[0]
         heads, tokens, dims = first.shape
         if batch.tasks[0].room is not None:
@@ -294,11 +294,11 @@ class FisherDecoding(_Windows):
         return own, [[own[u].data_ptr() + k * one for k in range(count)] for u in range(len(own))], tokens * dims
 
     def collect(self, batch: _Decoding) -> _Decoding:
-        """Everything was asked for already."""
+        """Return the batch unchanged, since all its results were requested before."""
         return batch
 
     def finish(self, batch: _Decoding) -> Iterator[Outcome]:
-        """Give the windows, or what was wrong; one with values that are not finite is the CPU's to decode."""
+        """Yield the windows or their errors. The CPU decodes windows whose values are not finite."""
         batch.slot.wait()
         every: Any = None if batch.fetched is None else batch.fetched.numpy().view(np.uint16)
         for u, (task, faults) in enumerate(zip(batch.tasks, batch.faults.T.tolist(), strict=True)):
@@ -319,10 +319,10 @@ class FisherDecoding(_Windows):
 
 
 def _side_codes(task: DecodeTask) -> Any:
-    """Levels and shifts of a window's tokens ``[2, T]``.
+    """Return the levels and shifts of a window's tokens, ``[2, T]``.
 
     Raises:
-        CorruptError: a checksum or the coding does not hold.
+        CorruptError: A checksum does not match, or the coding is invalid.
 
     """
     codec: Any = task.codec

@@ -1,8 +1,8 @@
-"""``fisher`` on a GPU: the keys and values of all layers of a chunk as one, from bf16 tensors to streams and back.
+"""``fisher`` on a GPU: keys and values of all layers of a chunk as one array, from bf16 tensors to streams and back.
 
-From coefficients on, everything is integer arithmetic or the CPU's own steps, and streams are the CPU's byte for byte
-for the same codes. Coordinates are sums of rounded products in another order than the CPU's, so that a coefficient next
-to a bound may get the neighbouring code (``tests/gpu/test_joint_parity.py`` bounds how near and how often).
+All steps after the coefficients use integer arithmetic or the CPU's own code, so equal codes give the same bytes as on
+the CPU. The coordinates are sums of rounded products in another order than on the CPU. A coefficient next to a bound
+may therefore get the neighbouring code (``tests/gpu/test_joint_parity.py`` bounds how near and how often).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Levels = NDArray[np.int32]
 
 
 def is_fisher(chain: Chain) -> bool:
-    """Whether a chain is ``fisher``'s."""
+    """Return whether a chain is the chain of ``fisher``."""
     every = (chain.keep, chain.predictor, len(chain.transforms))
     return (
         every == (None, None, 1)
@@ -46,8 +46,8 @@ def is_fisher(chain: Chain) -> bool:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """In device memory: streams of the units' coefficients, shifts int32 ``[U, T]``, digests int64 ``[U, S]`` of the
-    original tensors, faults int32 ``[U]``, not 0 where the GPU cannot represent a unit.
+    """Encoded units in device memory: streams of the coefficients, shifts int32 ``[U, T]``, digests int64 ``[U, S]`` of
+    the original tensors, and faults int32 ``[U]``, which are not 0 if the GPU cannot represent a unit.
     """  # fmt: skip
 
     coded: Coded
@@ -57,7 +57,7 @@ class Coefficients:
 
 
 def _positions(part: Part) -> int:
-    """How many positions RoPE's turns are needed for."""
+    """Return the number of positions for which RoPE's rotations are needed."""
     return part.origin + (part.first + part.shape[1] if part.length is None else part.length)
 
 
@@ -65,10 +65,10 @@ class FisherKernels:
     """A codec and a profile in device memory, for the units of one capture."""
 
     def __init__(self, gpu: Launcher, chain: Chain, part: Part) -> None:
-        """For units like ``part``, which says the cache's shape, its length and what is known beside it.
+        """Prepare the kernels for units like ``part``, which gives the cache's shape, length and context.
 
         Raises:
-            MismatchError: the profile is not sound, or not for this cache.
+            MismatchError: The profile is not valid, or it is not for this cache.
 
         """
         klt, quantizer = chain.transforms[0], chain.quantizer
@@ -90,12 +90,12 @@ class FisherKernels:
 
     @property
     def rank(self) -> int:
-        """Coordinates a token."""
+        """Return the number of coordinates for each token."""
         return self.matrices.rank
 
     @staticmethod
     def supports(part: Part, chain: Chain, tensors: int, max_shared: int) -> bool:
-        """Whether the kernels take such windows, of so many tensors each, with so much shared memory a block."""
+        """Return whether the kernels support windows of ``tensors`` tensors, given ``max_shared`` bytes a block."""
         if part.dtype != "BF16" or not is_fisher(chain):
             return False
         stage = chain.transforms[0]
@@ -115,12 +115,12 @@ class FisherKernels:
         return checked(self._quantizer.scaled(plane, before, part))
 
     def levels(self, first: int, units: int, tokens: int, mass: NDArray[np.float32] | None) -> Levels:
-        """What the encoder decides for rows from ``first`` on, whose attention mass ``[T]`` is known or not."""
+        """Return the encoder's levels for rows from ``first`` on. ``mass`` is their attention mass ``[T]``, or None."""
         part = replace(self._part, first=first, shape=(1, units * tokens, 1))
         return token_levels(part, self._quantizer.importance, mass).reshape(units, tokens)
 
     def _classes(self, levels: Levels, shifts: Levels) -> tuple[Classes, NDArray[np.float32]]:
-        """Classes in device memory, and each token's step, ``[U * T]``."""
+        """Return the classes in device memory, and each token's step ``[U * T]``."""
         scales = [self._scales(*both) for both in zip(levels, shifts, strict=True)]
         steps = self._quantizer.steps(levels.reshape(-1)).reshape(-1)
         return Classes.of(scales, self._tables, self._gpu.device), steps
@@ -133,7 +133,7 @@ class FisherKernels:
     ) -> Coefficients:
         """Code the units whose tensors ``[H, T, D]`` lie at ``addresses`` ``[U, S]``, from token ``first`` on.
 
-        ``S`` counts all layers' keys and, behind them, values; nothing is waited for.
+        ``S`` counts all layers' keys, followed by all layers' values. The call does not wait for the GPU.
         """
         gpu, matrices = self._gpu, self.matrices
         classes, steps = self._classes(levels, np.zeros_like(levels))
@@ -159,9 +159,10 @@ class FisherKernels:
         levels: Levels,
         shifts: Levels,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The inverse of :meth:`compress`, from streams ``[U]`` as :func:`scaled_rans.cuda.decode` takes them.
+        """Decode streams ``[U]`` to tensors: the inverse of :meth:`compress`.
 
-        Returns, ``[U]`` each: faults of the streams, their checksums, and whether values are not finite.
+        The streams have the form that :func:`scaled_rans.cuda.decode` takes. The results are, ``[U]`` each: faults of
+        the streams, their checksums, and whether any value is not finite.
         """
         gpu, matrices = self._gpu, self.matrices
         classes, steps = self._classes(levels, shifts)

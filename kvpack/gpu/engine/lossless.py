@@ -1,7 +1,7 @@
-"""The lossless codec on a GPU: the same bytes as on the CPU, batches of parts of one shape.
+"""The lossless codec on a GPU: it gives the same bytes as on the CPU, in batches of parts of one shape.
 
-A batch may hold parts of several windows and files. What the kernels do not take (other codecs, dtypes and shapes, and
-parts that did not compress) is left to the CPU.
+A batch may hold parts of several windows and files. The CPU does what the kernels do not support: other codecs, dtypes
+and shapes, and parts that did not compress.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from kvpack.kvp.frame import FramePart, Stream
 
 BATCH_PARTS = 512
 MAX_PARTS = 4096
-"""Parts that one launch codes, and that a batch has at most when it is decoded."""
+"""The most parts that one launch codes, and that a batch has when it is decoded."""
 
 FAULTS = (
     "corrupt: the checksum of a stream of {} does not match",
@@ -42,7 +42,7 @@ FAULTS = (
 
 
 def supports(part: PartSpec, codec: Codec) -> bool:
-    """Whether the kernels code this part: bf16 keys or values, coded losslessly, of a shape that they take."""
+    """Return whether the kernels support this part: lossless bf16 keys or values of a supported shape."""
     if part.tensor.layer is None or part.tensor.dtype != "BF16" or not isinstance(codec, ChainCodec):
         return False
     chain = codec.chain_for(part)
@@ -61,7 +61,7 @@ class _Batch:
 
 @dataclass
 class _Encoding:
-    """A batch under way: what must stay alive, and what is known when its stream is done."""
+    """A running batch: memory that must stay alive, and results that are known when its CUDA stream is done."""
 
     tasks: list[EncodeTask]
     slot: Slot
@@ -80,18 +80,18 @@ class LosslessEncoding:
     batch_bytes: ClassVar[int] = 96 << 20
 
     def __init__(self, gpu: Launcher, pinned: Sequence[torch.Tensor]) -> None:
-        """See :class:`kvpack.gpu.engine.GpuEngine`."""
+        """Use ``gpu`` and the regions ``pinned``. See :class:`kvpack.gpu.engine.GpuEngine`."""
         self._gpu, self._pinned, self._supports = gpu, pinned, KnownParts(supports)
 
     def key(self, task: Task) -> Hashable | None:
-        """The shape of a part that is coded by itself."""
+        """Return the shape of a part that is coded by itself."""
         if not isinstance(task, EncodeTask) or len(task.block.spec.parts) > 1:
             return None
         part = task.block.spec.parts[0]
         return part.shape if self._supports(part, task.codecs[0][1]) else None
 
     def joins(self, batch: Sequence[Task], task: Task) -> bool:
-        """Whether one launch can take so many."""
+        """Return whether one launch can take one more part."""
         return len(batch) < BATCH_PARTS
 
     def stage(self, tasks: list[EncodeTask], slot: Slot) -> _Batch:
@@ -100,7 +100,7 @@ class LosslessEncoding:
         return _Batch(tasks, slot, stage(slot, pieces, self._pinned))
 
     def start(self, batch: _Batch) -> _Encoding:
-        """Encode, and ask for sizes, checksums and mantissas."""
+        """Encode the parts, and request sizes, checksums and mantissas."""
         shape, count = batch.tasks[0].block.spec.parts[0].shape, len(batch.tasks)
         host = batch.staged.ready()
         with batch.slot as slot:
@@ -119,14 +119,14 @@ class LosslessEncoding:
         return _Encoding(batch.tasks, slot, (host, sent, batch.staged), coded, fetched, known, mantissas, size)
 
     def collect(self, batch: _Encoding) -> _Encoding:
-        """Ask for the streams, now that their sizes are known."""
+        """Request the streams, since their sizes are known now."""
         batch.known()
         with batch.slot as slot:
             batch.arena = slot.fetch(batch.coded.arena[: int(batch.columns[0, -1])])
         return batch
 
     def finish(self, batch: _Encoding) -> Iterator[Outcome]:
-        """Give the streams, whose bytes are pinned and to be let go of soon."""
+        """Yield the streams. Their bytes are in pinned memory, which the caller should release soon."""
         batch.slot.wait()
         assert batch.arena is not None
         places, sizes = [0, *batch.columns[0].tolist()], batch.columns[1].tolist()
@@ -142,8 +142,8 @@ class LosslessEncoding:
 
 
 CODED_SIZE, CODED_SUM, TABLES, PACKED_SIZE, PACKED_SUM, DIGEST = range(6)
-"""What is known of a part that is decoded: sizes and checksums of its streams; how many tables the first has, less
-one; the original's digest."""
+"""What is known of a part to decode: the sizes and checksums of its streams, the number of tables of the first stream
+minus one, and the original's digest."""
 
 
 @dataclass
@@ -156,16 +156,16 @@ class _Decoding:
 
 
 class LosslessDecoding:
-    """Decodes parts of one shape, each checked against its digest."""
+    """Decodes parts of one shape, and checks each against its digest."""
 
     batch_bytes: ClassVar[int] = 96 << 20
 
     def __init__(self, gpu: Launcher, pinned: Sequence[torch.Tensor]) -> None:
-        """See :class:`kvpack.gpu.engine.GpuEngine`."""
+        """Use ``gpu`` and the regions ``pinned``. See :class:`kvpack.gpu.engine.GpuEngine`."""
         self._gpu, self._pinned, self._supports = gpu, pinned, KnownParts(supports)
 
     def key(self, task: Task) -> Hashable | None:
-        """The shape of a part, and how far apart heads lie where it is decoded to."""
+        """Return a key of a part's shape and the stride between heads of the target."""
         if not isinstance(task, DecodeTask) or len(task.parts) > 1 or len(task.parts[0].streams) != 2:
             return None
         part = task.block.parts[0]
@@ -179,7 +179,7 @@ class LosslessDecoding:
         return part.shape, None if task.room is None else task.room.arrays[0].stride(0)
 
     def joins(self, batch: Sequence[Task], task: Task) -> bool:
-        """Whether a batch can have so many."""
+        """Return whether a batch can take one more part."""
         return len(batch) < MAX_PARTS
 
     def stage(self, tasks: list[DecodeTask], slot: Slot) -> _Batch:
@@ -188,7 +188,7 @@ class LosslessDecoding:
         return _Batch(tasks, slot, stage(slot, pieces, self._pinned))
 
     def start(self, batch: _Batch) -> _Decoding:
-        """Decode, and ask for the parts that have no room of their own, and for what was wrong."""
+        """Decode the parts, and request those that have no room of their own and the errors."""
         tasks = batch.tasks
         shape = tasks[0].block.parts[0].shape
         host = batch.staged.ready()
@@ -213,11 +213,11 @@ class LosslessDecoding:
         return under_way
 
     def _decode(self, batch: _Decoding, tasks: list[DecodeTask], stride: int, at: int, goals: NDArray[np.int64]) -> int:
-        """Ask for the decoding of parts whose streams lie from ``at`` on, and for all their checks; where they end."""
+        """Request the decoding and checks of parts whose streams begin at ``at``. Return where the streams end."""
         slot, rows = batch.slot, np.array([_row(task.parts[0]) for task in tasks], np.int64)
         sizes = rows[:, [CODED_SIZE, PACKED_SIZE]].reshape(-1)
         ends = at + np.cumsum(sizes)
-        odd = np.arange(len(sizes)) % 2  # mantissas are aligned without their mode byte
+        odd = np.arange(len(sizes)) % 2  # mantissas are aligned after their mode byte
         spaces = (sizes - odd + 15) // 16 * 16
         columns = (ends - sizes, sizes, rows[:, [CODED_SUM, PACKED_SUM]].reshape(-1), np.cumsum(spaces) - spaces, odd)
         table = slot.send(torch.from_numpy(np.stack(columns)))
@@ -241,11 +241,11 @@ class LosslessDecoding:
         return int(ends[-1])
 
     def collect(self, batch: _Decoding) -> _Decoding:
-        """Everything was asked for already."""
+        """Return the batch unchanged, since all its results were requested before."""
         return batch
 
     def finish(self, batch: _Decoding) -> Iterator[Outcome]:
-        """Give the parts, or what was wrong with them."""
+        """Yield the parts or their errors."""
         batch.slot.wait()
         faults = np.concatenate([found.numpy() for found in batch.checks], axis=1)
         every: Any = None if batch.fetched is None else batch.fetched.numpy().view(np.uint16)

@@ -1,7 +1,7 @@
 """KIVI and TurboQuant on a GPU: parts to planes of codes and their streams, and back.
 
-In a batch the parts of each chain lie next to each other, so that one launch of its quantizer takes them all, and one
-launch of the entropy coder all planes of one geometry.
+The parts of each chain are adjacent in a batch. One launch of a quantizer therefore takes all parts of its chain, and
+one launch of the entropy coder takes all planes of one geometry.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from kvpack.kvp.frame import FramePart, Stream
 
 BATCH_PARTS = 512
 MAX_PARTS = 4096
-"""Parts of a batch that is decoded: their streams are one launch's blocks."""
+"""The most parts of a batch that is decoded. Their streams are the blocks of one launch."""
 
 FAULTS = ("corrupt: the checksum of a stream of {} does not match", "{}: rans stream: unsound")
 
@@ -43,14 +43,14 @@ def _layout(part: PartSpec, codec: Codec) -> Layout | None:
 
 
 def _in_runs(parts: Sequence[PartSpec], codec: ChainCodec) -> list[int]:
-    """Positions of parts, those of each chain next to each other."""
+    """Return the positions of parts, ordered so that the parts of each chain are adjacent."""
     if codec.keys == codec.values:
         return list(range(len(parts)))
     return sorted(range(len(parts)), key=lambda i: not parts[i].tensor.name.endswith(".keys"))
 
 
 def _runs(parts: Sequence[PartSpec], codec: ChainCodec) -> Iterator[slice]:
-    """Parts next to each other that have one chain."""
+    """Yield each run of adjacent parts that have the same chain."""
     both = codec.keys == codec.values
     stop = 0
     for _, run in groupby(parts, key=lambda part: both or part.tensor.name.endswith(".keys")):
@@ -60,7 +60,7 @@ def _runs(parts: Sequence[PartSpec], codec: ChainCodec) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class _Batch:
-    """A batch that is being staged; tasks lie by chain."""
+    """A batch that is being staged. Its tasks are ordered by chain."""
 
     tasks: list[Any]
     slot: Slot
@@ -77,7 +77,7 @@ def _part(task: Task) -> PartSpec:
 
 @dataclass
 class _Encoding:
-    """A batch under way; ``streams`` of each part: name, which of ``coded``, which of its streams."""
+    """A running batch. ``streams`` of each part: its name, which item of ``coded``, and which stream of that item."""
 
     tasks: list[EncodeTask]
     slot: Slot
@@ -97,11 +97,11 @@ class PlaneEncoding:
     batch_bytes: ClassVar[int] = 128 << 20
 
     def __init__(self, gpu: Launcher, pinned: Sequence[torch.Tensor]) -> None:
-        """See :class:`kvpack.gpu.engine.GpuEngine`."""
+        """Use ``gpu`` and the regions ``pinned``. See :class:`kvpack.gpu.engine.GpuEngine`."""
         self._gpu, self._pinned, self._layouts = gpu, pinned, KnownParts(_layout)
 
     def key(self, task: Task) -> Hashable | None:
-        """The codec, and what of the part is coded."""
+        """Return a key of the codec and the coded range of the part."""
         if not isinstance(task, EncodeTask) or len(task.block.spec.parts) > 1:
             return None
         part, codec = task.block.spec.parts[0], task.codecs[0][1]
@@ -109,7 +109,7 @@ class PlaneEncoding:
         return None if layout is None else (id(codec), part.shape, layout.start, layout.stop)
 
     def joins(self, batch: Sequence[Task], task: Task) -> bool:
-        """Whether a batch can have so many."""
+        """Return whether a batch can take one more part."""
         return len(batch) < BATCH_PARTS
 
     def stage(self, tasks: list[EncodeTask], slot: Slot) -> _Batch:
@@ -120,7 +120,7 @@ class PlaneEncoding:
         return _Batch(tasks, slot, stage(slot, pieces, self._pinned))
 
     def start(self, batch: _Batch) -> _Encoding:
-        """Quantize and encode, and ask for sizes and checksums."""
+        """Quantize and encode the parts, and request sizes and checksums."""
         parts, codec = batch.parts, batch.tasks[0].codecs[0][1]
         gpu, shape, count = self._gpu, parts[0].shape, len(parts)
         host = batch.staged.ready()
@@ -158,7 +158,7 @@ class PlaneEncoding:
         return _Encoding(batch.tasks, slot, alive, streams, coded, fetched, ends, told, event, [])
 
     def collect(self, batch: _Encoding) -> _Encoding:
-        """Ask for the streams, now that their sizes are known."""
+        """Request the streams, since their sizes are known now."""
         batch.known()
         with batch.slot as slot:
             ends = batch.ends.tolist()
@@ -166,7 +166,7 @@ class PlaneEncoding:
         return batch
 
     def finish(self, batch: _Encoding) -> Iterator[Outcome]:
-        """Give the streams; a part that the codec cannot represent is given back."""
+        """Yield the streams. If the codec cannot represent a part, yield its task instead."""
         batch.slot.wait()
         firsts = np.cumsum([0, *(len(coded.sizes) for coded in batch.coded)]).tolist()
         places, sizes = (column.tolist() for column in batch.numbers[:2])
@@ -195,8 +195,8 @@ class _Decoding:
 
 
 OFFSET, SIZE, SUM, TARGET, PLACE, PART, TABLES = range(7)
-"""Of streams under way: where they were received, their size and checksum, where their plane goes, where they lie
-aligned, which of the batch's parts they are of, and how many tables a coded one has, less one."""
+"""For each stream of a running batch: where it was received, its size and checksum, the address of its plane, its
+aligned address, the number of its part in the batch, and for a coded stream the number of tables minus one."""
 
 
 class PlaneDecoding:
@@ -205,11 +205,11 @@ class PlaneDecoding:
     batch_bytes: ClassVar[int] = 128 << 20
 
     def __init__(self, gpu: Launcher, pinned: Sequence[torch.Tensor]) -> None:
-        """See :class:`kvpack.gpu.engine.GpuEngine`."""
+        """Use ``gpu`` and the regions ``pinned``. See :class:`kvpack.gpu.engine.GpuEngine`."""
         self._gpu, self._pinned, self._layouts = gpu, pinned, KnownParts(_layout)
 
     def key(self, task: Task) -> Hashable | None:
-        """The codec, what of the part is coded, and whether it has a room."""
+        """Return a key of the codec, the coded range of the part, and whether the task has a room."""
         if not isinstance(task, DecodeTask) or len(task.parts) > 1:
             return None
         part, codec = task.block.parts[0], task.codec
@@ -219,7 +219,7 @@ class PlaneDecoding:
         return id(codec), part.shape, layout.start, layout.stop, task.room is None
 
     def joins(self, batch: Sequence[Task], task: Task) -> bool:
-        """Whether a batch can have so many."""
+        """Return whether a batch can take one more part."""
         return len(batch) < MAX_PARTS
 
     def stage(self, tasks: list[DecodeTask], slot: Slot) -> _Batch:
@@ -230,7 +230,7 @@ class PlaneDecoding:
         return _Batch(tasks, slot, stage(slot, pieces, self._pinned))
 
     def start(self, batch: _Batch) -> _Decoding:
-        """Decode, and ask for the parts that have no room of their own, and for what was wrong."""
+        """Decode the parts, and request those that have no room of their own and the errors."""
         tasks, gpu = batch.tasks, self._gpu
         shape, rooms = batch.parts[0].shape, [task.room for task in tasks]
         host = batch.staged.ready()
@@ -263,7 +263,7 @@ class PlaneDecoding:
     def _targets(
         self, batch: _Batch, tensors: torch.Tensor
     ) -> tuple[list[tuple[Layout, list[torch.Tensor], torch.Tensor]], list[tuple[Geometry, int]], NDArray[np.int64]]:
-        """Arrays to be decoded and where they go from there; of each stream its plane, whether it is coded; columns."""
+        """Return the arrays to decode with their targets, each stream's plane and whether it is coded, and columns."""
         pieces, kinds, rows, sums = [], [], [], []
         codec = batch.tasks[0].codec
         for some in _runs(batch.parts, codec):
@@ -286,7 +286,7 @@ class PlaneDecoding:
     def _decode(
         self, kinds: list[tuple[Geometry, int]], table: torch.Tensor, tables: NDArray[np.int64]
     ) -> torch.Tensor:
-        """Streams ``[S]``, those of a kind next to each other, into their planes; faults ``[S]``."""
+        """Decode streams ``[S]``, those of one kind adjacent, into their planes. Return the faults ``[S]``."""
         faults, at = [], 0
         for (geometry, mode), run in groupby(kinds):
             stop = at + len(list(run))
@@ -304,11 +304,11 @@ class PlaneDecoding:
         return torch.cat(faults)
 
     def collect(self, batch: _Decoding) -> _Decoding:
-        """Everything was asked for already."""
+        """Return the batch unchanged, since all its results were requested before."""
         return batch
 
     def finish(self, batch: _Decoding) -> Iterator[Outcome]:
-        """Give the parts, or what was wrong with them."""
+        """Yield the parts or their errors."""
         batch.slot.wait()
         wrong: dict[int, int] = {}
         for kind, found in reversed(list(enumerate(batch.faults.numpy()))):
@@ -324,7 +324,7 @@ class PlaneDecoding:
 
 
 def _reads(part: FramePart, layout: Layout) -> bool:
-    """Whether the kernels read a part's streams as they are."""
+    """Return whether the kernels can read a part's streams as they are."""
     if len(layout.planes) != len(part.streams):
         return False
     for (name, _, geometry), (own, data, _) in zip(layout.planes, part.streams, strict=True):

@@ -1,6 +1,6 @@
-"""Quantizers whose kernels give a file's planes: bf16 tensors to codes, a byte each, and halves, and back.
+"""Quantizers with kernels for a file's planes: bf16 tensors to codes (a byte each) and halves, and back.
 
-Each has, for a quantizer's ``codes`` and then for each of its pairs of float planes, one array in device memory.
+Each quantizer has one array in device memory for its ``codes``, and one for each pair of its float planes.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from kvpack.gpu.kernels import affine, lloyd_max
 from kvpack.gpu.runtime.launch import Launcher
 
 STEP = 8
-"""Bits from a code to the next."""
+"""The number of bits from one code to the next."""
 
 
 class Kernels(Protocol):
     """A chain's transforms and quantizer on a GPU."""
 
     def compress(self, gpu: Launcher, tensors: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Arrays ``[P, ...]`` of bf16 ``tensors`` ``[P, H, T, D]``; and ``[P]``, whether one cannot be represented."""
+        """Return arrays ``[P, ...]`` of bf16 ``tensors`` ``[P, H, T, D]``, and ``[P]`` whether one cannot be coded."""
 
     def decompress(self, gpu: Launcher, arrays: list[torch.Tensor]) -> torch.Tensor:
-        """The inverse."""
+        """Return the tensors that arrays decode to: the inverse of :meth:`compress`."""
 
 
 @dataclass(frozen=True)
 class Kivi:
-    """``affine`` with groups of 32."""
+    """The quantizer ``affine`` with groups of 32."""
 
     quantizer: Affine
 
     def compress(self, gpu: Launcher, tensors: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """See :class:`Kernels`: codes, scales, zeros."""
+        """Return codes, scales and zeros. See :class:`Kernels`."""
         parts, heads, _, dims = tensors.shape
         own = self.quantizer
         arrays = affine.compress(gpu, tensors.reshape(parts * heads, -1, dims), own.bits, own.axis, STEP)
         codes, scales, zeros = (array.view(parts, heads, *array.shape[1:]) for array in arrays)
-        sound = ~tensors.flatten(1).amax(1).isnan()  # infinities make scales or zeros infinite
+        sound = ~tensors.flatten(1).amax(1).isnan()  # infinities make scales or zeros infinite, which is checked below
         for parameters in (scales, zeros):
             sound &= parameters.isfinite().flatten(1).all(1)
         return [codes, scales, zeros], ~sound
 
     def decompress(self, gpu: Launcher, arrays: list[torch.Tensor]) -> torch.Tensor:
-        """See :class:`Kernels`."""
+        """Return the decoded tensors. See :class:`Kernels`."""
         codes, scales, zeros = (array.flatten(0, 1) for array in arrays)
         own = self.quantizer
         return affine.decompress(gpu, codes, scales, zeros, own.bits, own.axis, STEP).view(arrays[0].shape)
@@ -57,20 +57,20 @@ class Kivi:
 
 @dataclass(frozen=True)
 class TurboQuant:
-    """``rotation`` and ``lloyd_max``."""
+    """The transform ``rotation`` and the quantizer ``lloyd_max``."""
 
     rotation: Rotation
     quantizer: LloydMax
 
     def compress(self, gpu: Launcher, tensors: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """See :class:`Kernels`: codes, norms."""
+        """Return codes and norms. See :class:`Kernels`."""
         vectors = tensors.reshape(-1, tensors.shape[-1])
         codes, norms = lloyd_max.compress(gpu, vectors, self.rotation.seed, self.quantizer.bits, STEP)
         lost = ~norms.isfinite() | (norms == 0) & (vectors != 0).any(1)
         return [codes.view(tensors.shape), norms.view(*tensors.shape[:3], 1)], lost.view(len(tensors), -1).any(1)
 
     def decompress(self, gpu: Launcher, arrays: list[torch.Tensor]) -> torch.Tensor:
-        """See :class:`Kernels`."""
+        """Return the decoded tensors. See :class:`Kernels`."""
         codes, norms = arrays
         vectors = codes.reshape(-1, codes.shape[-1])
         seed, bits = self.rotation.seed, self.quantizer.bits
@@ -78,7 +78,7 @@ class TurboQuant:
 
 
 def kernels_of(chain: Chain, dims: int) -> Kernels | None:
-    """The kernels of a chain for vectors of this length, if there are any."""
+    """Return the kernels of a chain for vectors of ``dims`` elements, or None if there are none."""
     quantizer, transforms = chain.quantizer, chain.transforms
     if chain.predictor is not None:
         return None

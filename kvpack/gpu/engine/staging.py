@@ -1,4 +1,4 @@
-"""Bytes on their way to a GPU: from where they lie into pinned memory, by several threads, or sent from there."""
+"""Bring bytes to a GPU: threads copy them into pinned memory, or they are sent from where they are."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from kvpack.kvp.frame import FramePart
 from kvpack.numerics.floats import Bits
 
 ALIGNED = 256
-"""Addresses that are sent from are multiples of this."""
+"""Data is sent from addresses that are multiples of this."""
 
 COPY_BYTES = 4 << 20
-"""Bytes that a thread copies at a time."""
+"""The number of bytes that a thread copies at a time."""
 
 
 @dataclass(frozen=True)
 class Staged:
-    """Pinned bytes, once :meth:`ready` has returned; those that were asked for begin at ``skip``."""
+    """Pinned bytes, which are complete once :meth:`ready` has returned. The requested bytes begin at ``skip``."""
 
     host: torch.Tensor
     copies: Sequence[Future[None]] = ()
@@ -35,7 +35,7 @@ class Staged:
     alive: Any = None
 
     def ready(self) -> torch.Tensor:
-        """Wait for the copies."""
+        """Wait for the copies, and return the bytes."""
         for copy in self.copies:
             copy.result()
         return self.host
@@ -47,9 +47,9 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def stage(slot: Slot, pieces: Iterable[NDArray[Any]], pinned: Sequence[torch.Tensor] = ()) -> Staged:
-    """Contiguous pieces one behind another in ``slot``'s pinned memory, whose last use must be over.
+    """Copy contiguous pieces one after another into ``slot``'s pinned memory, whose last use must be over.
 
-    Pieces in a row that lie in one of the regions ``pinned`` already are not copied.
+    If all pieces already lie in a row in one of the regions ``pinned``, they are not copied.
     """
     alive = list(pieces)
     runs = _merged(alive)
@@ -70,10 +70,10 @@ def stage(slot: Slot, pieces: Iterable[NDArray[Any]], pinned: Sequence[torch.Ten
 
 
 class _Copies:
-    """Copies in memory, handed to threads some megabytes at a time."""
+    """Memory copies, which are handed to threads some megabytes at a time."""
 
     def __init__(self, alive: object) -> None:
-        """``alive`` holds the memory that is copied from and to, until the last copy is done."""
+        """Keep ``alive``, which holds the source and target memory, until the last copy is done."""
         self._alive = alive
         self._futures: list[Future[None]] = []
         self._waiting: list[tuple[int, int, int]] = []
@@ -98,7 +98,7 @@ def _copy(pieces: list[tuple[int, int, int]], _alive: object) -> None:
 
 
 def _merged(pieces: Iterable[NDArray[Any]]) -> list[tuple[int, int]]:
-    """Addresses and sizes, of pieces that follow each other in memory as one."""
+    """Return addresses and sizes of the pieces, with pieces that are adjacent in memory merged."""
     runs: list[tuple[int, int]] = []
     for piece in pieces:
         address, size = piece.__array_interface__["data"][0], piece.nbytes
@@ -110,7 +110,7 @@ def _merged(pieces: Iterable[NDArray[Any]]) -> list[tuple[int, int]]:
 
 
 def pieces_of(arrays: Iterable[Bits]) -> Iterator[Bits]:
-    """The contiguous pieces of arrays ``[H, T, D]`` whose heads are contiguous."""
+    """Yield the contiguous pieces of arrays ``[H, T, D]`` whose heads are contiguous."""
     for bits in arrays:
         if bits.flags.c_contiguous:
             yield bits
@@ -119,7 +119,7 @@ def pieces_of(arrays: Iterable[Bits]) -> Iterator[Bits]:
 
 
 def streams_of(parts: Iterable[FramePart]) -> Iterator[NDArray[np.uint8]]:
-    """The bytes of the streams of parts, one part behind another."""
+    """Yield the bytes of the parts' streams, one part after another."""
     for part in parts:
         if part.joined is not None:
             yield np.frombuffer(part.joined, np.uint8)
@@ -128,11 +128,11 @@ def streams_of(parts: Iterable[FramePart]) -> Iterator[NDArray[np.uint8]]:
 
 
 def signed(values: Iterable[int]) -> list[int]:
-    """64-bit unsigned values as torch's int64 holds them."""
+    """Return 64-bit unsigned values as the signed values that torch's int64 holds."""
     return [value - (1 << 64) if value >> 63 else value for value in values]
 
 
 def unsigned(values: torch.Tensor) -> list[int]:
-    """The unsigned values whose bits an int64 tensor in main memory holds."""
+    """Return the unsigned values whose bits are in an int64 tensor in main memory."""
     found: list[int] = values.contiguous().numpy().view(np.uint64).tolist()
     return found
