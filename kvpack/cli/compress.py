@@ -46,7 +46,9 @@ def compress(
     profile: common.ProfileFile = None,
     quality: Annotated[
         str | None,
-        typer.Option(help="Lossy with a guaranteed quality: high, balanced or small. Needs -D.", show_default=False),
+        typer.Option(
+            help="Lossy at a quality that calibration promises: high, balanced, small. Needs -D.", show_default=False
+        ),
     ] = None,
     max_kl: Annotated[
         float | None,

@@ -126,7 +126,7 @@ LOCAL_IMPORTANCE = 10
 
 
 def local(log_step: int, importance: int = LOCAL_IMPORTANCE, name: str = "local") -> LowRankCodec:
-    """Return kvpack's codec without a profile, at a step of ``2 ** (log_step / 32)`` deviations (``docs/fisher.md``)."""
+    """Return kvpack's codec without a profile, at a step of ``2 ** (log_step / 32)`` deviations (docs/fisher.md)."""
     chain = Chain.of(LowRank(log_step=log_step, importance=importance), ScaledRans())
     return LowRankCodec(name, True, chain, chain)
 
