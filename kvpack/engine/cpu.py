@@ -67,10 +67,10 @@ def run_task(task: Task) -> Done:
 
 def encode_block(task: EncodeTask) -> Done:
     """Encode a block with the first of its codecs that can represent it."""
-    arrays = [np.ascontiguousarray(array) for array in task.block.arrays]
     number, streams = _encoded(task)
-    every = zip(arrays, streams, strict=True)
-    return Done(task.ticket, tuple(FramePart(number, checksum(array), _summed(own)) for array, own in every))
+    every = zip(task.block.arrays, streams, strict=True)
+    parts = (FramePart(number, checksum(np.ascontiguousarray(array)), _summed(own)) for array, own in every)
+    return Done(task.ticket, tuple(parts))
 
 
 def _encoded(task: EncodeTask) -> tuple[int, list[PartStreams]]:

@@ -76,7 +76,9 @@ def encode(
         values = transform.forward(values, before)
     decoded = None
     if chain.predictor is None:
-        codes = chain.quantizer.encode(values, route.parts[-1], hints)
+        held = [values]
+        del values  # the quantizer may let go of them before it is done
+        codes = chain.quantizer.encode(held.pop(), route.parts[-1], hints)
     else:
         codes, decoded = _encode_rows(chain, values, route.parts[-1], hints, reference)
     if chain.keep:

@@ -38,6 +38,10 @@ The keys of these first tokens are far from all other keys, so their steps are f
 """
 
 
+BLOCK, ROWS = 256, 8
+"""Tokens, and rows of a stack, that are worked on at a time where that saves memory and changes no result."""
+
+
 @dataclass(frozen=True)
 class LowRank(Quantizer):
     """Low-rank quantizer with step ``log_step`` in 32nds of an octave.
@@ -99,13 +103,16 @@ class LowRank(Quantizer):
         """
         rows, tokens, dims = part.shape
         frequencies = _frequencies(part, hints)
-        turned = _turned(data, frequencies, part, -1)
-        weights = element_weights(turned, part, hints.weights)
+        # The values of F32 tensors may be the capture's own memory; others are the pipeline's, and may be overwritten.
+        data = _turned(data.copy() if part.dtype == "F32" else data, frequencies, part, -1)
+        weights = element_weights(data, part, hints.weights)
         steps = np.clip(np.rint(-4 * np.log2(weights)), -STEP_MIDDLE, STEP_MIDDLE - 1).astype(np.int64)
-        flat = turned.transpose(1, 0, 2).reshape(tokens, rows * dims) / _octaves(steps).reshape(-1)
+        flat = np.array(data.transpose(1, 0, 2), order="C").reshape(tokens, rows * dims)
+        del data
+        flat /= _octaves(steps).reshape(-1)
         levels = self._levels(flat, part, hints)
-        scaled = flat / self._token_steps(levels)
-        basis, coefficients = factors.factorize(scaled, -levels, SPREAD_MIDDLE)
+        flat /= self._token_steps(levels)
+        basis, coefficients = factors.factorize(flat, -levels, SPREAD_MIDDLE)
         classes = np.zeros((2, min(tokens, rows * dims)), np.uint8)
         live = basis.codes.shape[1]
         classes[0, :live], classes[1, :live] = basis.columns + 1, coefficients.columns
@@ -133,7 +140,8 @@ class LowRank(Quantizer):
         basis = factors.unit_columns(unzigzag(codes[6][0])) * _octaves(steps)[:, None]
         coefficients = unzigzag(codes[7][0]).astype(np.float32) * self._token_steps(levels)
         flat: Floats = coefficients @ basis.T
-        data = np.ascontiguousarray(flat.reshape(tokens, rows, dims).transpose(1, 0, 2))
+        data = np.array(flat.reshape(tokens, rows, dims).transpose(1, 0, 2), order="C")
+        del flat
         frequencies = codes[0].reshape(-1).astype(np.uint32).view(np.float32)
         turning = int(np.argmin(np.append(frequencies != 0, False)))
         return _turned(data, frequencies[:turning], part, 1)
@@ -147,7 +155,8 @@ class LowRank(Quantizer):
         levels = token_levels(part, self.importance, hints.mass).astype(np.int64)
         sinks = part.position + np.arange(len(levels)) < SINKS
         levels = np.where(sinks, np.minimum(levels, SINK_LEVEL), levels)
-        norms = np.sqrt(np.square(rows).sum(1, dtype=np.float64))
+        energy = [np.square(rows[i : i + BLOCK]).sum(1, dtype=np.float64) for i in range(0, len(rows), BLOCK)]
+        norms = np.sqrt(np.concatenate([np.zeros(0), *energy]))
         least = np.ceil(4 * np.log2(np.maximum(norms, 1e-30) * 2 / LARGEST) - self.log_step / 8)
         found: Array = np.clip(np.maximum(levels, least), -TOKEN_MIDDLE, TOKEN_MIDDLE - 1).astype(np.int64)
         return found
@@ -180,9 +189,9 @@ def _frequencies(part: Part, hints: StackHints) -> Floats:
 
 
 def _turned(data: Floats, frequencies: Floats, part: Part, sign: int) -> Floats:
-    """Return ``data`` with RoPE applied to its keys (``sign`` 1) or undone (-1)."""
-    if not len(frequencies) or not part.keys:
-        return data
-    out = data.copy()
-    out[: part.keys] = rotate(data[: part.keys], frequencies, part.position, sign)
-    return out
+    """Apply RoPE to the keys of ``data`` (``sign`` 1) or undo it (-1), in place, and return ``data``."""
+    if len(frequencies):
+        for first in range(0, part.keys, ROWS):
+            some = slice(first, min(first + ROWS, part.keys))
+            data[some] = rotate(data[some], frequencies, part.position, sign)
+    return data

@@ -12,6 +12,9 @@ KEYS_BESIDE_VALUES = 2**0.5
 
 LEAST = 1e-90
 
+ROWS = 8
+"""Rows whose variance is computed at a time, to save memory."""
+
 
 def element_weights(data: Floats, part: Part, weights: Floats | None) -> NDArray[np.float64]:
     """Return the weights ``[R, D]`` of the elements of ``data`` ``[R, T, D]``.
@@ -20,8 +23,11 @@ def element_weights(data: Floats, part: Part, weights: Floats | None) -> NDArray
     one weight, because logits add their errors without scaling, and the values of each layer have one weight.
     """
     tokens = max(part.shape[1], 1)
-    mean = data.mean(1, dtype=np.float64)
-    energy = data.var(1, dtype=np.float64) + np.square(mean) / tokens
+    energy: NDArray[np.float64] = np.empty((part.shape[0], part.shape[2]))
+    for first in range(0, len(data), ROWS):
+        some = data[first : first + ROWS]
+        mean = some.mean(1, dtype=np.float64)
+        energy[first : first + ROWS] = some.var(1, dtype=np.float64) + np.square(mean) / tokens
     found = None if weights is None else weights.astype(np.float64)
     if found is None:
         layers = energy.reshape(-1, max(part.heads, 1) * part.shape[2])
