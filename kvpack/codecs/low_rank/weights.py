@@ -32,6 +32,6 @@ def element_weights(data: Floats, part: Part, weights: Floats | None) -> NDArray
     if found is None:
         layers = energy.reshape(-1, max(part.heads, 1) * part.shape[2])
         each = np.maximum(layers.mean(1), LEAST).repeat(max(part.heads, 1))
-        each[: part.keys] = max(energy[: part.keys].mean(), LEAST) / KEYS_BESIDE_VALUES**2 if part.keys else 1
+        each[: part.keys] = max(float(energy[: part.keys].mean()), LEAST) / KEYS_BESIDE_VALUES**2 if part.keys else 1
         found = np.broadcast_to(each[:, None] ** -0.5, energy.shape)
-    return np.asarray(found / np.sqrt(max(np.mean(energy * np.square(found)), LEAST)), np.float64)
+    return np.asarray(found / np.sqrt(max(float(np.mean(energy * np.square(found))), LEAST)), np.float64)
