@@ -23,12 +23,17 @@ from kvpack.numerics.floats import to_float32
 CEILING = 350 << 20
 """The anonymous memory that a command may take beyond a process that has only imported kvpack."""
 
+JOINED_CEILING = 950 << 20
+"""The same for codecs that join all layers of a window, of which two windows are in work at a time."""
+
 CACHE_BYTES = 400 << 20
 SLOW_CACHE_BYTES = 100 << 20
 """The cache that ``local`` is given, which is slow; it may take no less memory for that."""
 
 STACKS = (8 << 20) * ((os.cpu_count() or 1) + 2)
 """Stacks of threads, which ``RLIMIT_DATA`` counts whole whether they are used or not."""
+
+JOINED = ("cachegen-4", "local-4")
 
 LAYERS, HEADS, DIMS = 30, 3, 64
 
@@ -133,10 +138,11 @@ def test_a_cache_larger_than_memory(tmp_path: Path, codec: str, size: int, error
     for command in commands:  # Kernels are compiled once, which takes memory of its own.
         peaks(tmp_path, COMMAND, *(warm if part == source else part for part in command))
     base = peaks(tmp_path, IMPORT)
-    limit = base["VmData"] + CEILING + STACKS
+    ceiling = JOINED_CEILING if codec in JOINED else CEILING
+    limit = base["VmData"] + ceiling + STACKS
     for command in commands:
         peak = peaks(tmp_path, COMMAND, *command, data=limit)["RssAnon"] - base["RssAnon"]
-        assert peak <= CEILING, f"{command[0]} took {peak >> 20} MiB more than a process that imports kvpack"
+        assert peak <= ceiling, f"{command[0]} took {peak >> 20} MiB more than a process that imports kvpack"
     assert back.stat().st_size == source.stat().st_size
     for ours, exact in zip(pieces(back), pieces(source), strict=True):
         values = (to_float32(np.frombuffer(raw, np.uint16), "BF16") for raw in (ours, exact))
