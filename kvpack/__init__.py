@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvpack.version import __version__
-
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -13,6 +11,8 @@ if TYPE_CHECKING:
     from kvpack.profiles import Profile
 
 __all__ = ["__version__", "open"]
+
+__version__ = "0.1.0"
 
 
 def open(path: str | Path, profile: str | Path | Profile | None = None) -> Opened:

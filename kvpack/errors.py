@@ -9,7 +9,8 @@
     |   |-- CorruptError        4   a checksum or digest does not match
     |   `-- TruncatedError      4   the file ends early
     |-- MismatchError           5   wrong model, profile, or original for this file
-    `-- UnsupportedError        6   made by a newer kvpack, or by a model with layers kvpack cannot represent
+    |-- UnsupportedError        6   made by a newer kvpack, or by a model with layers kvpack cannot represent
+    `-- NotStoredError          7   the store has no prefix of the prompt
 
 Exit code 0 is success. Library callers catch :class:`KvpackError`; the command line prints its text as one
 line on stderr and exits with ``exit_code``.
@@ -62,6 +63,12 @@ class UnsupportedError(KvpackError):
     """Needs a newer kvpack, or holds a kind of layer that kvpack cannot represent yet."""
 
     exit_code: ClassVar[int] = 6
+
+
+class NotStoredError(KvpackError):
+    """The store holds no prefix of the prompt that was asked for."""
+
+    exit_code: ClassVar[int] = 7
 
 
 @contextmanager

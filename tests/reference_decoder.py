@@ -3,7 +3,8 @@
 Imports nothing of kvpack: the standard library and numpy alone, and the ``zstandard`` package for the streams that
 are Zstandard frames (RFC 8878), which neither has a decoder for. Slow and plain on purpose.
 
-    decode(data, profile) -> bytes of the safetensors file; ``profile`` is the .kvprofile's bytes, where it takes one
+    decode(data, profile, before) -> bytes of the safetensors file; ``profile`` is the .kvprofile's bytes, where it
+    takes one, ``before`` the ids of the tokens before its origin, where it has one and predicts from them
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def checksum(data: bytes) -> int:
 # ---- Container -----------------------------------------------------------------------------------------------------
 
 
-def decode(data: bytes, profile: bytes = b"") -> bytes:
+def decode(data: bytes, profile: bytes = b"", before: Sequence[int] = ()) -> bytes:
     """The whole safetensors file that ``data`` holds.
 
     Raises:
@@ -66,7 +67,7 @@ def decode(data: bytes, profile: bytes = b"") -> bytes:
     magic, major, _, critical, _, header_length, header_crc, own = struct.unpack_from("<8sHHIIIII", data)
     need(magic == b"\x89KVP\r\n\x1a\n", "magic")
     need(zlib.crc32(data[:28]) == own, "prologue")
-    need(major == 1 and critical & ~1 == 0, "version")
+    need(major == 1 and critical & ~0b101 == 0, "version")
     index_at, index_length, index_crc, total, prologue_crc, footer_crc, end = struct.unpack("<QIIQII8s", data[-40:])
     need(end == b"\x89KVPEND\n" and zlib.crc32(data[-40:-12]) == footer_crc, "footer")
     need(total == len(data) and index_at + index_length + 40 == total and prologue_crc == own, "extents")
@@ -76,6 +77,8 @@ def decode(data: bytes, profile: bytes = b"") -> bytes:
     source = header["source"].encode()
     tensors = read_source(source)
     need(critical & 1 or not any(t["dtype"] in NEWER_DTYPES for t in tensors), "newer dtypes without their bit")
+    origin = header.get("origin")
+    need(origin is None or (critical & 4 and type(origin) is int and 0 <= origin <= 1 << 40), "origin")
     packed = data[index_at : index_at + index_length]
     need(zlib.crc32(packed) == index_crc, "index")
     parts = list(plan(tensors, header["chunk_tokens"]))
@@ -93,7 +96,8 @@ def decode(data: bytes, profile: bytes = b"") -> bytes:
         entries.append((part, header["codecs"][codec], digest, content))
     layers = lambda unit: unit[0][0]["tensor"]["layer"]  # noqa: E731
     for unit in sorted(units(entries), key=layers):  # tensors of no layer first: token ids are among them
-        for part, bits in decode_unit(unit, arrays, token_ids(tensors, output) if layers(unit) else None):
+        ids = token_ids(tensors, output) if layers(unit) else None
+        for part, bits in decode_unit(unit, arrays, ids, origin, before):
             place(output, part, bits)
     need(at == index_at, "streams fill the file")
     return len(source).to_bytes(8, "little") + source + output.tobytes()
@@ -224,24 +228,30 @@ def stacks(unit: list[Entry]) -> list[list[Entry]]:
 
 
 def decode_unit(
-    unit: list[Entry], profile: Profile, tokens: np.ndarray | None
+    unit: list[Entry], profile: Profile, tokens: np.ndarray | None, origin: int | None, before: Sequence[int]
 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """Bit patterns of each part: keys first, because values may be predicted from them."""
     codec = unit[0][1]
     keys = None
+    if origin is not None and not unit[0][0]["tensor"]["layer"]:
+        origin = None
     for mine in stacks(unit):
         first, _, digest, _ = mine[0]
         kind = "keys" if is_keys(mine[0]) else "values"
         rows, count, dims = first["shape"]
+        known = tokens if tokens is not None and len(tokens) == first["total"] else None
+        if origin and known is not None and any(stage["name"] == "token_klt" for stage in codec[kind]):
+            need(len(before) == origin, "the tokens before the origin")
+            known = np.concatenate([np.array(before, np.int32), known])
         array = {
             "shape": (rows * len(mine), count, dims),
             "dtype": first["tensor"]["dtype"],
-            "first": first["first"],
-            "total": first["total"],
+            "first": first["first"] + (origin or 0),  # a position of the text
+            "total": first["total"] if origin is None else None,
             "heads": rows,
             "row": 0,
             "keys": rows * sum(map(is_keys, mine)),
-            "tokens": tokens if tokens is not None and len(tokens) == first["total"] else None,
+            "tokens": known,
         }
         streams = {name: stream for *_, content in mine for name, stream in content.items()}
         bits, decoded = decode_chain(codec[kind], streams, array, keys, profile)
@@ -301,8 +311,10 @@ def coded_tokens(keep: dict[str, int] | None, array: Array) -> tuple[int, int]:
     tokens = array["shape"][1]
     if keep is None:
         return 0, tokens
-    coded = max(0, array["total"] - keep["first"] - keep["last"]) // keep["group"] * keep["group"]
     start = min(max(keep["first"] - array["first"], 0), tokens)
+    if array["total"] is None:
+        return start, start + (tokens - start) // keep["group"] * keep["group"]
+    coded = max(0, array["total"] - keep["first"] - keep["last"]) // keep["group"] * keep["group"]
     return start, max(start, min(keep["first"] + coded - array["first"], tokens))
 
 

@@ -33,6 +33,24 @@ class NeedleEntry:
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """How a cache was made: the tokens of each prefill chunk, then a number of one-token decode steps."""
+
+    prefill: tuple[int, ...]
+    decode: int
+
+    @property
+    def prefilled(self) -> int:
+        """The number of tokens that were prefilled."""
+        return sum(self.prefill)
+
+    @property
+    def tokens(self) -> int:
+        """The number of all tokens."""
+        return self.prefilled + self.decode
+
+
+@dataclass(frozen=True)
 class CaptureMetadata:
     """What a capture says of its model, in Python types. :func:`parse_metadata` makes it.
 
@@ -44,6 +62,7 @@ class CaptureMetadata:
         layer_scales: The attention scale by layer index. Every scale is finite and above zero.
         needles: The facts planted in the text, empty where there are none. It is None where the capture has a
             document ``needles`` that is not as the format says.
+        schedule: How the cache was made, or None where the capture does not say.
 
     """
 
@@ -52,6 +71,7 @@ class CaptureMetadata:
     common_scale: float | None = None
     layer_scales: Mapping[int, float] = field(default_factory=dict)
     needles: tuple[NeedleEntry, ...] | None = ()
+    schedule: Schedule | None = None
 
     @property
     def model_name(self) -> str | None:
@@ -102,6 +122,7 @@ def parse_metadata(metadata: Mapping[str, str]) -> CaptureMetadata:
         common_scale=_positive(scale),
         layer_scales={layer: found for layer, value in by_layer if (found := _positive(value)) is not None},
         needles=_needles(metadata),
+        schedule=_schedule(parse_value(metadata.get("schedule"))),
     )
 
 
@@ -163,6 +184,16 @@ def _positive(value: Any) -> float | None:
     except OverflowError:  # An integer may be larger than every float.
         return None
     return number if isfinite(number) and number > 0 else None
+
+
+def _schedule(value: Any) -> Schedule | None:
+    """The schedule, or None where the document is not as the format says."""
+    if not isinstance(value, dict):
+        return None
+    prefill, decode = value.get("prefill"), value.get("decode")
+    if not isinstance(prefill, list) or not all(_is_index(size) and size for size in prefill) or not _is_index(decode):
+        return None
+    return Schedule(tuple(prefill), decode)
 
 
 def _printable(value: Any) -> str | None:

@@ -109,12 +109,14 @@ class CacheSpec:
     """The tensors of a cache. ``layers`` are its keys and values, and ``others`` are the rest.
 
     Both are tuples in the order of the source's data, and neither has tensors without elements. ``metadata`` is the
-    source's own metadata, as strings.
+    source's own metadata, as strings. ``origin`` is the position of the first row of all layers if more rows may
+    follow, as in a store of prefixes, and None for a whole cache.
     """
 
     layers: tuple[TensorInfo, ...]
     others: tuple[TensorInfo, ...]
     metadata: Mapping[str, str]
+    origin: int | None = None
 
     @property
     def rows(self) -> int:
@@ -125,8 +127,9 @@ class CacheSpec:
 def windows(spec: CacheSpec, tokens: int, *, open_ended: bool = False) -> Iterator[WindowSpec]:
     """Yield windows of ``tokens`` rows each, in order of rows, then a window of the other tensors if there are any.
 
-    With ``open_ended`` the parts' lengths are unknown, because more tokens may follow.
+    The parts' lengths are unknown with ``open_ended`` or if the cache has an origin, because more tokens may follow.
     """
+    open_ended = open_ended or spec.origin is not None
     for first in range(0, spec.rows, tokens):
         yield WindowSpec(
             tuple(

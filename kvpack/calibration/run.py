@@ -11,6 +11,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
+from kvpack import __version__
 from kvpack.calibration import aquakv, gradients, kvtc, prediction, scales, token_klt
 from kvpack.calibration.corpus import SKIPPED, CorpusOptions, Sample
 from kvpack.calibration.gradients import Network
@@ -20,7 +21,6 @@ from kvpack.capture import Model
 from kvpack.codecs.chain.base import Floats
 from kvpack.codecs.chain.quantizers.higgs import FIRST_BITS, Higgs
 from kvpack.codecs.recipes import AQUAKV_BITS, KVTC_RATES
-from kvpack.version import __version__
 
 Arrays = dict[str, NDArray[Any]]
 Say = Callable[[str], None]

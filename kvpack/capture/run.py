@@ -11,11 +11,11 @@ import torch
 import transformers
 from transformers import DynamicCache
 
+from kvpack import __version__
 from kvpack.capture.model import Model
 from kvpack.capture.needles import Needle, plant
 from kvpack.capture.probe import Probe, listening
 from kvpack.errors import KvpackError, UnsupportedError, UsageError
-from kvpack.version import __version__
 
 CAPTURE_VERSION = 1
 MASS_WINDOW = 256

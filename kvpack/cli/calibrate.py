@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
+from kvpack import __version__
 from kvpack.cli import common
 from kvpack.cli.capture import Model, read_text
 from kvpack.errors import KvpackError, UsageError
 from kvpack.formats.output import atomic_output, check_output
-from kvpack.version import __version__
 
 
 def calibrate(

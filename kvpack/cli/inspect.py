@@ -61,6 +61,8 @@ def _facts(report: Inspection) -> list[tuple[str, str]]:
             ("original", f"{report.original_size:,} bytes, ratio {report.ratio:.3f}"),
             ("checksums", ", ".join(f"{name} {state}" for name, state in report.checksums.items())),
         ]
+    if report.origin is not None:
+        facts.append(("origin", f"begins at token {report.origin} of its text, and more tokens may follow"))
     if report.bits_per_element is not None:
         facts.append(("bits/element", f"{report.bits_per_element:.3f}"))
     for shape, names in report.shapes.items():

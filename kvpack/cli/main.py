@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from kvpack import __version__
 from kvpack.cli.bench import bench
 from kvpack.cli.calibrate import calibrate
 from kvpack.cli.capture import capture
@@ -18,13 +19,12 @@ from kvpack.cli.demo import demo
 from kvpack.cli.inspect import inspect
 from kvpack.cli.verify import verify
 from kvpack.errors import KvpackError
-from kvpack.version import __version__
 
 app = typer.Typer(
     name="kvpack",
     help="Compress saved KV caches of language models and measure what was lost.",
     epilog="Exit codes: 0 success, 1 error, 2 wrong usage, 3 quality below a threshold, 4 corrupt or truncated input, "
-    "5 wrong model, profile or original, 6 needs a newer kvpack or an unsupported model.",
+    "5 wrong model, profile or original, 6 needs a newer kvpack or an unsupported model, 7 not in the store.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -7,6 +7,7 @@ settings later, and old files stay readable.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from kvpack.codecs.chain.chain import Chain
 from kvpack.codecs.chain.codec import ChainCodec
@@ -171,6 +172,44 @@ def codec_named(name: str) -> Codec:
     if name not in CODECS:
         raise UsageError(f"no codec is named {name!r}; there are: {', '.join(CODECS)}")
     return CODECS[name]
+
+
+PREFIX = "-prefix"
+"""Ends the names of codecs that :func:`prefix_stable` derives from those of :data:`CODECS`."""
+
+
+def prefix_stable(codec: Codec) -> Codec:
+    """Return the codec itself if its frames do not depend on what follows, or else its nearest variant like that.
+
+    The variant keeps no last tokens whole, does not arrange tokens in groups that begin behind kept ones, and codes
+    all tokens alike, however far from the end they are. It is named ``{name}-prefix``, unless it is one of
+    :data:`CODECS`.
+
+    Raises:
+        UsageError: There is no such variant.
+
+    """
+    if codec.traits.prefix_stable:
+        return codec
+    if isinstance(codec, ChainCodec):
+        keys, values = _prefix_stable(codec.keys), _prefix_stable(codec.values)
+        found = replace(codec, name=codec.name + PREFIX, keys=keys, values=values)
+        if found.traits.prefix_stable:
+            return next((known for known in CODECS.values() if _chains(known) == _chains(found)), found)
+    raise UsageError(f"{codec.name} codes tokens by what follows them, and has no variant that does not")
+
+
+def _chains(codec: Codec) -> dict[str, object]:
+    return {**codec.to_json(), "name": None}
+
+
+def _prefix_stable(chain: Chain) -> Chain:
+    keep, quantizer = chain.keep, chain.quantizer
+    if keep is not None and not keep.prefix_stable:
+        keep = Keep(first=keep.first, last=0, group=1) if keep.first else None
+    if isinstance(quantizer, DeadZone | LowRank):
+        quantizer = replace(quantizer, importance=0)
+    return replace(chain, keep=keep, quantizer=quantizer)
 
 
 def codecs_matching(names: Sequence[str]) -> list[Codec]:

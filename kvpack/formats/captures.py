@@ -20,8 +20,10 @@ def layer_of(entry: TensorSpec) -> int | None:
     return int(found[1])
 
 
-def tensor_info(entry: TensorSpec) -> TensorInfo:
+def tensor_info(entry: TensorSpec, origin: int = 0) -> TensorInfo:
     """Return the description of a cache's tensor, from its entry in a safetensors header.
+
+    ``origin`` is the position of the first row, if the tensor is keys or values.
 
     The shape of a tensor that is neither keys nor values is folded to three axes: T is its longest axis, or the first
     of several longest axes.
@@ -30,7 +32,7 @@ def tensor_info(entry: TensorSpec) -> TensorInfo:
     if layer is not None:
         heads, rows, dims = entry.shape
         role = Role(entry.name.rpartition(".")[2])
-        return TensorInfo(entry.name, role, layer, entry.dtype, (heads, rows, dims), entry.itemsize)
+        return TensorInfo(entry.name, role, layer, entry.dtype, (heads, rows, dims), entry.itemsize, origin)
     return TensorInfo(entry.name, Role.OTHER, None, entry.dtype, _folded(entry.shape), entry.itemsize)
 
 
@@ -39,9 +41,12 @@ def _folded(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return prod(shape[:longest]), prod(shape[longest : longest + 1]), prod(shape[longest + 1 :])
 
 
-def cache_spec(header: Header) -> CacheSpec:
-    """Return the specification of the cache that a safetensors header describes."""
-    tensors = [tensor_info(entry) for entry in header.tensors if entry.elements]
+def cache_spec(header: Header, origin: int | None = None) -> CacheSpec:
+    """Return the specification of the cache that a safetensors header describes.
+
+    With ``origin``, keys and values begin at that position of a text, and more rows may follow.
+    """
+    tensors = [tensor_info(entry, origin or 0) for entry in header.tensors if entry.elements]
     layers = tuple(tensor for tensor in tensors if tensor.layer is not None)
     others = tuple(tensor for tensor in tensors if tensor.layer is None)
-    return CacheSpec(layers, others, header.metadata)
+    return CacheSpec(layers, others, header.metadata, origin)

@@ -52,6 +52,11 @@ def token_ids(source: Reader) -> NDArray[np.int32] | None:
     return source.read("tokens").view(np.int32)
 
 
+def preceded(tokens: NDArray[np.int32] | None, before: NDArray[np.int32] | None) -> NDArray[np.int32] | None:
+    """Return token ids with those of the text ``before`` them, or None if they are unknown."""
+    return tokens if tokens is None or before is None else np.concatenate([before, tokens])
+
+
 def attention_mass(source: Reader) -> Floats | None:
     """Return each token's attention mass ``[T]``, the mean over layers and heads, or None if the capture has none."""
     if not _is_floats(source, "attention_mass"):

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvpack.cache import PartSpec, Window, WindowSpec, windows
 from kvpack.formats.captures import cache_spec, layer_of
-from kvpack.formats.safetensors import TensorFile, TensorSpec
+from kvpack.formats.safetensors import TensorFile, TensorSpec, build_header
 from kvpack.numerics.floats import Bits
 
 WINDOW_TOKENS = 2048
@@ -29,6 +29,18 @@ class Capture:
     def open(cls, path: Path, name: str | None = None) -> Capture:
         """Map and check ``path``, as :meth:`kvpack.formats.safetensors.TensorFile.open` does."""
         return cls(TensorFile.open(path, name))
+
+    @classmethod
+    def of(cls, name: str, tensors: Mapping[str, tuple[str, Bits]], metadata: Mapping[str, str]) -> Capture:
+        """Make a capture in memory, whose messages call it ``name``, from each tensor's dtype and bit patterns."""
+        header = build_header([(key, dtype, bits.shape) for key, (dtype, bits) in tensors.items()], metadata)
+        data = bytearray(header.file_size)
+        data[: header.data_start] = len(header.raw).to_bytes(8, "little") + header.raw
+        file = TensorFile(name, header, memoryview(data))
+        for spec, (_, bits) in zip(header.tensors, tensors.values(), strict=True):
+            view: Bits = np.frombuffer(file.data(spec), bits.dtype).reshape(bits.shape)
+            view[...] = bits
+        return cls(file)
 
     def read(self, name: str, rows: slice | None = None) -> Bits:
         """Return a tensor's bit patterns in its shape, or a range of rows of keys or values, without copying.

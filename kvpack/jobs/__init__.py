@@ -1,7 +1,7 @@
 """The Python interface to what kvpack does with files. The command line is a thin layer over it."""
 
 from kvpack.jobs.compression import PROBES, Compressed, CompressJob, Write, compress, compress_many, prepare
-from kvpack.jobs.decompression import Selection, check, decompress, differing_parts
+from kvpack.jobs.decompression import Selection, check, decoded, decompress, differing_parts
 from kvpack.jobs.reader import KvpFile, open_cache
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "check",
     "compress",
     "compress_many",
+    "decoded",
     "decompress",
     "differing_parts",
     "open_cache",

@@ -10,6 +10,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpack import __version__
 from kvpack.cache import CacheSpec, WindowSpec, windows
 from kvpack.codecs.context import DecodeContext, Hints
 from kvpack.codecs.protocol import Codec, Need
@@ -17,7 +21,7 @@ from kvpack.codecs.recipes import CODECS
 from kvpack.engine import CpuEngine, EncodeTask, Engine, InTurn, Progress, Ticket
 from kvpack.errors import FormatError, UsageError
 from kvpack.formats.captures import FLOAT_DTYPES, cache_spec, layer_of
-from kvpack.formats.records import token_ids
+from kvpack.formats.records import preceded, token_ids
 from kvpack.formats.safetensors import Header as SourceHeader
 from kvpack.formats.safetensors import build_header
 from kvpack.formats.source import Capture
@@ -25,7 +29,6 @@ from kvpack.jobs.hints import encoder_hints
 from kvpack.kvp import ContainerWriter
 from kvpack.kvp.header import Header
 from kvpack.profiles import Profile
-from kvpack.version import __version__
 
 CHUNK_TOKENS = 2048
 CHUNK_MULTIPLE = 128
@@ -88,12 +91,21 @@ def prepare(
     profile: Profile | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
     drop: Sequence[str] = (),
+    origin: int | None = None,
+    before: NDArray[np.int32] | None = None,
 ) -> CompressJob:
-    """Check all that can be checked before the work begins. Arguments and errors are those of :func:`compress`."""
+    """Check all that can be checked before the work begins. Arguments and errors are those of :func:`compress`.
+
+    With ``origin`` the source is a part of a text: its first row has that position, and more rows may follow. Its
+    codec must not depend on what follows (:attr:`kvpack.codecs.protocol.Traits.prefix_stable`). ``before`` ``[origin]``
+    int32 are then the token ids of the text before it.
+    """
+    if origin is not None and not codec.traits.prefix_stable:
+        raise UsageError(f"{codec.name} codes tokens by what follows them: it cannot code a part of a text")
     if chunk_tokens < 1 or chunk_tokens % CHUNK_MULTIPLE or chunk_tokens > 1 << 20:
         raise UsageError(f"chunk tokens must be a multiple of {CHUNK_MULTIPLE} up to {1 << 20}")
     kept, dropped = _without(source.file.header, drop)
-    cache = cache_spec(kept)
+    cache = cache_spec(kept, origin)
     if not codec.lossless and not any(layer_of(entry) is not None for entry in kept.tensors):
         raise FormatError(f"{source.file.name}: no layers.N.keys or layers.N.values to compress lossily")
     needed = None
@@ -104,7 +116,7 @@ def prepare(
         needed = profile
     tokens = None
     if Need.TOKENS in codec.traits.needs and any(entry.name == "tokens" for entry in kept.tensors):
-        tokens = token_ids(source)
+        tokens = preceded(token_ids(source), before)
     job = CompressJob(source, cache, codec, needed, chunk_tokens, DecodeContext(needed, tokens), kept, dropped)
     job.header  # noqa: B018 - computing the header checks that the blocks can be coded
     return job
@@ -168,6 +180,7 @@ class CompressJob:
             profile=self.profile.identity() if self.profile else None,
             dropped=self.dropped,
             source=self.kept.raw.decode(),
+            origin=self.cache.origin,
         )
 
     def _distinct(self) -> Iterable[tuple[WindowSpec, tuple[int, ...]]]:
@@ -183,7 +196,7 @@ class CompressJob:
 
     def tasks(self, number: int) -> Iterator[EncodeTask]:
         """Yield the file's tasks in order, as job ``number``. The encoder's hints are computed before the first."""
-        hints = encoder_hints(self.source, self.codec)
+        hints = encoder_hints(self.source, self.codec, open_ended=self.cache.origin is not None)
         for w, blocks in enumerate(self.blocks):
             for b, (block, choices) in enumerate(blocks):
                 codecs = tuple((choice, self.codecs[choice]) for choice in choices)

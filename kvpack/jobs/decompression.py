@@ -80,9 +80,11 @@ def decompress(
     Raises:
         UsageError: The selection reaches outside the cache.
         CorruptError: The file is damaged.
+        MismatchError: The file is of a store and begins at a later position of its text.
 
     """
     with naming(file.name):
+        file.require_whole()
         chosen = (selection or Selection()).of(file.tensors)
         work = _Work(file, chosen, engine or CpuEngine(), progress)
         if output.seekable() and "a" not in str(getattr(output, "mode", "")):  # what is appended has no position
@@ -130,7 +132,7 @@ class _Work:
         cut = next((cut for cut in self.chosen.values() if cut is not None), None)
         sink = SafetensorsSink(output, self.header, cut.start if cut else 0)
         with closing(sink):
-            for task, arrays in self._decoded(self.file.tasks(self.wanted)):
+            for task, arrays in decoded(self.engine, self.file.tasks(self.wanted)):
                 for part, bits in zip(task.block.parts, arrays, strict=True):
                     if self.wanted(part):
                         self.step(sink.write(part, self._cut_other(part, bits)))
@@ -140,20 +142,6 @@ class _Work:
         """Cut the tensor ``tokens`` to the range of keys and values. The sink itself cuts keys and values."""
         cut = self.chosen[part.tensor.name]
         return bits if cut is None or part.tensor.layer is not None else bits.reshape(-1)[cut]
-
-    def _decoded(self, tasks: Iterator[DecodeTask]) -> Iterator[tuple[DecodeTask, tuple[Bits, ...]]]:
-        """Yield each task with its decoded parts, in any order, since each block has its own place."""
-        asked: dict[object, DecodeTask] = {}
-
-        def noted() -> Iterator[DecodeTask]:
-            for task in tasks:
-                asked[task.ticket] = task
-                yield task
-
-        for result in self.engine.run(noted()):
-            if result.error is not None:
-                raise result.error
-            yield asked.pop(result.ticket), result.arrays
 
     def by_tensor(self, output: BinaryIO) -> None:
         """Write one tensor after another, with one tensor in memory at a time."""
@@ -174,6 +162,21 @@ class _Work:
             return self._cut_other(part, bits)
         start, stop = self.rows(part)
         return bits[:, max(start - part.first, 0) : stop - part.first]
+
+
+def decoded(engine: Engine, tasks: Iterator[DecodeTask]) -> Iterator[tuple[DecodeTask, tuple[Bits, ...]]]:
+    """Yield each task with its decoded parts, in any order, for callers that have a place for each block."""
+    asked: dict[object, DecodeTask] = {}
+
+    def noted() -> Iterator[DecodeTask]:
+        for task in tasks:
+            asked[task.ticket] = task
+            yield task
+
+    for result in engine.run(noted()):
+        if result.error is not None:
+            raise result.error
+        yield asked.pop(result.ticket), result.arrays
 
 
 def _cut_header(file: KvpFile, chosen: Mapping[str, slice | None]) -> Header:

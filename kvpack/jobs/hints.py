@@ -24,9 +24,15 @@ KEY_WEIGHT = 32**0.5
 """How an error of a logit counts relative to a relative error of a value, by trial on SmolLM2-135M (docs/fisher.md)."""
 
 
-def encoder_hints(source: Capture, codec: Codec) -> Hints:
-    """Return the hints that the encoder of ``codec`` benefits from, as far as the capture provides them."""
+def encoder_hints(source: Capture, codec: Codec, *, open_ended: bool = False) -> Hints:
+    """Return the hints that the encoder of ``codec`` benefits from, as far as the capture provides them.
+
+    With ``open_ended`` only what the model alone determines is among them: RoPE's frequencies. Attention mass and
+    probe queries come from tokens that follow.
+    """
     wanted = codec.traits.hints
+    if open_ended:
+        return Hints(frequencies=rope_frequencies(source.metadata)) if Hint.WEIGHTS in wanted else Hints()
     mass = attention_mass(source) if Hint.MASS in wanted else None
     if Hint.WEIGHTS not in wanted:
         return Hints(mass)

@@ -74,6 +74,8 @@ class Opened:
         if isinstance(self.source, Capture):
             read = self.source.read
             return {name: to_torch(read(name), entry.dtype).to(device) for name, entry in self._layers().items()}
+        with naming(self.source.name):
+            self.source.require_whole()
         import torch
 
         dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

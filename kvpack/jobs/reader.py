@@ -15,7 +15,7 @@ from kvpack.codecs.protocol import Codec, Need, Scope
 from kvpack.codecs.registry import codec_from_json
 from kvpack.engine import CpuEngine, DecodeTask, Engine, InTurn, Room, Ticket
 from kvpack.errors import CorruptError, FormatError, MismatchError, naming
-from kvpack.formats.records import token_ids
+from kvpack.formats.records import preceded, token_ids
 from kvpack.formats.safetensors import TensorSpec
 from kvpack.formats.source import Capture
 from kvpack.kvp import Container, Frame
@@ -40,15 +40,24 @@ def keys_and_values(part: PartSpec) -> bool:
 class KvpFile:
     """A ``.kvp`` file. Any number of threads may read from it."""
 
-    def __init__(self, container: Container, profile: Profile | None = None, name: str | None = None) -> None:
+    def __init__(
+        self,
+        container: Container,
+        profile: Profile | None = None,
+        name: str | None = None,
+        before: NDArray[np.int32] | None = None,
+    ) -> None:
         """Wrap an open container and rebuild the codecs from its header. Messages call the file ``name``.
+
+        If the file begins at a later position of a text, ``before`` ``[origin]`` int32 are the token ids before it.
+        Codecs that predict from token ids need them.
 
         Raises:
             FormatError, UnsupportedError: This kvpack cannot rebuild a codec.
             MismatchError: ``profile`` is not the one the file was made with.
 
         """
-        self.container, self.profile, self.name = container, profile, name
+        self.container, self.profile, self.name, self.before = container, profile, name, before
         self.codecs: list[Codec] = [codec_from_json(document) for document in container.header.codecs]
         if self.lossless and not all(self.codecs[entry.codec].exact(entry.spec) for entry in container.parts):
             raise FormatError("labelled lossless, but its codecs are not")
@@ -59,6 +68,7 @@ class KvpFile:
         self.spec: CacheSpec = container.cache
         self.tensors: Mapping[str, TensorSpec] = {entry.name: entry for entry in container.source.tensors}
         self.metadata: Mapping[str, str] = container.source.metadata
+        self.origin = container.header.origin
         self._lock = threading.Lock()
         self._context: DecodeContext | None = None
 
@@ -81,14 +91,35 @@ class KvpFile:
         return all(codec.traits.scope is Scope.TENSOR for codec in self.codecs)
 
     def context(self) -> DecodeContext:
-        """Return what codecs are given. Token ids are decoded first, although the file stores them after the layers."""
+        """Return what codecs are given. Token ids are decoded first, although the file stores them after the layers.
+
+        Raises:
+            MismatchError: The file begins at a later position of a text, and the tokens before it are not known.
+
+        """
         with self._lock:
             if self._context is None:
                 tokens: NDArray[np.int32] | None = None
                 if any(Need.TOKENS in codec.traits.needs for codec in self.codecs):
-                    tokens = token_ids(self)
+                    if self.origin and (self.before is None or len(self.before) != self.origin):
+                        raise MismatchError(self._alone())
+                    tokens = preceded(token_ids(self), self.before)
                 self._context = DecodeContext(self.profile, tokens)
             return self._context
+
+    def require_whole(self) -> None:
+        """Check that the file begins where its text does.
+
+        Raises:
+            MismatchError: It begins at a later position, so its rows alone are no cache.
+
+        """
+        if self.origin:
+            raise MismatchError(self._alone())
+
+    def _alone(self) -> str:
+        where = f"begins at token {self.origin} of a text and cannot be decompressed without what comes before"
+        return f"{where}: kvpack store get gives the whole prefix"
 
     def tasks(
         self, wanted: Wanted = everything, room: Callable[[WindowSpec], Room] | None = None, job: int = 0

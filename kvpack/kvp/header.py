@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from kvpack.errors import FormatError
@@ -15,6 +16,7 @@ from kvpack.formats.safetensors import parse_header
 MAX_CHUNK_TOKENS = 1 << 20
 MAX_CODECS = 8
 MAX_STREAM_NAMES = 256
+MAX_ORIGIN = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,17 @@ class Header:
     """The names of the source's tensors that were left out at the user's request."""
     source: str
     """The source's safetensors header, verbatim. If tensors were dropped, a header of the remaining ones."""
+    origin: int | None = None
+    """The position in the text of the first row of keys and values, for files after which more rows may follow.
+
+    It is None in all other files, whose headers do not have the field.
+    """
 
     def to_bytes(self) -> bytes:
         """Return the header as JSON in UTF-8, with sorted keys and without spaces."""
         document = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.origin is None:
+            del document["origin"]
         return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
     @classmethod
@@ -59,6 +68,8 @@ class Header:
             raise FormatError("header is not a JSON object")
         values = {}
         for field in fields(cls):
+            if field.name == "origin" and "origin" not in document:
+                continue
             if field.name not in document or not _CHECKS[field.name](document[field.name]):
                 raise FormatError(f"header field {field.name!r} is missing or out of range")
             values[field.name] = document[field.name]
@@ -66,6 +77,10 @@ class Header:
 
     def source_header(self) -> SourceHeader:
         """Parse and check the source's safetensors header."""
+        return self._parsed
+
+    @cached_property
+    def _parsed(self) -> SourceHeader:
         return parse_header(self.source.encode(), "source header")
 
 
@@ -92,4 +107,5 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "profile": lambda v: v is None or _is_profile(v),
     "dropped": lambda v: _is_strings(v, 1 << 20),
     "source": lambda v: isinstance(v, str),
+    "origin": lambda v: type(v) is int and 0 <= v <= MAX_ORIGIN,
 }

@@ -37,7 +37,8 @@ class Inspection:
 
     ``bits_per_element`` is the size of the file, without the streams of tensors other than keys and values, divided by
     the number of elements of keys and values. ``ratio`` is the original file's size divided by this file's size.
-    ``features`` are the names of the critical features that a ``.kvp`` file uses.
+    ``features`` are the names of the critical features that a ``.kvp`` file uses. ``origin`` is the position of the
+    first token in its text, if the file is a part of a text after which more may follow.
     """
 
     path: str
@@ -57,6 +58,7 @@ class Inspection:
     writer: str | None = None
     profile: dict[str, str] | None = None
     chunk_tokens: int | None = None
+    origin: int | None = None
     streams: dict[str, int] = field(default_factory=dict)
     header: int = 0
     index: int = 0
@@ -130,6 +132,7 @@ def _inspect_container(path: Path, container: Container, check: bool) -> Inspect
         writer=container.header.writer,
         profile=container.header.profile,
         chunk_tokens=container.header.chunk_tokens,
+        origin=container.header.origin,
         streams=dict(streams.most_common()),
         header=container.header_size,
         index=container.index_size,

@@ -62,12 +62,12 @@ class Container:
         raw_index = self._checked(offset, index_length, index_crc, "index")
         self.header = Header.from_bytes(inflate(raw_header, MAX_HEADER, "header"))
         self.source: SourceHeader = self.header.source_header()
-        if unsaid := critical_of(self.source) & ~self.critical:
+        if unsaid := critical_of(self.header) & ~self.critical:
             raise FormatError(f"uses {', '.join(names_of(unsaid))}, and its prologue does not say so")
         self.size, self.header_size, self.index_size = size, start, size - offset
         if self.source.file_size > size * MAX_EXPANSION:
             raise FormatError(f"claims to hold {self.source.file_size} bytes, more than {MAX_EXPANSION} times its size")
-        self.cache = cache_spec(self.source)
+        self.cache = cache_spec(self.source, self.header.origin)
         self.windows = list(windows(self.cache, self.header.chunk_tokens))
         index = inflate(raw_index, MAX_INDEX, "index")
         specs = [part for window in self.windows for part in window.parts]

@@ -140,7 +140,7 @@ def measure(captures: list[Path], gib: float, profile: Profile | None = None) ->
 
 def to_json(lines: list[Speed]) -> dict[str, Any]:
     """Return the lines with the device's name and the versions of the programs."""
-    from kvpack.version import __version__
+    from kvpack import __version__
 
     return {
         "schema_version": 1,

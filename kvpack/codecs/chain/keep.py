@@ -33,9 +33,12 @@ class Keep(Stage):
         return self.last == 0 and self.group == 1
 
     def coded(self, part: Part) -> tuple[int, int]:
-        """Return the range ``[start, stop)`` of the part's tokens that are coded; the others are kept exactly."""
-        last = 0 if part.length is None else self.last
-        length = part.first + part.shape[1] if part.length is None else part.length
-        end = self.first + max(0, length - self.first - last) // self.group * self.group
-        start = min(max(self.first - part.first, 0), part.shape[1])
+        """Return the range ``[start, stop)`` of the part's tokens that are coded; the others are kept exactly.
+
+        While more tokens may follow none are the last ones, and groups count from the part's first coded token.
+        """
+        start = min(max(self.first - part.position, 0), part.shape[1])
+        if part.length is None:
+            return start, start + (part.shape[1] - start) // self.group * self.group
+        end = self.first + max(0, part.length - self.first - self.last) // self.group * self.group
         return start, max(start, min(end - part.first, part.shape[1]))

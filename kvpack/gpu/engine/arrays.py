@@ -86,7 +86,7 @@ def layout_of(part: PartSpec, codec: ChainCodec) -> Layout | None:
     """Return a part's layout, or None unless kernels cover all of it: bf16 keys or values of a supported shape."""
     if part.tensor.layer is None or part.tensor.dtype != "BF16" or codec.stacked or not part.nbytes:
         return None
-    array = Part(part.tensor.dtype, part.shape, part.first, part.length)
+    array = Part(part.tensor.dtype, part.shape, part.first, part.length, origin=part.tensor.origin)
     return _layout(codec.chain_for(part), array)
 
 

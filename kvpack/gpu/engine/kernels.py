@@ -60,7 +60,7 @@ class KnownParts(Generic[T]):
     def __call__(self, part: PartSpec, codec: Codec) -> T:
         """Return what ``find`` returned for such a part."""
         tensor = part.tensor
-        key = (id(codec), tensor.role, tensor.dtype, tensor.shape, part.first, part.tokens, part.length)
+        key = (id(codec), tensor.role, tensor.dtype, tensor.shape, tensor.origin, part.first, part.tokens, part.length)
         found = self._known.get(key)
         if found is None:
             if len(self._known) >= MAX_KNOWN:
