@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import isfinite
 from typing import Any, TypeGuard
 
@@ -39,7 +40,7 @@ class Schedule:
     prefill: tuple[int, ...]
     decode: int
 
-    @property
+    @cached_property
     def prefilled(self) -> int:
         """The number of tokens that were prefilled."""
         return sum(self.prefill)

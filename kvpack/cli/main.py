@@ -17,6 +17,7 @@ from kvpack.cli.compress import compress
 from kvpack.cli.decompress import decompress
 from kvpack.cli.demo import demo
 from kvpack.cli.inspect import inspect
+from kvpack.cli.store import store
 from kvpack.cli.verify import verify
 from kvpack.errors import KvpackError
 
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 for command in (capture, compress, decompress, verify, inspect, calibrate, bench, demo, claims):
     app.command()(command)
+app.add_typer(store)
 
 
 def _version(value: bool) -> None:
