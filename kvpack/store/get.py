@@ -176,21 +176,31 @@ def _search(store: Store, prompt: Prompt, kind: str, document: Document, notes: 
     """Return the longest sound prefix of one kind. What stops it is added to ``notes``."""
     tokens, window = prompt.tokens, document["recipe"]["window"]
     best = _Found(kind, [], 0)
-    ways = sorted(follow(store, kind, tokens, window, prompt.wanted), key=lambda way: (-end_of(way), len(way)))
-    for way in ways:
-        if end_of(way) + window <= best.held:
-            break
+    compared: set[str] = set()
+    for way in sorted(follow(store, kind, tokens, window, prompt.wanted), key=lambda way: (-end_of(way), len(way))):
         entries = _sound(store, way, tokens, notes)
-        held = sum(len(entry.tokens) for entry in entries)
-        parent = entries[-1].name if entries else kind
-        more = nearest(store, parent, tokens, prompt.wanted, held) if held < len(tokens) else None
-        if more is not None:
-            step = Step(parent, more[0].name, held, held + more[1])
-            last = _opened(store, step, tokens, notes)
-            entries, held = ([*entries, last], step.stop) if last else (entries, held)
-        if held > best.held:
-            best = _Found(kind, entries, held)
+        for count in range(len(entries), -1, -1):
+            some = entries[:count]
+            held, parent = (some[-1].stop, some[-1].name) if some else (0, kind)
+            if held > best.held:
+                best = _Found(kind, some, held)
+            if held == len(tokens) or held + window <= best.held:
+                break
+            if parent not in compared:
+                compared.add(parent)
+                last = _partly(store, parent, prompt, held, notes)
+                if last is not None and held + last[1] > best.held:
+                    best = _Found(kind, [*some, last[0]], held + last[1])
     return best
+
+
+def _partly(store: Store, parent: str, prompt: Prompt, at: int, notes: list[str]) -> tuple[Entry, int] | None:
+    """Return an object behind ``parent`` of which the prompt has only the first tokens, and their number."""
+    found = nearest(store, parent, prompt.tokens, prompt.wanted, at)
+    if found is None:
+        return None
+    entry = _opened(store, Step(parent, found[0].name, at, at + found[1]), prompt.tokens, notes)
+    return (entry, found[1]) if entry else None
 
 
 def _sound(store: Store, way: Sequence[Step], tokens: Ids, notes: list[str]) -> list[Entry]:

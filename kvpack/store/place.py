@@ -31,13 +31,15 @@ class Store:
 
         Raises:
             KvpackError: There is no store.
-            CorruptError: Its key and its description do not belong together.
+            CorruptError: It lacks something, or its key and its description do not belong together.
             UnsupportedError: A newer kvpack made it.
 
         """
         self.path = path
         if not (path / DESCRIPTION).is_file():
             raise KvpackError(f"{path}: is not a store (no {DESCRIPTION}); kvpack store put makes one")
+        if missing := sorted(name for name in ENTRIES if not (path / name).exists()):
+            raise CorruptError(f"{path}: corrupt: the store has lost its {missing[0]}")
         self.key = read_key(path)
         if (path / DESCRIPTION).read_bytes() != describe(self.key):
             raise self._refused()

@@ -87,7 +87,8 @@ def nearest(
 ) -> tuple[Entry, int] | None:
     """Return the object behind ``parent`` that shares most of the text from position ``at`` on, and how many tokens.
 
-    Only shares of at least ``least`` tokens and less than the whole object count. Damaged objects are passed over.
+    Only shares of at least ``least`` tokens and less than the whole object count, made in a wanted way: of an object
+    that decode steps have finished, the tokens that were prefilled may be. Damaged objects are passed over.
     """
     best: tuple[Entry, int] | None = None
     for path in _last_used(store, parent):
@@ -95,13 +96,20 @@ def nearest(
             entry = open_object(store, path)
         except (KvpackError, OSError):
             continue
-        share = common(entry.tokens, tokens[at:])
-        if share < max(least, best[1] + 1 if best else 0) or share == len(entry.tokens):
-            continue
-        made = entry.piece.first(share).made if entry.piece else entry.made
-        if made in wanted(at + share):
+        share = _share(entry, common(entry.tokens, tokens[at:]), wanted, at)
+        if share >= max(least, best[1] + 1 if best else 0):
             best = entry, share
     return best
+
+
+def _share(entry: Entry, agreeing: int, wanted: Wanted, at: int) -> int:
+    """Return how many of an object's ``agreeing`` first tokens were made in a wanted way, or 0."""
+    prefilled = sum(entry.piece.prefill) if entry.piece else 0
+    for share in sorted({agreeing, min(agreeing, prefilled)}, reverse=True):
+        made = entry.piece.first(share).made if entry.piece else entry.made
+        if 0 < share < len(entry.tokens) and made in wanted(at + share):
+            return share
+    return 0
 
 
 def _last_used(store: Store, parent: str) -> list[Path]:

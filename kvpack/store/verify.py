@@ -69,8 +69,6 @@ def _strangers(path: Path) -> Iterator[Damage]:
     for entry in sorted(path.iterdir()):
         if entry.name not in ENTRIES or entry.is_dir() != (entry.name in (KINDS, OBJECTS, TEMPORARY)):
             yield Damage(str(entry), "is no part of a store")
-    for name in sorted(ENTRIES - {entry.name for entry in path.iterdir()}):
-        yield Damage(str(path / name), "is missing")
     if (path / LOCK).is_file() and (path / LOCK).stat().st_size:
         yield Damage(str(path / LOCK), "is not empty")
 
