@@ -4,8 +4,8 @@
 
 Goldens of format 1.0 are ``fixtures/goldens/1.0/{codec}.kvp``. Codecs with a calibration profile are given a smaller
 capture (``profiles.tiny_capture``) and ``fixtures/tiny.kvprofile``. That profile is calibrated on the same capture, and
-made here if it is not there. Goldens of later versions are ``fixtures/goldens/{version}/{feature}.kvp``, one for each
-critical feature that the version has added.
+made here if it is not there. Goldens of later versions are ``fixtures/goldens/{version}/{feature}.kvp``, one or several
+for each critical feature that the version has added.
 
 Beside each golden of a lossless codec stands the SHA-256 of the capture that it decodes to, and ``SHA256SUMS`` lists
 every file of a version. Goldens never change: a file that is there is left as it is.
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from newer import write_newer
 from profiles import FIXTURES, THETA, TINY, model_metadata, tiny_capture
+from test_origin import part_of, rows_of
 
 from kvpack import jobs
 from kvpack.calibration import FisherOptions, PredictorOptions, Sample, calibrate, prediction, scales, token_klt
@@ -53,6 +54,8 @@ def main() -> None:
             )
         newer = write_newer(Path(folder) / "newer.safetensors")
         write_golden(GOLDENS / "1.1" / "newer-dtypes.kvp", newer, CODECS["lossless"])
+        for name in ("lossless", "fisher-5", "local-4"):
+            write_part(GOLDENS / "1.1" / f"origin-{name}.kvp", name, Capture.open(tiny))
     write_sums(GOLDENS / "1.0", TINY)
     write_sums(GOLDENS / "1.1")
 
@@ -68,6 +71,17 @@ def write_golden(path: Path, capture: Path, codec: Codec, profile: Profile | Non
         back = io.BytesIO()
         jobs.decompress(KvpFile.open(path), back)
         path.with_suffix(".sha256").write_text(hashlib.sha256(back.getvalue()).hexdigest() + "\n")
+
+
+def write_part(path: Path, name: str, capture: Capture) -> None:
+    """Compress the capture's last rows as a part of a text, by the codec's variant for stores, unless it was done."""
+    if path.exists():
+        return
+    data = part_of(capture, name)
+    path.write_bytes(data)
+    if name == "lossless":
+        digest = hashlib.sha256(rows_of(data, name, None)).hexdigest()
+        path.with_suffix(".sha256").write_text(digest + "\n")
 
 
 def write_sums(folder: Path, *others: Path) -> None:
