@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from texts import MODEL, holds, text
 
+from kvpack import jobs
 from kvpack.cache.metadata import Schedule
 from kvpack.codecs.recipes import CODECS, codec_named, prefix_stable
 from kvpack.errors import FormatError, MismatchError, NotStoredError, UnsupportedError, UsageError
@@ -157,6 +158,24 @@ def test_a_prompt_that_many_chats_share_is_stored_once(store: Store) -> None:
     assert found.saved > 0
     for tokens in chats:
         assert holds(fetch(store, Prompt.of_tokens(tokens))[1], tokens)
+
+
+def test_twenty_chats_take_little_more_than_one_prompt_and_their_tails(store: Store) -> None:
+    """The prompt's end lies within a window. ``tests/benchmarks/store_sharing.py`` measures it with a real model."""
+    prompt = list(range(1100))
+    chats = [prompt + [2000 * (i + 1) + at for at in range(40 + 24 * i)] for i in range(20)]
+    for tokens in chats:
+        put(store, text(tokens), LOSSLESS)
+
+    def packed(tokens: list[int]) -> int:
+        sink = io.BytesIO()
+        jobs.compress(text(tokens), sink, LOSSLESS)
+        return len(sink.getvalue())
+
+    one = packed(prompt)
+    header = packed(prompt[:1])
+    tails = sum(packed(tokens) - one + header for tokens in chats)
+    assert report(store).bytes < 1.15 * (one + tails)
 
 
 def test_short_ends_are_not_continued(store: Store) -> None:

@@ -178,9 +178,7 @@ def test_what_is_there(cli: Cli, store: list[object], tmp_path: Path) -> None:
     found = document(cli, "stat", *store)
     assert (found["objects"], found["kinds"], found["depth"], found["longest"]) == (4, 1, 2, 356)
     assert (found["tokens"], found["unreadable"]) == (256 + 44 + 100 + 90, 0)
-    first = next(
-        path for path in (tmp_path / "store" / "objects").rglob("*.kvp") if path.stem == found["branches"][0]["name"]
-    )
+    (first,) = (tmp_path / "store" / "objects").rglob(f"{found['branches'][0]['name']}.kvp")
     assert found["saved"] == 2 * first.stat().st_size
     assert [(one["tokens"], one["followers"], one["bits"]) for one in found["branches"]] == [(256, 3, None)]
     shown = cli("store", "stat", *store).out

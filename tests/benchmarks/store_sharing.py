@@ -1,6 +1,7 @@
 """What chats that share a system prompt take in a store, beside one prompt and all tails. Run by hand.
 
-    python tests/benchmarks/store_sharing.py FOLDER [--chats 20] [--prompt 1100] [-c CODEC] [-D PROFILE] [--window 256]
+    python tests/benchmarks/store_sharing.py FOLDER [--chats 20] [--prompt 1100] [--longest TAIL] [--window 256]
+        [-c CODEC] [-D PROFILE]
 
 Chats are made of the text of ``kvpack demo`` by the embedded model: its first tokens are the system prompt, and each
 chat goes on elsewhere in it, for 40 to 500 tokens. Captures are kept in FOLDER for the next run. The prompt and the
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import random
 import shutil
 from pathlib import Path
@@ -32,26 +34,38 @@ def main() -> None:
     parser.add_argument("--chats", type=int, default=20)
     parser.add_argument("--prompt", type=int, default=1100)
     parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--longest", type=int, help="cut tails that are longer")
     parser.add_argument("-c", "--codec", default="lossless")
     parser.add_argument("-D", "--profile", type=Path)
     given = parser.parse_args()
-    captures = chats(given.folder, given.chats, given.prompt)
+    captures = [Capture.open(path) for path in chats(given.folder, given.chats, given.prompt)]
+    if given.longest:
+        captures = [shortened(capture, given.prompt + given.longest) for capture in captures]
     codec = prefix_stable(codec_named(given.codec))
     profile = Profile.open(given.profile) if given.profile else None
     shutil.rmtree(given.folder / "store", ignore_errors=True)
     store = Store.create(given.folder / "store")
-    for i, path in enumerate(captures):
-        done = put(store, Capture.open(path), codec, profile=profile, window=given.window)
+    for i, capture in enumerate(captures):
+        done = put(store, capture, codec, profile=profile, window=given.window)
         print(f"chat {i}: {done.tokens} tokens, {done.shared} were there, {done.written_bytes} bytes, {done.differing}")
     assert not verify(store.path).damage
-    prompt = packed(Capture.open(captures[0]), given.prompt, codec, profile)
-    tails = [packed(Capture.open(path), None, codec, profile) - prompt for path in captures]
+    prompt = packed(captures[0], given.prompt, codec, profile)
+    tails = [packed(capture, None, codec, profile) - prompt for capture in captures]
     found = report(store)
     apart = sum(tails) + len(tails) * prompt
     print(f"{codec.name}: store {found.bytes} bytes in {found.objects} objects, of which {found.tokens} tokens")
     print(f"one prompt {prompt} bytes, {len(tails)} tails {sum(tails)} bytes; each chat for itself {apart} bytes")
     print(f"store / (prompt + tails) = {found.bytes / (prompt + sum(tails)):.4f}")
     print(f"each chat for itself / store = {apart / found.bytes:.3f}; the store says that it saves {found.saved} bytes")
+
+
+def shortened(capture: Capture, most: int) -> Capture:
+    """The capture's first tokens, if it has more than so many."""
+    length = min(most, len(capture.read("tokens")))
+    short = cut(capture, 0, length, {})
+    metadata = {name: value for name, value in short.metadata.items() if name != "store"}
+    metadata["schedule"] = json.dumps({"prefill": [length], "decode": 0})
+    return Capture.of(capture.file.name, {n: (e.dtype, short.read(n)) for n, e in short.tensors.items()}, metadata)
 
 
 def packed(capture: Capture, tokens: int | None, codec: Codec, profile: Profile | None) -> int:
