@@ -83,6 +83,10 @@ def problem(line: str, full: bool) -> str | None:
         return None if first in options | {"--help"} else f"no option {first}"
     if first not in group.commands:
         return f"no command {first}"
+    while hasattr(group.commands[first], "commands") and rest and not rest[0].startswith("-"):
+        group, (first, *rest) = group.commands[first], rest
+        if first not in group.commands:
+            return f"no command {first}"
     if "--help" in rest or "--list-codecs" in rest:
         return None
     try:
@@ -104,7 +108,13 @@ def test_commands_that_do_not_parse_are_found() -> None:
     assert len(found) > 30
     assert "kvpack inspect small.kvp" in found
     assert problem("kvpack inspect small.kvp", True) is None
-    for wrong in ("kvpack compress x --no-such-option", "kvpack nonsense x", "kvpack --nonsense", "kvpack verify x"):
+    for wrong in (
+        "kvpack compress x --no-such-option",
+        "kvpack nonsense x",
+        "kvpack --nonsense",
+        "kvpack verify x",
+        "kvpack store pot",
+    ):
         assert problem(wrong, True), wrong
 
 

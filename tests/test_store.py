@@ -148,12 +148,12 @@ def test_prefilled_tokens_behind_decode_steps_have_no_schedule() -> None:
 
 def test_a_prompt_that_many_chats_share_is_stored_once(store: Store) -> None:
     """Also where it ends within a window: the second chat cuts it there, and the others go on from it."""
-    prompt = list(range(5000, 5300))
+    prompt = list(range(5000, 5330))
     chats = [prompt + [100 * i + at for at in range(60 + 20 * i)] for i in range(6)]
     results = [stored(store, text(tokens)) for tokens in chats]
-    assert [done.shared for done in results] == [0, 256, 300, 300, 300, 300]
+    assert [done.shared for done in results] == [0, 256, 330, 330, 330, 330]
     found = report(store)
-    assert sum(len(tokens) - 300 for tokens in chats) + 300 + 44 == found.tokens
+    assert sum(len(tokens) - 330 for tokens in chats) + 330 + 74 == found.tokens
     assert [branch.followers for branch in found.branches] == [2, 5]
     assert found.saved > 0
     for tokens in chats:
@@ -184,9 +184,9 @@ def test_short_ends_are_not_continued(store: Store) -> None:
     stored(store, text(tokens[:138]))
     done = stored(store, text(tokens))
     assert (done.shared, done.objects, done.written) == (128, 2, 1)
-    stored(store, text(tokens[:128] + [7] * 40))
-    grown = stored(store, text(tokens[:128] + [7] * 40 + [8] * 20))
-    assert (grown.shared, grown.objects) == (168, 3)
+    stored(store, text(tokens[:128] + [7] * 70))
+    grown = stored(store, text(tokens[:128] + [7] * 70 + [8] * 20))
+    assert (grown.shared, grown.objects) == (198, 3)
 
 
 IDENTITIES: dict[str, dict[str, Any]] = {

@@ -23,8 +23,8 @@ from kvpack.store.schedule import Piece, made_of
 from kvpack.store.trie import Step, end_of, follow, longest, nearest
 
 WINDOW = 256
-SHORT = 4
-"""Objects of less than a window's part of 1 / SHORT are ends of texts: others are not continued from them."""
+SHORT = 64
+"""Objects of fewer tokens are ends of texts: others are not continued from them, and none is cut that short."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,8 @@ class _Work:
         return (made_of(self.schedule, stop),)
 
     def run(self, kind: str, engine: Engine | None, progress: Progress | None) -> Stored:
-        least = self.window // SHORT
-        way = longest(follow(self.store, kind, self.tokens, self.window, self.made, least))
-        rest = self._rest(kind, way, least)
+        way = longest(follow(self.store, kind, self.tokens, self.window, self.made, SHORT))
+        rest = self._rest(kind, way)
         state, differing = self._compared(way)
         damaged = [step for step in way if state[step] == "damaged"]
         plan = [*damaged, *rest]
@@ -132,11 +131,11 @@ class _Work:
         every = len(way) + len(rest)
         return Stored(kind, self.codec.name, len(self.tokens), end_of(way), every, written, size, differing, repaired)
 
-    def _rest(self, kind: str, way: tuple[Step, ...], least: int) -> list[Step]:
+    def _rest(self, kind: str, way: tuple[Step, ...]) -> list[Step]:
         """Return the objects to write behind ``way``. The first ends where another stored text parts from this one."""
         parent, at = (way[-1].name, way[-1].stop) if way else (kind, 0)
         steps: list[Step] = []
-        found = nearest(self.store, parent, self.tokens, self.made, at, least) if at < len(self.tokens) else None
+        found = nearest(self.store, parent, self.tokens, self.made, at, SHORT) if at < len(self.tokens) else None
         size = found[1] if found else self.window
         while at < len(self.tokens):
             stop = min(at + size, len(self.tokens))
