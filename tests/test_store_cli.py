@@ -243,6 +243,20 @@ def test_a_damaged_key_serves_nothing(cli: Cli, store: list[object], capture: Pa
         assert "key" in result.err
 
 
+def test_a_damaged_kind_is_told_and_put_writes_it_again(
+    cli: Cli, store: list[object], capture: Path, tmp_path: Path
+) -> None:
+    assert cli("store", "put", capture, *store).code == 0
+    (kind,) = (tmp_path / "store" / "kinds").iterdir()
+    kind.write_bytes(kind.read_bytes()[:-1] + b"]")
+    missed = cli("store", "get", capture, *store, "-o", tmp_path / "x")
+    assert (missed.code, "1 kinds are damaged: kvpack store verify names them" in missed.err) == (7, True)
+    assert cli("store", "stat", *store).err.startswith("kvpack: 2 objects are damaged or cannot be reached")
+    assert cli("store", "verify", *store).code == 4
+    assert "300 of 300 tokens were there, 0 objects written" in cli("store", "put", capture, *store).out
+    assert cli("store", "verify", *store).code == 0
+
+
 def test_other_bits_are_told(cli: Cli, store: list[object], capture: Path, tmp_path: Path) -> None:
     assert cli("store", "put", capture, *store).code == 0
     result = cli("store", "put", written(tmp_path / "x", text(TOKENS, salt=1)), *store)

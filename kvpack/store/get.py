@@ -135,6 +135,8 @@ def _best(
     if not candidates:
         others = sorted({document["recipe"]["codec"]["name"] for _, document in store.kinds()})
         stored = f" (it has caches by {', '.join(others)})" if others else ""
+        if damaged := store.damaged_kinds():
+            stored += f"; {damaged} kinds are damaged: kvpack store verify names them"
         raise NotStoredError(f"{store.path}: holds nothing of this model by {codec.name}{stored}")
     usable = _with_profile(candidates, profile)
     notes: list[str] = []

@@ -91,6 +91,10 @@ class Store:
             if document is not None:
                 yield file.stem, document
 
+    def damaged_kinds(self) -> int:
+        """Return the number of kinds whose document is not what its name says."""
+        return len(list((self.path / KINDS).iterdir())) - len(list(self.kinds()))
+
     def add_kind(self, document: dict[str, Any]) -> str:
         """Record a kind, if that has not been done, and return its name. A damaged record is replaced."""
         name = kind_name(self.key, document)

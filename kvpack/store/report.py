@@ -100,7 +100,7 @@ def report(store: Store, bits: Bits | None = None, weights: str | None = None) -
     """
     with store.locked():
         nodes, unreadable = _nodes(store)
-    leaves = [_leaf(node) for node in nodes if not node.followers]
+        leaves = [_leaf(node) for node in nodes if not node.followers]
     branching = [node for node in nodes if len(node.followers) > 1]
     size = sum(node.entry.size for node in nodes)
     return StoreReport(
