@@ -96,7 +96,7 @@ class CaptureMetadata:
 
     @property
     def config_sha256(self) -> str | None:
-        """The SHA-256 of the model's configuration, or None where the capture does not name it or it is in the weights."""
+        """The SHA-256 of the model's ``config.json``, or None where the capture names none, as for GGUF files."""
         return _printable(self.model.get("config_sha256"))
 
     @property

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvpack.cli import common
-from kvpack.cli.capture import Model, read_text
+from kvpack.cli.capture import read_text
 from kvpack.errors import UsageError
 
 
@@ -20,7 +20,7 @@ def claims(
     text: Annotated[
         Path | None, typer.Option(help="Measure the entropy on this text instead of assuming it.", show_default=False)
     ] = None,
-    model: Model = None,
+    model: common.Model = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Use at most this many tokens of the text.")] = 2048,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
