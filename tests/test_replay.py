@@ -267,7 +267,7 @@ def test_goldens_decode_alike_by_both_decoders(tmp_path: Path, coder: str) -> No
     container = Container(memoryview(data))
     assert (container.version, container.critical) == ((1, 1), 0b1010)
     streams = [len(part.streams) for part in container.parts]
-    assert streams == [0, 2, 2, 0, 2, 2, 1, 1]
+    assert streams == [0, 1, 2, 0, 2, 2, 1, 2]
 
 
 @pytest.mark.parametrize("coder", ["fast", "model"])
@@ -628,6 +628,23 @@ def test_options_that_contradict_each_other(
     assert found.code == 2
     assert message in found.err
     assert on_disk.exists()
+
+
+def test_what_cannot_be_checked_is_said(cli: Cli, folder: Path, on_disk: Path, tmp_path: Path) -> None:
+    foreign = changed(on_disk, tmp_path / "foreign.safetensors", "tokens", unchanged, model=None)
+    found = cli("compress", foreign, "-c", "replay", "-m", folder, "-o", tmp_path / "a.kvp")
+    assert found.code == 0
+    assert "does not say which model made it" in found.err
+
+    def otherwise(bits: np.ndarray) -> None:
+        bits[:] ^= 1
+
+    other = changed(on_disk, tmp_path / "other.safetensors", "layers.1.keys", otherwise)
+    found = cli("compress", other, "-c", "replay", "-m", folder, "-o", tmp_path / "b.kvp")
+    assert found.code == 0
+    assert "does not compute the cache bit for bit" in found.err
+    assert cli("decompress", tmp_path / "b.kvp", "-m", folder, "-o", tmp_path / "back").code == 0
+    assert (tmp_path / "back").read_bytes() == other.read_bytes()
 
 
 def test_foreign_captures_say_what_they_lack(cli: Cli, small: Path, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def compress(
         files = [_File(path, stack.enter_context(common.readable(path)), _target(path, output)) for path in inputs]
         exact = goal is None and named.lossless
         engine = common.engine(device, [file.source for file in files], threads, quiet, exact=exact)
-        models = _Models(model, device) if isinstance(named, ReplayCodec) else None
+        models = _Models(model, device, quiet) if isinstance(named, ReplayCodec) else None
         settings = _Settings(goal or named, opened, models, chunk_tokens, patterns)
         jobs = (file.prepare(settings, engine, force) for file in files)
         for file, write in zip(files, compress_many(jobs, engine), strict=True):
@@ -169,8 +169,8 @@ def _target(path: Path, output: Path | None) -> Path:
 class _Models:
     """The model for the codec ``replay``, which is loaded for the first file, in the dtype of its cache."""
 
-    def __init__(self, source: str | None, device: str) -> None:
-        self._source, self._device = source, device
+    def __init__(self, source: str | None, device: str, quiet: bool) -> None:
+        self._source, self._device, self._quiet = source, device, quiet
         self.loaded: ReplayModel | None = None
 
     def model_for(self, capture: Capture) -> ReplayModel:
@@ -183,6 +183,9 @@ class _Models:
             if self.loaded is None or known.dtype not in (None, self.loaded.dtype):
                 self.loaded = common.replay_model(capture.metadata, self._source, self._device)
             require_identity(known, self.loaded.identity)
+        if known.weights_sha256 is None:
+            line = f"kvpack: {capture.file.name}: does not say which model made it, so this is not checked"
+            common.say(line, quiet=self._quiet, to_stderr=True)
         return self.loaded
 
 
@@ -240,6 +243,7 @@ def _written(file: _File, write: Write, models: _Models | None, force: bool, qui
         "ratio": done.original / done.size,
         "carried_losslessly": done.carried,
         "surprise": done.surprise,
+        "streams": done.streams,
     }
 
 
@@ -247,6 +251,8 @@ def _report(row: dict[str, Any], quiet: bool, verbose: bool, *, to_stderr: bool)
     common.say(_line(row), quiet=quiet, to_stderr=to_stderr)
     if row["carried_losslessly"]:
         common.say(_carried(row["carried_losslessly"], verbose), quiet=quiet, to_stderr=True)
+    if missed := sum(size for name, size in row["streams"].items() if name.startswith("residual")):
+        common.say(_otherwise(row, missed), quiet=quiet, to_stderr=True)
     if row["surprise"] is not None and row["surprise"] > SURPRISE:
         common.say(_surprised(row), quiet=quiet, to_stderr=True)
 
@@ -258,6 +264,13 @@ def _line(row: dict[str, Any]) -> str:
 def _carried(names: list[str], verbose: bool) -> str:
     shown = ", ".join(names if verbose or len(names) <= 3 else [*names[:3], "..."])
     return f"kvpack: {len(names)} parts the codec cannot represent (NaN, Inf or out of range) are lossless: {shown}"
+
+
+def _otherwise(row: dict[str, Any], missed: int) -> str:
+    return (
+        f"kvpack: {row['input']}: this machine does not compute the cache bit for bit, so the file holds {missed} "
+        "bytes of differences, and comes back on machines that compute as this one does; lossless comes back on any"
+    )
 
 
 def _surprised(row: dict[str, Any]) -> str:

@@ -45,7 +45,8 @@ PROBES = ("queries.*", "query_positions", "attention_mass", "continuation")
 class Compressed:
     """The result of a compression.
 
-    It holds the codec's name, the sizes in bytes, and the parts that had to be stored losslessly. ``surprise`` is the
+    It holds the codec's name, the sizes in bytes, the bytes of each kind of stream, and the parts that had to be stored
+    losslessly. ``surprise`` is the
     number of bits that the coefficients took, divided by the number that the profile expects for texts like those of
     its calibration. It is None if the codec cannot compute it.
     """
@@ -53,6 +54,7 @@ class Compressed:
     codec: str
     original: int
     size: int
+    streams: Mapping[str, int] = field(default_factory=dict)
     carried: list[str] = field(default_factory=list)
     surprise: float | None = None
 
@@ -241,7 +243,9 @@ class CompressJob:
                 if progress:
                     progress(done, total)
         surprise = None if carried else self._surprise(sizes)
-        return Compressed(self.codec.name, self.source.file.header.file_size, writer.finish(), carried, surprise)
+        return Compressed(
+            self.codec.name, self.source.file.header.file_size, writer.finish(), dict(sizes), carried, surprise
+        )
 
     def _surprise(self, sizes: Mapping[str, int]) -> float | None:
         expected = self.codec.expected_bits(self.context, self.cache.rows)
