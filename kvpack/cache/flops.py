@@ -27,7 +27,7 @@ MAX_NUMBER = 1 << 56
 """Larger numbers in a capture or a configuration are not believed."""
 
 GATED = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
-"""Model types (``model_type`` of transformers) of Llama's shape: four matrices of attention and a gated MLP of three."""
+"""Model types of transformers that have Llama's shape: four matrices of attention and three of a gated MLP."""
 
 
 @dataclass(frozen=True)
