@@ -29,7 +29,8 @@ def counted(network: Any, tokens: int) -> int:
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         for at in range(tokens):
             model.logits(ids[:, at : at + 1], cache)
-    return int(counter.get_total_flops())
+    total: int = counter.get_total_flops()
+    return total
 
 
 def metadata(network: Any, head_dim: int) -> CaptureMetadata:
