@@ -29,8 +29,7 @@ def counted(network: Any, tokens: int) -> int:
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         for at in range(tokens):
             model.logits(ids[:, at : at + 1], cache)
-    total: int = counter.get_total_flops()
-    return total
+    return int(counter.get_total_flops())
 
 
 def metadata(network: Any, head_dim: int) -> CaptureMetadata:
@@ -52,7 +51,9 @@ def metadata(network: Any, head_dim: int) -> CaptureMetadata:
 def not_matrices(network: Any) -> int:
     """Weights that no token is multiplied by as a matrix: norms, biases, and learned positions."""
     positions = [p for name, p in network.named_parameters() if name.endswith("wpe.weight")]
-    return sum(p.numel() for p in network.parameters() if p.ndim == 1) + sum(p.numel() for p in positions)
+    vectors = [p for p in network.parameters() if p.ndim == 1]
+    total: int = sum(p.numel() for p in vectors + positions)
+    return total
 
 
 @pytest.mark.parametrize("name", CONFIGS)

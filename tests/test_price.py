@@ -128,7 +128,7 @@ def test_the_plot_has_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     from matplotlib.axes import Axes
 
     lines: list[float] = []
-    monkeypatch.setattr(Axes, "axhline", lambda _, y, **options: lines.append(y))
+    monkeypatch.setattr(Axes, "axhline", lambda *arguments, **_: lines.append(arguments[1]))
     noisy = replace(row(NOISE + "float32", None, None), model=judged(0.002), attention_error=0.003)
     codec = replace(row("x-1", 100_000, 0.5), model=judged(0.002))
     report.plot(results(codec, noisy, row(RECOMPUTE, 4_000, 2.5)), tmp_path / "x.png")
