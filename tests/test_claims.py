@@ -108,7 +108,7 @@ def test_measured_files_stand_in_the_same_table(cli: Cli, tmp_path: Path, captur
     assert names == [
         "raw",
         "TurboQuant, 3 bits an element",
-        *("lossless", "turboquant-3"),
+        *("lossless", "turboquant-3", "replay"),
         "tokens as 32-bit integers, replayed",
         "tokens by their entropy, replayed",
     ]
@@ -120,7 +120,10 @@ def test_measured_files_stand_in_the_same_table(cli: Cli, tmp_path: Path, captur
         assert found[codec]["over_packed"] == pytest.approx(64 * 3.25 / found[codec]["bits"])
         assert (found[codec]["runs_model"], found[codec]["flops"]) == (False, 0)
     assert (found["raw"]["bits"], found["raw"]["over_raw"]) == (64 * 32, 1)  # this model is in float32
-    for name in names[-2:]:
+    packed = tmp_path / "replay.kvp"
+    assert cli("compress", path, "-c", "replay", "-m", folder, "--drop-probes", "-o", packed).code == 0
+    assert found["replay"]["bits"] == packed.stat().st_size * 8 / 300
+    for name in names[-3:]:
         assert found[name]["runs_model"]
         assert found[name]["seconds"] > 0
         assert found[name]["flops"] > 2 * 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
@@ -139,7 +142,7 @@ def test_a_profile_brings_the_calibrated_codec(cli: Cli, captured: tuple[Path, P
     profile = profile_for(path, CODECS["fisher-5"])
     assert profile is not None
     document = claims(cli, "--measured", path, "-m", folder, "-D", profile.path)
-    assert [line["stored"] for line in document["table"]][2:5] == ["lossless", "turboquant-3", "fisher-5"]
+    assert [line["stored"] for line in document["table"]][2:6] == ["lossless", "turboquant-3", "fisher-5", "replay"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

@@ -15,7 +15,8 @@ from transformers import DynamicCache
 
 from kvpack.cache.flops import Network, network_of_capture, network_of_config
 from kvpack.cache.metadata import CaptureMetadata, parse_metadata
-from kvpack.capture import Model, load_model
+from kvpack.capture import Identity, Model, load_model
+from kvpack.capture.run import parameters
 
 TOKENS = 24
 
@@ -23,7 +24,7 @@ TOKENS = 24
 def counted(network: Any, tokens: int) -> int:
     """Operations of single steps, as torch counts them: each token attends to those before it and no others."""
     network.set_attn_implementation("eager")
-    model = Model("m", "", network, None)
+    model = Model(Identity("m", "", None, None), network, None)
     cache = DynamicCache(config=network.config)
     ids = torch.arange(tokens)[None] % 200
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
@@ -35,23 +36,21 @@ def counted(network: Any, tokens: int) -> int:
 def metadata(network: Any, head_dim: int) -> CaptureMetadata:
     """What a capture records of the model."""
     config = network.config
-    heads = {id(m.weight): m.weight for m in (network.get_input_embeddings(), network.get_output_embeddings())}
     model = {
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
         "head_dim": head_dim,
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "embedding_parameters": sum(weight.numel() for weight in heads.values()),
+        **parameters(Model(Identity("m", "", None, None), network, None)),
     }
     return parse_metadata({"model": json.dumps(model)})
 
 
 def not_matrices(network: Any) -> int:
-    """Weights that no token is multiplied by as a matrix: norms, biases, and learned positions."""
+    """Weights that no token is multiplied by as a matrix: norms, biases but the head's, learned positions."""
     positions = [p for name, p in network.named_parameters() if name.endswith("wpe.weight")]
-    vectors = [p for p in network.parameters() if p.ndim == 1]
+    vectors = [p for name, p in network.named_parameters() if p.ndim == 1 and not name.startswith("lm_head")]
     total: int = sum(p.numel() for p in vectors + positions)
     return total
 

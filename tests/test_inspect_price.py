@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import SMALL, write_tensors
+from models import CONFIGS, save_model
 
 from kvpack import jobs
 from kvpack.cache.flops import Network
@@ -45,6 +46,22 @@ def test_decoding_that_runs_the_model_has_a_price(cli: Cli, tmp_path: Path) -> N
     assert expected == 2 * 106_203_456 * 160 + 4 * 30 * 9 * 64 * 160 * 161 // 2
     shown = cli("inspect", path).out
     assert "runs the model: 3.49e+10 floating-point operations" in shown
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_the_price_of_replay(cli: Cli, tmp_path: Path) -> None:
+    """Tokens that the model codes are found token by token, with the output head, before the cache is computed."""
+    folder = save_model(CONFIGS["llama-gqa"](), tmp_path / "model")
+    text, path, packed = (tmp_path / name for name in ("t.txt", "c.safetensors", "c.kvp"))
+    text.write_text("the price of a replay is a prefill " * 4)
+    assert cli("capture", "-m", folder, "--text", text, "-o", path, "--max-tokens", 90).code == 0
+    weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 32
+    prefill = 2 * weights * 90 + 4 * 2 * 32 * 90 * 91 // 2
+    for coder, flops in (("fast", prefill), ("model", 2 * prefill + 2 * 256 * 32 * 90)):
+        done = cli("compress", path, "-c", "replay", "-m", folder, "--token-coder", coder, "-o", packed, "-f")
+        assert done.code == 0, done.err
+        (report,) = json.loads(cli("inspect", packed, "--json").out)["files"]
+        assert (report["runs_model"], report["decode_flops"]) == (True, flops)
 
 
 def test_a_price_that_cannot_be_known_is_not_zero(cli: Cli, tmp_path: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kvpack import jobs
-from kvpack.capture import Model
-from kvpack.codecs.protocol import Codec
+from kvpack.cache.metadata import parse_metadata
+from kvpack.capture import Model, ReplayModel
+from kvpack.codecs.protocol import Codec, Need
 from kvpack.formats.source import Capture
 from kvpack.jobs.reader import KvpFile
 from kvpack.kvp.inspection import inspect
@@ -34,7 +34,14 @@ class Coded:
 
 def needs_model(codec: Codec) -> bool:
     """Return whether the codec's decoder runs the model."""
-    return any(need.value == "model" for need in codec.traits.needs)
+    return Need.MODEL in codec.traits.needs
+
+
+def can_replay(path: Path, model: Model | None) -> bool:
+    """Return whether ``model`` may compute the capture ``path`` again: it records how, and the dtype is the model's."""
+    metadata = parse_metadata(Capture.open(path).metadata)
+    ours = str(model.network.dtype).removeprefix("torch.") if model is not None else None
+    return metadata.schedule is not None and ours is not None and metadata.dtype in (ours, None)
 
 
 def through_file(path: Path, codec: Codec, folder: Path, profile: Profile | None, model: Model | None) -> Coded:
@@ -43,15 +50,15 @@ def through_file(path: Path, codec: Codec, folder: Path, profile: Profile | None
     The errors are those of :func:`kvpack.jobs.compress` and :func:`kvpack.jobs.decompress`.
     """
     packed, back = folder / "x.kvp", folder / "x.safetensors"
-    given: dict[str, Any] = {"model": model} if needs_model(codec) else {}
+    runs = ReplayModel(model) if model is not None and needs_model(codec) else None
     seconds: list[tuple[float, float]] = []
     for _ in range(2):
         start = time.perf_counter()
         with packed.open("wb") as sink:
-            jobs.compress(path, sink, codec, profile=profile, drop=jobs.PROBES, **given)
+            jobs.compress(path, sink, codec, profile=profile, drop=jobs.PROBES, model=runs)
         middle = time.perf_counter()
         with back.open("wb") as sink:
-            jobs.decompress(KvpFile.open(packed, profile, **given), sink)
+            jobs.decompress(KvpFile.open(packed, profile, model=runs), sink)
         seconds.append((middle - start, time.perf_counter() - middle))
     look = inspect(packed)
     return Coded(Capture.open(back), look.size, look.ratio, look.bits_per_element or 0.0, *seconds[-1])

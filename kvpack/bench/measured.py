@@ -7,21 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvpack.bench.claims import Basis, Line
-from kvpack.bench.coding import needs_model, through_file
+from kvpack.bench.coding import can_replay, needs_model, through_file
 from kvpack.bench.recompute import network_of, recompute, token_bytes, tokens_of
 from kvpack.bench.results import REPLAY
 from kvpack.cache.metadata import parse_metadata
 from kvpack.capture import Model
 from kvpack.capture.entropy import token_bits
 from kvpack.codecs.protocol import Need
-from kvpack.codecs.recipes import CODECS
+from kvpack.codecs.recipes import codec_named
 from kvpack.errors import FormatError, MismatchError
 from kvpack.formats.records import layer_tensors
 from kvpack.formats.source import Capture
 from kvpack.profiles import Profile
 
 CHOSEN = ("lossless", "turboquant-3", "fisher-5", REPLAY)
-"""The codecs whose files are measured; calibrated ones only where a profile is given."""
+"""The codecs whose files are measured; calibrated ones only where a profile is given, replay where the model can."""
 
 Progress = Callable[[int, int], None]
 
@@ -50,8 +50,11 @@ def measured_lines(
     elements, size = sum(spec.elements for spec in tensors), sum(spec.nbytes for spec in tensors)
     raw, each = 8 * size / count, elements // count
     basis = Basis(f"{model.name}, {count} tokens", each, raw, each * turboquant_bits)
-    codecs = [CODECS[name] for name in CHOSEN if name in CODECS]
-    codecs = [codec for codec in codecs if profile is not None or Need.PROFILE not in codec.traits.needs]
+    codecs = [
+        codec for codec in map(codec_named, CHOSEN) if profile is not None or Need.PROFILE not in codec.traits.needs
+    ]
+    if not can_replay(path, model):
+        codecs = [codec for codec in codecs if not needs_model(codec)]
     steps = len(codecs) + 2
     network = network_of(model, capture)
     prefill = network.prefill(count) / count

@@ -44,7 +44,8 @@ class Noise:
         if self.kind == "schedule":
             runs = other_schedule(runs)
         elif self.kind == "float32":
-            model = replace(model, network=copy.deepcopy(model.network).float())
+            # transformers' own `float` refuses models unpacked from quantised files, although these are plain bf16.
+            model = replace(model, network=torch.nn.Module.float(copy.deepcopy(model.network)))
         else:
             model = replace(model, network=copy.deepcopy(model.network).to(_other_device(model)))
         return as_reader(capture, run_schedule(model, tokens, runs))

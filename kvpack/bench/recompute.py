@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +19,9 @@ from transformers import DynamicCache
 from kvpack.bench.bounds import Simulated
 from kvpack.bench.results import RECOMPUTE
 from kvpack.cache.flops import Network, network_of_capture
-from kvpack.cache.metadata import parse_metadata, parse_value
+from kvpack.cache.metadata import parse_metadata
 from kvpack.capture import Model
+from kvpack.capture.run import feed, parameters
 from kvpack.errors import FormatError
 from kvpack.fidelity import CacheReader
 from kvpack.formats.records import layer_tensors, token_ids
@@ -58,25 +58,17 @@ def schedule_of(capture: CacheReader) -> list[int]:
 
     Where the capture does not say, or says something that does not add up to its tokens, it is one prefill.
     """
-    count = len(tokens_of(capture))
-    document = parse_value(capture.metadata.get("schedule"))
-    chunks, steps = (document.get("prefill"), document.get("decode")) if isinstance(document, dict) else (None, None)
-    if not isinstance(chunks, list) or type(steps) is not int or not 0 <= steps <= count:
-        return [count]
-    runs = [*chunks, *[1] * steps]
-    valid = all(type(run) is int and run > 0 for run in runs) and sum(runs) == count
-    return runs if valid else [count]
+    count, schedule = len(tokens_of(capture)), parse_metadata(capture.metadata).schedule
+    return list(schedule.steps()) if schedule is not None and schedule.tokens == count else [count]
 
 
 def run_schedule(model: Model, tokens: Sequence[int], runs: Sequence[int]) -> Layers:
     """Run the model over ``tokens``, as many at a time as ``runs`` says, and return its cache."""
     cache = DynamicCache(config=model.network.config)
     ids = torch.tensor([list(tokens)], device=model.network.device)
-    at = 0
     with torch.inference_mode():
-        for size in runs:
-            model.logits(ids[:, at : at + size], cache, logits_to_keep=1)
-            at += size
+        for _ in feed(model, ids, runs, cache):
+            pass
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
 
@@ -129,17 +121,14 @@ def network_of(model: Model, capture: CacheReader) -> Network:
     found = network_of_capture(parse_metadata(capture.metadata))
     if found is not None:
         return found
-    network: Any = model.network
-    ends = (network.get_input_embeddings(), network.get_output_embeddings())
-    embedding = {id(end.weight): end.weight.numel() for end in ends if end is not None}
-    every = sum(weight.numel() for weight in network.parameters())
+    counted = parameters(model)
     keys = next(iter(layer_tensors(capture).values()))["keys"]
     config = model.config
     return Network(
         layers=config.num_hidden_layers,
         query_heads=config.num_attention_heads,
         head_dim=capture.tensors[keys].shape[2],
-        weights=every - sum(embedding.values()),
+        weights=counted["parameters"] - counted["embedding_parameters"],
         output_head=config.vocab_size * config.hidden_size,
     )
 

@@ -67,7 +67,7 @@ def bench(
     from kvpack.bench import report as pages
     from kvpack.bench import run
     from kvpack.bench.bounds import BOUNDS
-    from kvpack.bench.coding import needs_model
+    from kvpack.bench.coding import can_replay, needs_model
     from kvpack.bench.noise import variants
     from kvpack.bench.recompute import Recompute
     from kvpack.bench.results import Results, student_t
@@ -86,11 +86,13 @@ def bench(
         chosen = [codec for codec in chosen if Need.PROFILE not in codec.traits.needs]
         common.say("no profile given (-D): calibrated codecs are left out", quiet=quiet, to_stderr=True)
     judge = None if model == "none" else load_model(None if model == "embedded" else model, dtype, device)
-    if judge is None and any(map(needs_model, chosen)):
+    if any(map(needs_model, chosen)) and not all(can_replay(path, judge) for path in captures):
         if "all" not in codecs.split(","):
-            raise UsageError("codecs that run the model need one: not --model none")
+            raise UsageError("codecs that run the model need one of the captures' dtype, and captures with a schedule")
         chosen = [codec for codec in chosen if not needs_model(codec)]
-        common.say("no model: codecs that run it are left out", quiet=quiet, to_stderr=True)
+        common.say(
+            "the model does not replay these captures: codecs that run it are left out", quiet=quiet, to_stderr=True
+        )
     extras: list[run.Extra] = [] if judge is None else [Recompute()]
     if not quick:
         extras += BOUNDS if judge is None else (*variants(judge), *BOUNDS, None)

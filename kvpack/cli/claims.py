@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvpack.cli import common
-from kvpack.cli.capture import Model, read_text
+from kvpack.cli.capture import read_text
 from kvpack.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def claims(
         typer.Option("--measured", help="Also measure codecs and replay on this capture.", show_default=False),
     ] = None,
     profile: common.ProfileFile = None,
-    model: Model = None,
+    model: common.Model = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Use at most this many tokens of the text.")] = 2048,
     quiet: common.Quiet = False,
     as_json: common.Json = False,

@@ -48,15 +48,15 @@ def inspect(
 def _facts(report: Inspection) -> list[tuple[str, str]]:
     facts = [("file", f"{report.path} ({report.kind}, {report.size:,} bytes)")]
     if report.kind == "kvp":
-        stages = {
-            which: " > ".join(_stage(stage) for stage in (report.codec or {})[which]) for which in ("keys", "values")
-        }
+        codec = report.codec or {}
+        chains = [(which, " > ".join(map(_stage, codec[which]))) for which in ("keys", "values") if which in codec] or [
+            ("configuration", _stage(codec))
+        ]
         label = "lossless" if report.lossless else "lossy"
         facts += [
             ("format", f"{_format(report)}, written by {report.writer}, chunks of {report.chunk_tokens} tokens"),
-            ("codec", f"{(report.codec or {})['name']} ({label})"),
-            ("keys", stages["keys"]),
-            ("values", stages["values"]),
+            ("codec", f"{codec['name']} ({label})"),
+            *(chains or [("configuration", _stage(codec))]),
             *([("profile", f"{report.profile['name']}, SHA-256 {report.profile['sha256']}")] if report.profile else []),
             *([("decoding", _price(report))] if report.runs_model else []),
             ("original", f"{report.original_size:,} bytes, ratio {report.ratio:.3f}"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvpack.formats.safetensors import Header as SourceHeader
+from kvpack.kvp.header import Header
 
 FIRST_VERSION = (1, 0)
 """The version of files that use no critical feature."""
@@ -23,13 +23,13 @@ class Feature:
     """One critical feature.
 
     ``bit`` is its position in the prologue's field, counted from the least significant bit. ``since`` is the version of
-    the format that introduced it. ``used_by`` tells from the safetensors header of the source whether the file uses it.
+    the format that introduced it. ``used_by`` tells from the file's header whether the file uses it.
     """
 
     bit: int
     name: str
     since: tuple[int, int]
-    used_by: Callable[[SourceHeader], bool]
+    used_by: Callable[[Header], bool]
 
     @property
     def mask(self) -> int:
@@ -37,11 +37,19 @@ class Feature:
         return 1 << self.bit
 
 
-def _has_newer_dtypes(source: SourceHeader) -> bool:
-    return any(spec.dtype in NEWER_DTYPES for spec in source.tensors)
+def _has_newer_dtypes(header: Header) -> bool:
+    return any(spec.dtype in NEWER_DTYPES for spec in header.source_header().tensors)
 
 
-FEATURES = (Feature(0, "newer dtypes", (1, 1), _has_newer_dtypes),)
+def _is_replayed(header: Header) -> bool:
+    return any(isinstance(codec, dict) and codec.get("name") == "replay" for codec in header.codecs)
+
+
+FEATURES = (
+    Feature(0, "newer dtypes", (1, 1), _has_newer_dtypes),
+    Feature(1, "replay", (1, 1), _is_replayed),
+    Feature(3, "compact source header", (1, 1), lambda header: header.compact),
+)
 """Every critical feature, by its bit. A later version of the format adds to this and never takes away."""
 
 KNOWN_CRITICAL = sum(feature.mask for feature in FEATURES)
@@ -51,9 +59,9 @@ VERSION = max((feature.since for feature in FEATURES), default=FIRST_VERSION)
 """The newest version of the format that this kvpack writes. It reads every minor version of the same major one."""
 
 
-def critical_of(source: SourceHeader) -> int:
-    """Return the bits of the features that a file needs to hold what ``source`` describes."""
-    return sum(feature.mask for feature in FEATURES if feature.used_by(source))
+def critical_of(header: Header) -> int:
+    """Return the bits of the features that a file with this header uses."""
+    return sum(feature.mask for feature in FEATURES if feature.used_by(header))
 
 
 def written_version(critical: int) -> tuple[int, int]:

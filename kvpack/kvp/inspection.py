@@ -143,7 +143,7 @@ def _inspect_container(path: Path, container: Container, check: bool) -> Inspect
         dropped=container.header.dropped,
         checksums={"header": "ok", "index": "ok", "streams": "ok" if check else "not checked (use --check)"},
         runs_model=replayed,
-        decode_flops=_prefill_flops(header, layers) if replayed else 0,
+        decode_flops=_replay_flops(container.header.codecs[0], header, layers) if replayed else 0,
     )
 
 
@@ -152,9 +152,22 @@ def runs_model(codec: dict[str, Any]) -> bool:
     return codec.get("name") == "replay"
 
 
-def _prefill_flops(header: Header, layers: list[LayerBytes]) -> int | None:
+FAST_TOKENS = 1 << 20
+"""The number of tokens in a chunk of replay's token stream where no model codes them (docs/format.md)."""
+
+
+def _replay_flops(codec: dict[str, Any], header: Header, layers: list[LayerBytes]) -> int | None:
+    """Operations of running the model over all tokens, and before it over each token that the model itself codes.
+
+    Chunks of tokens that fell back to another coder are counted as if the model coded them.
+    """
     network = network_of_capture(parse_metadata(header.metadata))
-    return network.prefill(max((layer.tokens for layer in layers), default=0)) if network else None
+    if network is None:
+        return None
+    tokens, configuration = max((layer.tokens for layer in layers), default=0), codec.get("configuration")
+    chunk = configuration.get("token_chunk") if isinstance(configuration, dict) else None
+    predicted = type(chunk) is int and chunk < FAST_TOKENS
+    return network.prefill(tokens) + (network.prediction(tokens) if predicted else 0)
 
 
 def _was_carried(part: PartEntry) -> bool:

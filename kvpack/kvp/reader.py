@@ -62,7 +62,7 @@ class Container:
         raw_index = self._checked(offset, index_length, index_crc, "index")
         self.header = Header.from_bytes(inflate(raw_header, MAX_HEADER, "header"))
         self.source: SourceHeader = self.header.source_header()
-        if unsaid := critical_of(self.source) & ~self.critical:
+        if unsaid := critical_of(self.header) & ~self.critical:
             raise FormatError(f"uses {', '.join(names_of(unsaid))}, and its prologue does not say so")
         self.size, self.header_size, self.index_size = size, start, size - offset
         if self.source.file_size > size * MAX_EXPANSION:

@@ -28,7 +28,7 @@ class ContainerWriter:
         deflated = zlib.compress(raw, 9)
         self._output = output
         self._kinds = {name: i for i, name in enumerate(header.streams)}
-        self._prologue = pack_prologue(deflated, critical_of(header.source_header()))
+        self._prologue = pack_prologue(deflated, critical_of(header))
         self._parts: list[tuple[int, int, list[Record]]] = []
         self._offset = 0
         self._write(self._prologue)
