@@ -9,14 +9,15 @@ from kvpack.version import __version__
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from kvpack.capture import ReplayModel
     from kvpack.jobs.opened import Opened
     from kvpack.profiles import Profile
 
 __all__ = ["__version__", "open"]
 
 
-def open(path: str | Path, profile: str | Path | Profile | None = None) -> Opened:
-    """Open a capture or a ``.kvp`` file, with the calibration profile that it needs.
+def open(path: str | Path, profile: str | Path | Profile | None = None, model: ReplayModel | None = None) -> Opened:
+    """Open a capture or a ``.kvp`` file, with the calibration profile or the model that it needs.
 
     This is :func:`kvpack.jobs.opened.open_file`, which is imported only when it is called.
 
@@ -27,4 +28,4 @@ def open(path: str | Path, profile: str | Path | Profile | None = None) -> Opene
     """
     from kvpack.jobs.opened import open_file
 
-    return open_file(path, profile)
+    return open_file(path, profile, model)

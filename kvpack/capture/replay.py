@@ -82,7 +82,7 @@ class TokenSteps:
         if count == 0:
             self._cache = DynamicCache(config=self._model.network.config)
         elif count < self._cache.get_seq_length():
-            self._cache.crop(count)
+            self._cache.crop(count - self._cache.get_seq_length())  # less than nothing: so many from the end
 
 
 def _bits(cache: DynamicCache) -> Cache:

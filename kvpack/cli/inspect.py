@@ -49,14 +49,13 @@ def _facts(report: Inspection) -> list[tuple[str, str]]:
     facts = [("file", f"{report.path} ({report.kind}, {report.size:,} bytes)")]
     if report.kind == "kvp":
         codec = report.codec or {}
-        chains = [(which, " > ".join(map(_stage, codec[which]))) for which in ("keys", "values") if which in codec] or [
-            ("configuration", _stage(codec))
-        ]
+        chains = [(which, " > ".join(map(_stage, codec[which]))) for which in ("keys", "values") if which in codec]
+        settings: list[tuple[str, str]] = [*chains] if chains else [("configuration", _stage(codec))]
         label = "lossless" if report.lossless else "lossy"
         facts += [
             ("format", f"{_format(report)}, written by {report.writer}, chunks of {report.chunk_tokens} tokens"),
             ("codec", f"{codec['name']} ({label})"),
-            *(chains or [("configuration", _stage(codec))]),
+            *settings,
             *([("profile", f"{report.profile['name']}, SHA-256 {report.profile['sha256']}")] if report.profile else []),
             *([("decoding", _price(report))] if report.runs_model else []),
             ("original", f"{report.original_size:,} bytes, ratio {report.ratio:.3f}"),

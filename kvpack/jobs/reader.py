@@ -239,7 +239,7 @@ def _describe(identity: Mapping[str, str]) -> str:
     return f"{identity['name']} (SHA-256 {identity['sha256'][:12]}...)"
 
 
-def open_cache(path: Path, profile: Profile | None = None) -> Capture | KvpFile:
+def open_cache(path: Path, profile: Profile | None = None, model: LanguageModel | None = None) -> Capture | KvpFile:
     """Open a capture or a ``.kvp`` file. The first bytes tell which one it is.
 
     Raises:
@@ -250,5 +250,5 @@ def open_cache(path: Path, profile: Profile | None = None) -> Capture | KvpFile:
     with path.open("rb") as file:
         start = file.read(len(MAGIC))
     if start[:4] == MAGIC[:4]:
-        return KvpFile.open(path, profile)
+        return KvpFile.open(path, profile, model=model)
     return Capture.open(path)

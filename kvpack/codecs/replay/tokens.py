@@ -52,8 +52,9 @@ FREQUENCIES = _frequencies()
 
 def frequencies(logits: NDArray[np.float32]) -> NDArray[np.int64]:
     """Return a positive frequency for every token from its logit, ``[V]``, in integers."""
-    below = (logits.max().astype(np.float64) - logits.astype(np.float64)) * LOGIT_STEP
-    steps = np.rint(np.clip(np.nan_to_num(below, nan=1e9, posinf=1e9), 0, len(FREQUENCIES) - 1)).astype(np.int64)
+    known = np.nan_to_num(logits.astype(np.float64), nan=-np.inf, posinf=1e30, neginf=-np.inf)
+    below = np.minimum((known.max() - known) * LOGIT_STEP, len(FREQUENCIES) - 1)
+    steps = np.rint(np.nan_to_num(below)).astype(np.int64)
     found: NDArray[np.int64] = FREQUENCIES[steps]
     return found
 
