@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -240,10 +241,18 @@ def test_float32_noise_is_that_of_the_arithmetic_and_not_of_the_weights(model: M
     assert np.mean(keys == noisy.replaced["layers.0.keys"]) > 0.999
 
 
+def test_the_other_device_runs_the_captures_schedule(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With this very device in the other's place, the bits are the capture's, by whatever schedule it was made."""
+    monkeypatch.setattr("kvpack.bench.noise._other_device", lambda _: "cpu")
+    capture = captured(model, tmp_path, chunk=64, generate=9)
+    for name, bits in Noise("device").compute(model, capture).replaced.items():
+        assert np.array_equal(bits, capture.read(name)), name
+
+
 def _doubled(model: Model) -> Any:
     """The same weights in float64, whose rounding is far below that of float32."""
-    import copy
-
     return copy.deepcopy(model.network).double()
 
 
