@@ -30,7 +30,7 @@ from kvpack.bench.results import (
     student_t,
     summarize,
 )
-from kvpack.codecs.recipes import CODECS, codecs_matching, family_of
+from kvpack.codecs.recipes import CODECS, codec_names, codecs_matching, family_of
 from kvpack.errors import UsageError
 from kvpack.formats.safetensors import TensorFile
 
@@ -177,6 +177,30 @@ def test_a_bench_with_a_profile(cli: Cli, bench: tuple[Path, list[Path]], tmp_pa
     assert "profile" in other.err
 
 
+def test_replay_is_one_more_row(cli: Cli, bench: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    folder, captures = bench
+    out, report = tmp_path / "r.json", tmp_path / "r.md"
+    common = ("bench", captures[0], "--quick", "-o", out, "--codecs")
+    done = cli(*common, "lossless,replay", "-m", folder, "--report", report)
+    assert done.code == 0, done.err
+    rows = {row["codec"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == ["lossless", "replay", RECOMPUTE]
+    assert [row["decode_flops"] for row in rows.values()] == [0, network_flops(180), network_flops(180)]
+    assert all(row["model"]["plain"]["kl_mean"] == 0 for row in rows.values())
+    packed = tmp_path / "x.kvp"
+    made = cli("compress", captures[0], "-c", "replay", "-m", folder, "--drop-probes", "-o", packed)
+    assert (made.code, packed.stat().st_size) == (0, rows["replay"]["size"])
+    (table,) = report.read_text().split("| codec |")[1:]
+    assert table.count(" | - |\n") == 2  # replay and recompute are not set against themselves
+    for options in (("-m", "none"), ("-m", folder, "--dtype", "bf16")):
+        refused = cli(*common, "replay", *options, "-f")
+        assert (refused.code, refused.err.count("\n")) == (2, 1)
+    left_out = cli(*common, "all", "-m", "none", "-f")
+    assert left_out.code == 0
+    assert "codecs that run it are left out" in left_out.err
+    assert "replay" not in {row["codec"] for row in json.loads(out.read_text())["rows"]}
+
+
 def test_what_a_bench_refuses(cli: Cli, bench: tuple[Path, list[Path]], tmp_path: Path) -> None:
     folder, captures = bench
     out = tmp_path / "r.json"
@@ -253,7 +277,7 @@ def test_compare_names_what_moved() -> None:
 
 def test_codecs_by_family() -> None:
     assert [codec.name for codec in codecs_matching(["kivi", "lossless"])] == ["lossless", "kivi-4", "kivi-3", "kivi-2"]
-    assert len(codecs_matching(["all"])) == len(CODECS)
+    assert [codec.name for codec in codecs_matching(["all"])] == codec_names()
     assert family_of("turboquant-prod-3") == "turboquant-prod"
     with pytest.raises(UsageError):
         codecs_matching(["kiwi"])
