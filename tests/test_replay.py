@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import struct
@@ -9,16 +10,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import made_model
 import numpy as np
 import pytest
 import reference_decoder
 import reference_replay
 import torch
 import transformers as t
-from conftest import Result
+from conftest import FIXTURES, Result
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from made_model import MadeModel, write_made
 from models import CONFIGS, LLAMA, save_model
 
 from kvpack import jobs
@@ -92,47 +95,16 @@ def test_damaged_residuals_are_refused() -> None:
             residual.decode(broken, bits.shape, 2)
 
 
-class Predicted:
-    """A made-up model of 300 tokens: its logits follow from the token before, and may drift."""
-
-    vocabulary = 300
-    dtype = "float32"
-
-    def __init__(self, drift: Callable[[int], bool] = lambda _: False) -> None:
-        self.read: list[int] = []
-        self.calls = 0
-        self._drift = drift
-
-    def logits(self, token: int) -> np.ndarray:
-        self.read.append(token)
-        self.calls += 1
-        found = np.random.default_rng(token).normal(0, 4, self.vocabulary).astype(np.float32)
-        return (
-            found + 3 * np.random.default_rng(self.calls).random(self.vocabulary) if self._drift(self.calls) else found
-        )
-
-    def rewind(self, count: int) -> None:
-        assert count <= len(self.read)
-        del self.read[count:]
-
-    def steps(self, count: int) -> Predicted:
-        return self
-
-    def cache(self, ids: np.ndarray, steps: Sequence[int], first: Any = None) -> Cache:
-        raise AssertionError("token ids do not need the cache")
-
-
-IDS = hnp.arrays(np.int32, st.integers(1, 60), elements=st.integers(0, Predicted.vocabulary - 1))
+IDS = hnp.arrays(np.int32, st.integers(1, 60), elements=st.integers(0, MadeModel.vocabulary - 1))
 
 
 @given(IDS, st.integers(1, 80))
 def test_tokens_come_back_by_the_model(ids: np.ndarray, chunk: int) -> None:
-    data = tokens.encode(ids, chunk, Predicted(), Predicted.vocabulary)
-    model = Predicted()
+    data = tokens.encode(ids, chunk, MadeModel(), MadeModel.vocabulary)
+    model = MadeModel()
     assert np.array_equal(tokens.decode(memoryview(data), len(ids), chunk, model), ids)
     assert model.read == ids[:-1].tolist()  # in order, one by one, and no more than needed
-    again = reference_replay.Computed(lambda _: {}, lambda before: Predicted().logits(before[-1] if before else 0))
-    assert np.array_equal(reference_replay.token_ids(data, len(ids), chunk, again), ids)
+    assert np.array_equal(reference_replay.token_ids(data, len(ids), chunk, made_model.computed()), ids)
 
 
 @given(hnp.arrays(np.int32, st.integers(1, 60)), st.integers(1, 80))
@@ -144,26 +116,26 @@ def test_any_tokens_come_back_without_a_model(ids: np.ndarray, chunk: int) -> No
 
 @given(IDS, st.integers(2, 12), st.integers(1, 200), st.integers(1, 30))
 def test_a_drift_while_encoding_makes_chunks_fall_back(ids: np.ndarray, chunk: int, first: int, count: int) -> None:
-    encoder = Predicted(lambda call: first <= call < first + count)
-    data = tokens.encode(ids, chunk, encoder, Predicted.vocabulary)
-    assert np.array_equal(tokens.decode(memoryview(data), len(ids), chunk, Predicted()), ids)
+    encoder = MadeModel(lambda call: first <= call < first + count)
+    data = tokens.encode(ids, chunk, encoder, MadeModel.vocabulary)
+    assert np.array_equal(tokens.decode(memoryview(data), len(ids), chunk, MadeModel()), ids)
 
 
 def test_a_drift_while_decoding_is_noticed() -> None:
-    ids = np.random.default_rng(0).integers(0, Predicted.vocabulary, 40).astype(np.int32)
-    data = tokens.encode(ids, 10, Predicted(), Predicted.vocabulary)
+    ids = np.random.default_rng(0).integers(0, MadeModel.vocabulary, 40).astype(np.int32)
+    data = tokens.encode(ids, 10, MadeModel(), MadeModel.vocabulary)
     ways = [way for _, _, way, _, _ in tokens._chunks(memoryview(data), 40, 10)]
     assert ways == [tokens.MODEL] * 4
     for first in (1, 15, 39):
         with pytest.raises(MismatchError, match="predictions"):
-            tokens.decode(memoryview(data), 40, 10, Predicted(lambda call, first=first: call >= first))
+            tokens.decode(memoryview(data), 40, 10, MadeModel(lambda call, first=first: call >= first))
     with pytest.raises(MismatchError, match="--model"):
         tokens.decode(memoryview(data), 40, 10, None)
 
 
 def test_a_drift_falls_back_for_its_own_chunk_alone() -> None:
-    ids = np.random.default_rng(0).integers(0, Predicted.vocabulary, 40).astype(np.int32)
-    data = tokens.encode(ids, 10, Predicted(lambda call: call == 25), Predicted.vocabulary)
+    ids = np.random.default_rng(0).integers(0, MadeModel.vocabulary, 40).astype(np.int32)
+    data = tokens.encode(ids, 10, MadeModel(lambda call: call == 25), MadeModel.vocabulary)
     ways = [way for _, _, way, _, _ in tokens._chunks(memoryview(data), 40, 10)]
     assert ways.count(tokens.FAST) == 1
 
@@ -182,7 +154,7 @@ def test_an_integer_that_is_too_long_is_refused() -> None:
     payload = bytes(8 * 4 + 1)
     data = struct.pack("<BII", tokens.MODEL, len(payload), 0) + payload
     with pytest.raises(CorruptError, match="size"):
-        tokens.decode(memoryview(data), 4, 4, Predicted())
+        tokens.decode(memoryview(data), 4, 4, MadeModel())
 
 
 def test_frequencies_are_what_the_specification_says() -> None:
@@ -279,6 +251,35 @@ def test_a_header_that_is_written_otherwise_stays_verbatim() -> None:
 def test_malformed_compact_headers_are_refused(document: Any) -> None:
     with pytest.raises(FormatError):
         expand(document)
+
+
+# ---- Golden files ---------------------------------------------------------------------------------------------------
+
+GOLDEN = FIXTURES / "goldens" / "1.1"
+
+
+@pytest.mark.parametrize("coder", ["fast", "model"])
+def test_goldens_decode_alike_by_both_decoders(tmp_path: Path, coder: str) -> None:
+    data = (GOLDEN / f"replay-{coder}.kvp").read_bytes()
+    ours = decompress(opened(data, MadeModel()))
+    assert ours == reference_decoder.decode(data, b"", made_model.computed()) == write_made(tmp_path / "x").read_bytes()
+    assert hashlib.sha256(ours).hexdigest() == (GOLDEN / f"replay-{coder}.sha256").read_text().strip()
+    container = Container(memoryview(data))
+    assert (container.version, container.critical) == ((1, 1), 0b1010)
+    streams = [len(part.streams) for part in container.parts]
+    assert streams == [0, 2, 2, 0, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("coder", ["fast", "model"])
+def test_goldens_are_what_is_written_today(tmp_path: Path, coder: str) -> None:
+    """Only zstd's frames may change."""
+    golden = Container.open(GOLDEN / f"replay-{coder}.kvp")
+    today = Container(memoryview(compress(write_made(tmp_path / "x"), MadeModel(), coder)))
+    assert golden.header == today.header
+    for old, new in zip(golden.parts, today.parts, strict=True):
+        assert (old.spec, old.codec, old.digest) == (new.spec, new.codec, new.digest)
+        if coder == "model" or old.spec.tensor.name != "tokens":
+            assert golden.part(old).streams == today.part(new).streams
 
 
 # ---- With tiny models ----------------------------------------------------------------------------------------------
