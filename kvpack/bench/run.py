@@ -27,6 +27,7 @@ from kvpack.bench.recompute import Recompute, network_of, recompute, token_bytes
 from kvpack.bench.results import TOKEN_ENTROPY, Results, Row
 from kvpack.capture import Model
 from kvpack.capture.entropy import token_bits
+from kvpack.capture.machine import processor_name
 from kvpack.codecs.protocol import Codec
 from kvpack.errors import CorruptError
 from kvpack.fidelity import CacheReader, compare
@@ -93,22 +94,12 @@ def machine(model: Model | None) -> dict[str, Any]:
 
     on_gpu = model is not None and model.network.device.type == "cuda"
     return {
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name(model.network.device) if on_gpu and model else None,
         "python": platform.python_version(),
         "commit": _commit(),
     }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
