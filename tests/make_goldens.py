@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from made_model import MadeModel, write_made
 from newer import write_newer
 from profiles import FIXTURES, THETA, TINY, model_metadata, tiny_capture
 from test_origin import part_of, rows_of
@@ -29,8 +30,10 @@ from test_origin import part_of, rows_of
 from kvpack import jobs
 from kvpack.calibration import FisherOptions, PredictorOptions, Sample, calibrate, prediction, scales, token_klt
 from kvpack.codecs.chain.transforms.unrope import rotate
+from kvpack.codecs.model import LanguageModel
 from kvpack.codecs.protocol import Codec, Need
 from kvpack.codecs.recipes import CODECS
+from kvpack.codecs.replay import ReplayCodec
 from kvpack.formats.source import Capture
 from kvpack.jobs.reader import KvpFile
 from kvpack.numerics.floats import to_float32
@@ -56,20 +59,26 @@ def main() -> None:
         write_golden(GOLDENS / "1.1" / "newer-dtypes.kvp", newer, CODECS["lossless"])
         for name in ("lossless", "fisher-5", "local-4"):
             write_part(GOLDENS / "1.1" / f"origin-{name}.kvp", name, Capture.open(tiny))
+        made = write_made(Path(folder) / "made.safetensors")
+        for coder in ("fast", "model"):
+            codec = ReplayCodec().with_token_coder(coder)
+            write_golden(GOLDENS / "1.1" / f"replay-{coder}.kvp", made, codec, model=MadeModel())
     write_sums(GOLDENS / "1.0", TINY)
     write_sums(GOLDENS / "1.1")
 
 
-def write_golden(path: Path, capture: Path, codec: Codec, profile: Profile | None = None) -> None:
+def write_golden(
+    path: Path, capture: Path, codec: Codec, profile: Profile | None = None, model: LanguageModel | None = None
+) -> None:
     """Compress ``capture`` to ``path``, unless the golden is there already."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as sink:
-        jobs.compress(capture, sink, codec, profile=profile)
+        jobs.compress(capture, sink, codec, profile=profile, model=model)
     if codec.lossless:
         back = io.BytesIO()
-        jobs.decompress(KvpFile.open(path), back)
+        jobs.decompress(KvpFile.open(path, model=model), back)
         path.with_suffix(".sha256").write_text(hashlib.sha256(back.getvalue()).hexdigest() + "\n")
 
 

@@ -3,8 +3,9 @@
 Imports nothing of kvpack: the standard library and numpy alone, and the ``zstandard`` package for the streams that
 are Zstandard frames (RFC 8878), which neither has a decoder for. Slow and plain on purpose.
 
-    decode(data, profile, before) -> bytes of the safetensors file; ``profile`` is the .kvprofile's bytes, where it
-    takes one, ``before`` the ids of the tokens before its origin, where it has one and predicts from them
+    decode(data, profile, model, before) -> bytes of the safetensors file; ``profile`` is the .kvprofile's bytes, where
+    it takes one, ``model`` the language model, where it takes one, and ``before`` the ids of the tokens before its
+    origin, where it has one and predicts from them
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import reference_replay
+from reference_replay import Computed, verbatim
 from reference_stages import (
     DEQUANTIZE,
     ENTROPY,
@@ -57,7 +60,7 @@ def checksum(data: bytes) -> int:
 # ---- Container -----------------------------------------------------------------------------------------------------
 
 
-def decode(data: bytes, profile: bytes = b"", before: Sequence[int] = ()) -> bytes:
+def decode(data: bytes, profile: bytes = b"", model: Computed | None = None, before: Sequence[int] = ()) -> bytes:
     """The whole safetensors file that ``data`` holds.
 
     Raises:
@@ -67,15 +70,17 @@ def decode(data: bytes, profile: bytes = b"", before: Sequence[int] = ()) -> byt
     magic, major, _, critical, _, header_length, header_crc, own = struct.unpack_from("<8sHHIIIII", data)
     need(magic == b"\x89KVP\r\n\x1a\n", "magic")
     need(zlib.crc32(data[:28]) == own, "prologue")
-    need(major == 1 and critical & ~0b101 == 0, "version")
+    need(major == 1 and critical & ~0b1111 == 0, "version")
     index_at, index_length, index_crc, total, prologue_crc, footer_crc, end = struct.unpack("<QIIQII8s", data[-40:])
     need(end == b"\x89KVPEND\n" and zlib.crc32(data[-40:-12]) == footer_crc, "footer")
     need(total == len(data) and index_at + index_length + 40 == total and prologue_crc == own, "extents")
     deflated = data[32 : 32 + header_length]
     need(zlib.crc32(deflated) == header_crc, "header")
     header = json.loads(zlib.decompress(deflated))
-    source = header["source"].encode()
+    source = verbatim(header["source"])
     tensors = read_source(source)
+    need(critical & 8 or isinstance(header["source"], str), "a compact source header without its bit")
+    need(critical & 2 or not any(codec["name"] == "replay" for codec in header["codecs"]), "replay without its bit")
     need(critical & 1 or not any(t["dtype"] in NEWER_DTYPES for t in tensors), "newer dtypes without their bit")
     origin = header.get("origin")
     need(origin is None or (critical & 4 and type(origin) is int and 0 <= origin <= 1 << 40), "origin")
@@ -95,12 +100,39 @@ def decode(data: bytes, profile: bytes = b"", before: Sequence[int] = ()) -> byt
             at += size
         entries.append((part, header["codecs"][codec], digest, content))
     layers = lambda unit: unit[0][0]["tensor"]["layer"]  # noqa: E731
+    computed: dict[str, np.ndarray] | None = None
     for unit in sorted(units(entries), key=layers):  # tensors of no layer first: token ids are among them
-        ids = token_ids(tensors, output) if layers(unit) else None
-        for part, bits in decode_unit(unit, arrays, ids, origin, before):
+        tokens = token_ids(tensors, output) if layers(unit) else None
+        if unit[0][1]["name"] == "replay":
+            part, codec, digest, streams = unit[0]
+            if not layers(unit):
+                need(set(streams) == {"tokens"}, "streams of token ids")
+                chunk = codec["configuration"]["token_chunk"]
+                bits = reference_replay.token_ids(streams["tokens"], part["total"], chunk, model).reshape(part["shape"])
+            else:
+                assert model is not None
+                assert tokens is not None
+                computed = computed or model.cache(tokens)
+                check_replay(codec, computed, tensors, source)
+                rows = slice(part["first"], part["first"] + part["shape"][1])
+                bits = reference_replay.residual(streams, part, computed[part["tensor"]["name"]][:, rows])
+            need(checksum(bits.tobytes()) == digest, "digest")
+            place(output, part, bits)
+            continue
+        for part, bits in decode_unit(unit, arrays, tokens, origin, before):
             place(output, part, bits)
     need(at == index_at, "streams fill the file")
     return len(source).to_bytes(8, "little") + source + output.tobytes()
+
+
+def check_replay(
+    codec: dict[str, Any], computed: dict[str, np.ndarray], tensors: list[dict[str, Any]], source: bytes
+) -> None:
+    """Compare the sample of what a model computes with the file's."""
+    need(codec["version"] == 1, "version of replay")
+    schedule = json.loads(json.loads(source)["__metadata__"]["schedule"])
+    first = (schedule["prefill"] or [1])[0]
+    need(reference_replay.sample(computed, tensors, first) == codec["configuration"]["sample"], "sample")
 
 
 def read_source(raw: bytes) -> list[dict[str, Any]]:
@@ -195,7 +227,7 @@ def units(entries: list[Entry]) -> Iterator[list[Entry]]:
     stack: list[Entry] = []
     for entry in entries:
         part, codec, _, _ = entry
-        joins = codec["stacked"] and part["tensor"]["layer"]
+        joins = codec.get("stacked") and part["tensor"]["layer"]
         if stack and not (joins and part["first"] == stack[0][0]["first"]):
             yield stack
             stack = []

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import SMALL
 from models import CONFIGS, save_model
 from profiles import PROFILED, profile_for
@@ -18,8 +19,18 @@ from profiles import PROFILED, profile_for
 from kvpack.bench.bounds import BOUNDS
 from kvpack.bench.demo import demo_text
 from kvpack.bench.report import markdown
-from kvpack.bench.results import TOKEN_ENTROPY, Results, Row, compare, interval, student_t, summarize
-from kvpack.codecs.recipes import CODECS, codecs_matching, family_of
+from kvpack.bench.results import (
+    NOISE,
+    RECOMPUTE,
+    TOKEN_ENTROPY,
+    Results,
+    Row,
+    compare,
+    interval,
+    student_t,
+    summarize,
+)
+from kvpack.codecs.recipes import CODECS, codec_names, codecs_matching, family_of
 from kvpack.errors import UsageError
 from kvpack.formats.safetensors import TensorFile
 
@@ -38,6 +49,12 @@ def results(*rows: Row) -> Results:
     setting = {"profile": None, "model": "m", "dtype": "bfloat16", "versions": {"kvpack": "0"}}
     machine = {"processor": "p", "cores": 2, "gpu": None, "python": "3", "commit": None}
     return Results(setting, machine, list(rows))
+
+
+def network_flops(tokens: int) -> int:
+    """Operations of a prefill of the tiny model: its matrices, its norms, and attention."""
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
+    return 2 * (2 * layer + 5 * 32) * tokens + 4 * 2 * 32 * tokens * (tokens + 1) // 2
 
 
 @pytest.fixture
@@ -61,9 +78,11 @@ def test_a_bench_end_to_end(cli: Cli, bench: tuple[Path, list[Path]], tmp_path: 
     done = cli("bench", *captures, *common, "--report", report, "--plot", plot)
     assert done.code == 0, done.err
     rows = json.loads(out.read_text())["rows"]
+    flops = network_flops(180)
     bounds = [bound.name for bound in BOUNDS]
-    expected = {("lossless", 0), ("turboquant-2", 0), ("turboquant-2", 1), *((name, 0) for name in ("kivi-2", *bounds))}
-    expected.add((TOKEN_ENTROPY, 0))
+    noise = [NOISE + "schedule", *([NOISE + "device"] if torch.cuda.is_available() else [])]  # The model is in float32.
+    extras = (RECOMPUTE, *noise, *bounds, TOKEN_ENTROPY)
+    expected = {("lossless", 0), ("turboquant-2", 0), ("turboquant-2", 1), *((n, 0) for n in ("kivi-2", *extras))}
     for path in captures:
         assert {(r["codec"], r["seed"]) for r in rows if r["document"] == path.name} == expected
     assert len(rows) == 2 * len(expected)
@@ -72,9 +91,20 @@ def test_a_bench_end_to_end(cli: Cli, bench: tuple[Path, list[Path]], tmp_path: 
             assert r["size"] is r["ratio"] is r["compress_seconds"] is None
             assert (r["model"] is None) == (r["codec"] == TOKEN_ENTROPY)
         if r["codec"] == TOKEN_ENTROPY:
-            assert 0 < r["bits_per_element"] < 0.2  # a byte of the tokenizer over 128 elements a token
+            assert 0 < r["bits_per_element"] < 0.2  # a byte of the tokenizer over 64 elements a token
+            assert r["decode_flops"] > 2 * flops
             continue
-        exact = r["codec"] == "lossless"
+        if r["codec"] in noise:
+            assert r["size"] is r["compress_seconds"] is r["decompress_seconds"] is r["decode_flops"] is None
+            assert 0 < r["model"]["plain"]["kl_mean"] < 1e-6
+            assert 0 < r["keys_nmse"] < 1e-9
+            continue
+        if r["codec"] == RECOMPUTE:
+            assert (r["size"], r["ratio"], r["bits_per_element"]) == (4 * 180, (64 * 4 + 4) / 4, 32 / 64)
+            assert r["decode_flops"] == flops
+        elif r["codec"] not in bounds:
+            assert r["decode_flops"] == 0
+        exact = r["codec"] in ("lossless", RECOMPUTE)
         for test in ("plain", "repeat"):
             assert (r["model"][test]["kl_mean"] == 0) == exact
         assert (r["keys_nmse"] == 0) == exact
@@ -83,7 +113,7 @@ def test_a_bench_end_to_end(cli: Cli, bench: tuple[Path, list[Path]], tmp_path: 
     assert len(set(seeds)) == len(seeds)
     assert plot.read_bytes()[:4] == b"\x89PNG"
     text = report.read_text()
-    for name in ("lossless", "turboquant-2", "kivi-2", *bounds, TOKEN_ENTROPY):
+    for name in ("lossless", "turboquant-2", "kivi-2", *extras):
         assert f"| {name} |" in text
     assert "±" in text
     measured = [(r["codec"], r["compress_seconds"]) for r in rows]
@@ -102,6 +132,8 @@ def test_judged_files_hold_no_probes(cli: Cli, bench: tuple[Path, list[Path]], t
     assert made.code == 0, made.err
     kept = sum(s.nbytes for n, s in TensorFile.open(captures[0]).tensors.items() if n.startswith(("layers.", "tokens")))
     for row in json.loads(out.read_text())["rows"]:
+        if row["codec"] == RECOMPUTE:
+            continue
         assert cli("compress", captures[0], "-c", row["codec"], "--drop-probes", "-o", packed, "-f").code == 0
         assert row["size"] == packed.stat().st_size
         assert row["ratio"] * row["size"] == pytest.approx(kept, abs=4096)  # the safetensors header
@@ -138,11 +170,35 @@ def test_a_bench_with_a_profile(cli: Cli, bench: tuple[Path, list[Path]], tmp_pa
     results = json.loads(out.read_text())
     assert results["setting"]["profile"] == {**profile.identity(), "size": profile.size}
     families = {name.rsplit("-", 1)[0] for name in PROFILED} - {"kvtc-all"}
-    assert {row["codec"].rsplit("-", 1)[0] for row in results["rows"]} == families
+    assert {row["codec"].rsplit("-", 1)[0] for row in results["rows"]} == {*families, RECOMPUTE}
     assert f"{profile.size:,} bytes" in report.read_text()
     other = cli("bench", captures[0], *common, "--codecs", "lossless")
     assert (other.code, other.err.count("\n")) == (2, 1)
     assert "profile" in other.err
+
+
+def test_replay_is_one_more_row(cli: Cli, bench: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    folder, captures = bench
+    out, report = tmp_path / "r.json", tmp_path / "r.md"
+    common = ("bench", captures[0], "--quick", "-o", out, "--codecs")
+    done = cli(*common, "lossless,replay", "-m", folder, "--report", report)
+    assert done.code == 0, done.err
+    rows = {row["codec"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == ["lossless", "replay", RECOMPUTE]
+    assert [row["decode_flops"] for row in rows.values()] == [0, network_flops(180), network_flops(180)]
+    assert all(row["model"]["plain"]["kl_mean"] == 0 for row in rows.values())
+    packed = tmp_path / "x.kvp"
+    made = cli("compress", captures[0], "-c", "replay", "-m", folder, "--drop-probes", "-o", packed)
+    assert (made.code, packed.stat().st_size) == (0, rows["replay"]["size"])
+    (table,) = report.read_text().split("| codec |")[1:]
+    assert table.count(" | - |\n") == 2  # replay and recompute are not set against themselves
+    for options in (("-m", "none"), ("-m", folder, "--dtype", "bf16")):
+        refused = cli(*common, "replay", *options, "-f")
+        assert (refused.code, refused.err.count("\n")) == (2, 1)
+    left_out = cli(*common, "all,replay", "-m", "none", "-f")
+    assert left_out.code == 0
+    assert "codecs that run it are left out" in left_out.err
+    assert "replay" not in {row["codec"] for row in json.loads(out.read_text())["rows"]}
 
 
 def test_what_a_bench_refuses(cli: Cli, bench: tuple[Path, list[Path]], tmp_path: Path) -> None:
@@ -221,7 +277,7 @@ def test_compare_names_what_moved() -> None:
 
 def test_codecs_by_family() -> None:
     assert [codec.name for codec in codecs_matching(["kivi", "lossless"])] == ["lossless", "kivi-4", "kivi-3", "kivi-2"]
-    assert len(codecs_matching(["all"])) == len(CODECS)
+    assert [codec.name for codec in codecs_matching(["all"])] == codec_names()
     assert family_of("turboquant-prod-3") == "turboquant-prod"
     with pytest.raises(UsageError):
         codecs_matching(["kiwi"])

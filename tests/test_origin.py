@@ -87,7 +87,7 @@ def test_both_decoders_agree(tiny: Capture, name: str, origin: int) -> None:
     data = part_of(tiny, name, origin)
     before = tiny.read("tokens").view(np.int32)[:origin]
     profile = TINY.read_bytes() if name in PROFILED else b""
-    ours, theirs = rows_of(data, name, before), reference_decoder.decode(data, profile, before.tolist())
+    ours, theirs = rows_of(data, name, before), reference_decoder.decode(data, profile, before=before.tolist())
     assert_same(name, ours, theirs)
     assert struct.unpack_from("<HHI", data, 8) == (1, 1, 4)
     assert Container(memoryview(data)).header.origin == origin
@@ -219,7 +219,7 @@ def test_goldens_decode_alike_by_both_decoders(tiny: Capture, name: str) -> None
     before = tiny.read("tokens").view(np.int32)[:ORIGIN]
     profile = TINY.read_bytes() if name in PROFILED else b""
     ours = rows_of(data, name, before)
-    assert_same(name, ours, reference_decoder.decode(data, profile, before.tolist()))
+    assert_same(name, ours, reference_decoder.decode(data, profile, before=before.tolist()))
     if name == "lossless":
         digest = (GOLDENS / "origin-lossless.sha256").read_text().strip()
         assert hashlib.sha256(ours).hexdigest() == digest

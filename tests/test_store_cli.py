@@ -284,6 +284,7 @@ def test_gc(cli: Cli, store: list[object], capture: Path, tmp_path: Path) -> Non
         (["put", "{capture}", "--window", "100"], 2, "a multiple of 128"),
         (["put", "{capture}", "-c", "nonsense"], 2, "no codec is named"),
         (["put", "{capture}", "-c", "fisher-5"], 2, "needs a calibration profile"),
+        (["put", "{capture}", "-c", "replay"], 2, "runs the model over a whole text"),
         (["put", "{missing}"], 1, "No such file"),
         (["get", "-o", "{out}"], 2, "give one prompt"),
         (["get", "{capture}", "--tokens", "1", "-o", "{out}"], 2, "give one prompt"),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvpack.bench.results import TOKEN_ENTROPY, Interval, Results, Summary, summarize
+from kvpack.bench.links import show_speed, with_links
+from kvpack.bench.results import RECOMPUTE, TOKEN_ENTROPY, Interval, Results, Summary, summarize
 from kvpack.errors import KvpackError
 
-COLUMNS = {
+COLUMNS: dict[str, tuple[str, str | Callable[[float], str]]] = {
     "bits": ("bits/elem", "{:#.4g}"),
     "ratio": ("ratio", "{:.2f}"),
     "kl_plain": ("KL plain", "{:.4f}"),
@@ -22,12 +23,18 @@ COLUMNS = {
     "attention_error": ("attn err", "{:.3f}"),
     "compress_seconds": ("in, s", "{:.2f}"),
     "decompress_seconds": ("out, s", "{:.2f}"),
+    "decode_flops": ("out, FLOPs", "{:.2g}"),
+    "raw_below": ("beats raw below", show_speed),
+    "replay_below": ("replay beats it below", show_speed),
 }
 WITH_INTERVAL = ("kl_plain", "kl_repeat", "ppl_plain", "ppl_repeat")
 
 
 SHORT = ("bits", "ratio", "kl_plain", "kl_repeat", "ppl_repeat", "top1_plain", "needles", "attention_error")
-"""Columns of the table in a terminal, which must be narrow."""
+"""Columns of the first table in a terminal, which must be narrow."""
+
+PRICE = ("ratio", "decompress_seconds", "decode_flops", "raw_below", "replay_below")
+"""Columns of the second."""
 
 
 def cells(summary: Summary, columns: Sequence[str] = tuple(COLUMNS), *, intervals: bool = True) -> list[str]:
@@ -36,9 +43,11 @@ def cells(summary: Summary, columns: Sequence[str] = tuple(COLUMNS), *, interval
     return [summary.codec, *(_cell(figure, form, intervals and wanted) for figure, form, wanted in figures)]
 
 
-def _cell(figure: Interval | None, form: str, with_interval: bool) -> str:
+def _cell(figure: Interval | None, form: str | Callable[[float], str], with_interval: bool) -> str:
     if figure is None:
         return "-"
+    if not isinstance(form, str):
+        return form(figure.mean)
     text = form.format(figure.mean)
     if with_interval and figure.half is not None and figure.half > 0:
         text += " ± " + form.replace("+", "").format(figure.half)
@@ -48,7 +57,7 @@ def _cell(figure: Interval | None, form: str, with_interval: bool) -> str:
 def markdown(results: Results) -> str:
     """Return a Markdown report: what was run, on which machine, and the tables of codecs and of bounds."""
     documents = list(dict.fromkeys(row.document for row in results.rows))
-    summaries = summarize(results.rows)
+    summaries = with_links(results.rows, summarize(results.rows))
     originals = [s.figures["needles_original"].mean for s in summaries if "needles_original" in s.figures]
     lines = [
         f"Model {results.setting['model']} ({results.setting['dtype']}), documents: {', '.join(documents)}.",
@@ -71,11 +80,43 @@ def markdown(results: Results) -> str:
     lines.append(f"{place}, Python {where['python']}, {versions}, commit {where['commit']}.")
     header = ["codec", *(title for title, _ in COLUMNS.values())]
     text = "\n".join(lines) + "\n"
-    for title, some in (("", [s for s in summaries if not s.bound]), (BOUNDS_TITLE, [s for s in summaries if s.bound])):
+    tables = {
+        LINKS_TITLE: [s for s in summaries if not s.bound and not s.noise],
+        noise_title(summaries): [s for s in summaries if s.noise],
+        BOUNDS_TITLE: [s for s in summaries if s.bound],
+    }
+    for title, some in tables.items():
         table = [header, ["---"] * len(header), *map(cells, some)]
         text += f"{title}\n" + "\n".join(f"| {' | '.join(row)} |" for row in table) + "\n" if some else ""
     return text
 
+
+def noise_floor(summaries: Sequence[Summary], name: str) -> float | None:
+    """Return the smallest figure ``name`` of all kinds of hardware noise, or None where none was measured."""
+    found = [s.figures[name].mean for s in summaries if s.noise and name in s.figures]
+    return min(found, default=None)
+
+
+def noise_title(summaries: Sequence[Summary]) -> str:
+    """Return what stands above the table of hardware noise."""
+    floors = [
+        f"{floor:.4f} nats while the text goes on" if name == "kl_plain" else f"{floor:.4f} where a passage is repeated"
+        for name in ("kl_plain", "kl_repeat")
+        if (floor := noise_floor(summaries, name)) is not None
+    ]
+    smallest = f" The smallest is {', and '.join(floors)}." if floors else ""
+    return f"""
+Hardware noise: caches of the same tokens, computed otherwise (`float32` arithmetic; another `schedule` of runs; another
+`device`) and judged like those of codecs.{smallest} A loss below it means nothing: another machine does as much.
+"""
+
+
+LINKS_TITLE = f"""
+`{RECOMPUTE}` is no file: the tokens as 32-bit integers, and the seconds of running the model over them, without writing
+the cache. `out, FLOPs` are the floating-point operations of the model; codecs that run none have 0. Below the speed in
+the column `beats raw below`, a link brings the codec's file, decoded, sooner than the uncompressed cache; below that in
+the last column, running the model again on this machine is faster than loading the codec's file.
+"""
 
 BOUNDS_TITLE = """
 Bounds, simulated and not files: an entropy-coded uniform scalar quantiser a channel (`ecsq`, by step over deviation),
@@ -107,7 +148,8 @@ def plot(results: Results, path: Path) -> None:
 
     figure = Figure(figsize=(11, 8), layout="constrained")
     every = summarize(results.rows)
-    summaries = [s for s in every if "keys_nmse" in s.figures and s.figures["keys_nmse"].mean != 0]
+    drawn = [s for s in every if not s.noise and s.codec != RECOMPUTE]
+    summaries = [s for s in drawn if "keys_nmse" in s.figures and s.figures["keys_nmse"].mean != 0]
     tokens = [s.figures["bits"].mean for s in every if s.codec == TOKEN_ENTROPY]
     families = list(dict.fromkeys(family_of(s.codec) for s in summaries))
     bounds = {family_of(s.codec) for s in summaries if s.bound}
@@ -135,6 +177,18 @@ def plot(results: Results, path: Path) -> None:
             label = f"token entropy (replay): {bits_of_tokens:.2g}, left of the scale"
             axes.axvline(left, linestyle=":", linewidth=4, color="black", label=label)
         axes.set_xlim(left=left)
+        floor = noise_floor(every, name)
+        if floor is not None and scale == "log" and floor > 0:
+            axes.axhline(floor, linestyle="-.", linewidth=1, color="grey", label="hardware noise, the smallest kind")
+            axes.annotate(
+                f"hardware noise {floor:.2g}",
+                (0.99, floor),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="bottom",
+                fontsize=8,
+                color="grey",
+            )
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     try:
         figure.savefig(path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
@@ -17,9 +17,21 @@ from typing import Any
 from kvpack.errors import FormatError, UsageError
 from kvpack.formats.output import atomic_output
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+READABLE = (2, SCHEMA_VERSION)
+"""Rows of schema 2 have no ``decode_flops``; no codec of that time ran a model."""
+
 TOKEN_ENTROPY = "token-entropy"
 """The row of the sequence bound: the bits of the tokens, from which the model itself makes the cache again."""
+
+REPLAY = "replay"
+"""The codec that keeps tokens and runs the model again."""
+
+RECOMPUTE = "recompute"
+"""The row of :mod:`kvpack.bench.recompute`: the tokens as 32-bit integers, and the seconds of running the model."""
+
+NOISE = "hardware-noise-"
+"""What the names of :mod:`kvpack.bench.noise` begin with."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,9 @@ class Row:
     ``document`` is the capture's file name, ``document_sha256`` the hash of its contents. Errors are those of
     ``kvpack verify``. Seconds are those of the second of two runs. ``model`` is ``ModelReport.to_json()``, or None
     where no model ran. A bound (``kvpack.bench.bounds``) is attained by no file, so its ``size``, ``ratio`` and seconds
-    are None. The row of the token entropy has nothing but its bits.
+    are None. ``decode_flops`` are the floating-point operations of running the model to decode: 0 for codecs that run
+    none, None for what is no way to store a cache. The row of the token entropy has nothing but its bits and these.
+    Rows of hardware noise have the bits of an uncompressed cache.
     """
 
     document: str
@@ -45,6 +59,7 @@ class Row:
     compress_seconds: float | None
     decompress_seconds: float | None
     model: dict[str, Any] | None
+    decode_flops: int | None = None
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -54,7 +69,12 @@ class Row:
     @property
     def bound(self) -> bool:
         """Whether the row is of a bound, and not of a codec."""
-        return self.size is None
+        return self.size is None and not self.noise
+
+    @property
+    def noise(self) -> bool:
+        """Whether the row is of hardware noise."""
+        return self.codec.startswith(NOISE)
 
 
 @dataclass
@@ -89,9 +109,9 @@ class Results:
         """
         try:
             document = json.loads(path.read_bytes())
-            if document["schema_version"] != SCHEMA_VERSION:
+            if document["schema_version"] not in READABLE:
                 raise FormatError(f"{path}: results of schema {document['schema_version']}, not {SCHEMA_VERSION}")
-            return cls(document["setting"], document["machine"], [Row(**row) for row in document["rows"]])
+            return cls(document["setting"], document["machine"], [_row(row) for row in document["rows"]])
         except (ValueError, KeyError, TypeError) as error:
             raise FormatError(f"{path}: not the results of kvpack bench ({error})") from None
 
@@ -113,6 +133,12 @@ class Results:
         self.rows = earlier.rows
 
 
+def _row(document: dict[str, Any]) -> Row:
+    """A row as files have it; of schema 2, with the operations that codecs of that time took."""
+    row = Row(**document)
+    return row if "decode_flops" in document or row.size is None else replace(row, decode_flops=0)
+
+
 METRICS: dict[str, Callable[[Row], float | None]] = {
     "bits": lambda row: row.bits_per_element,
     "ratio": lambda row: row.ratio,
@@ -129,6 +155,7 @@ METRICS: dict[str, Callable[[Row], float | None]] = {
     "needles_original": lambda row: row.model["needles_found_original"] if row.model else None,
     "compress_seconds": lambda row: row.compress_seconds,
     "decompress_seconds": lambda row: row.decompress_seconds,
+    "decode_flops": lambda row: row.decode_flops,
 }
 """The figures that a summary holds, by name, each with how a row gives it."""
 
@@ -156,6 +183,7 @@ class Summary:
     codec: str
     documents: int
     bound: bool
+    noise: bool
     figures: dict[str, Interval]
 
 
@@ -164,10 +192,12 @@ def summarize(rows: Iterable[Row]) -> list[Summary]:
     by_codec: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         by_codec.setdefault(row.codec, {}).setdefault(row.document_sha256, []).append(row)
-    return [
-        Summary(codec, len(documents), next(iter(documents.values()))[0].bound, _figures(list(documents.values())))
-        for codec, documents in by_codec.items()
-    ]
+    summaries = []
+    for codec, documents in by_codec.items():
+        first = next(iter(documents.values()))[0]
+        figures = _figures(list(documents.values()))
+        summaries.append(Summary(codec, len(documents), first.bound, first.noise, figures))
+    return summaries
 
 
 def _figures(documents: list[list[Row]]) -> dict[str, Interval]:

@@ -11,7 +11,6 @@ import os
 import platform
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,19 +20,20 @@ from typing import Any
 import numpy as np
 
 import kvpack
-from kvpack import jobs
 from kvpack.bench.bounds import Bound, simulate
+from kvpack.bench.coding import needs_model, through_file
+from kvpack.bench.noise import Noise
+from kvpack.bench.recompute import Recompute, network_of, recompute, token_bytes, tokens_of
 from kvpack.bench.results import TOKEN_ENTROPY, Results, Row
 from kvpack.capture import Model
 from kvpack.capture.entropy import token_bits
+from kvpack.capture.machine import processor_name
 from kvpack.codecs.protocol import Codec
 from kvpack.errors import CorruptError
 from kvpack.fidelity import CacheReader, compare
 from kvpack.fidelity.model import Judge
 from kvpack.formats.records import layer_tensors
 from kvpack.formats.source import Capture
-from kvpack.jobs.reader import KvpFile
-from kvpack.kvp.inspection import inspect
 from kvpack.profiles import Profile
 
 QUICK = ("lossless", "kivi-4", "kivi-2", "turboquant-4", "turboquant-2", "cachegen-4", "aquakv-2", "kvtc-1")
@@ -41,19 +41,22 @@ QUICK = ("lossless", "kivi-4", "kivi-2", "turboquant-4", "turboquant-2", "cacheg
 
 Progress = Callable[[int, int], None]
 
+Extra = Bound | Recompute | Noise | None
+"""What is measured beside codecs; None is the token entropy."""
+
 
 @dataclass(frozen=True)
 class Task:
-    """One row to measure; ``subject`` is a codec, a bound, or None for the token entropy."""
+    """One row to measure: ``subject`` is a codec or one of the extras."""
 
     path: Path
     sha256: str
-    subject: Codec | Bound | None
+    subject: Codec | Extra
     seed: int = 0
 
     @property
     def name(self) -> str:
-        """Name of the codec or bound in result rows."""
+        """Name of the subject in result rows."""
         return self.subject.name if self.subject else TOKEN_ENTROPY
 
     @property
@@ -62,15 +65,15 @@ class Task:
         return self.sha256, self.name, self.seed
 
 
-def plan(captures: Sequence[Path], codecs: Sequence[Codec], seeds: int, bounds: Sequence[Bound | None]) -> list[Task]:
-    """Return the tasks document by document: all codecs, those with randomness with several seeds, then the bounds."""
+def plan(captures: Sequence[Path], codecs: Sequence[Codec], seeds: int, extras: Sequence[Extra]) -> list[Task]:
+    """Return the tasks document by document: all codecs, those with randomness with several seeds, then the extras."""
     tasks = []
     for path in captures:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         for codec in codecs:
             tasks += [Task(path, digest, codec, seed) for seed in range(seeds if codec.seeded else 1)]
-        tasks += [Task(path, digest, bound) for bound in bounds]
+        tasks += [Task(path, digest, extra) for extra in extras]
     return tasks
 
 
@@ -91,22 +94,12 @@ def machine(model: Model | None) -> dict[str, Any]:
 
     on_gpu = model is not None and model.network.device.type == "cuda"
     return {
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name(model.network.device) if on_gpu and model else None,
         "python": platform.python_version(),
         "commit": _commit(),
     }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
@@ -158,36 +151,51 @@ class _Bench:
     folder: Path
 
     def row(self, task: Task) -> Row:
-        if task.subject is None:
+        subject = task.subject
+        if subject is None:
             return self._token_entropy(task)
-        if isinstance(task.subject, Bound):
-            simulated = simulate(self.capture, task.subject)
+        if isinstance(subject, Bound):
+            simulated = simulate(self.capture, subject)
             return self._row(task, simulated, bits=simulated.bits_per_element)
-        return self._codec(task, task.subject)
+        if isinstance(subject, Recompute):
+            return self._recompute(task)
+        if isinstance(subject, Noise):
+            assert self.model is not None
+            computed = subject.compute(self.model, self.capture)
+            return self._row(task, computed, bits=computed.bits_per_element)
+        return self._codec(task, subject)
 
     def _codec(self, task: Task, codec: Codec) -> Row:
-        packed, back = self.folder / "x.kvp", self.folder / "x.safetensors"
-        seconds: list[tuple[float, float]] = []
-        for _ in range(2):
-            start = time.perf_counter()
-            with packed.open("wb") as sink:
-                jobs.compress(task.path, sink, codec.with_seed(task.seed), profile=self.profile, drop=jobs.PROBES)
-            middle = time.perf_counter()
-            with back.open("wb") as sink:
-                jobs.decompress(KvpFile.open(packed, self.profile), sink)
-            seconds.append((middle - start, time.perf_counter() - middle))
-        decompressed = Capture.open(back)
+        coded = through_file(task.path, codec.with_seed(task.seed), self.folder, self.profile, self.model)
         if codec.lossless:
-            self._require_same(codec, decompressed)
-        look = inspect(packed)
+            self._require_same(codec, coded.cache)
+        flops = 0
+        if self.model is not None and needs_model(codec):
+            flops = network_of(self.model, self.capture).prefill(len(tokens_of(self.capture)))
         return self._row(
             task,
-            decompressed,
-            bits=look.bits_per_element or 0.0,
-            size=look.size,
-            ratio=look.ratio,
-            compress_seconds=seconds[-1][0],
-            decompress_seconds=seconds[-1][1],
+            coded.cache,
+            bits=coded.bits_per_element,
+            size=coded.size,
+            ratio=coded.ratio,
+            compress_seconds=coded.compress_seconds,
+            decompress_seconds=coded.decompress_seconds,
+            decode_flops=flops,
+        )
+
+    def _recompute(self, task: Task) -> Row:
+        assert self.model is not None
+        computed, seconds = recompute(self.model, self.capture)
+        size, elements = token_bytes(self.capture), sum(bits.size for bits in computed.replaced.values())
+        held = sum(bits.nbytes for bits in computed.replaced.values()) + size
+        return self._row(
+            task,
+            computed,
+            bits=8 * size / elements,
+            size=size,
+            ratio=held / size,
+            decompress_seconds=seconds,
+            decode_flops=network_of(self.model, self.capture).prefill(len(tokens_of(self.capture))),
         )
 
     def _require_same(self, codec: Codec, decompressed: Capture) -> None:
@@ -205,6 +213,7 @@ class _Bench:
         ratio: float | None = None,
         compress_seconds: float | None = None,
         decompress_seconds: float | None = None,
+        decode_flops: int | None = None,
     ) -> Row:
         report = compare(self.capture, cache) if cache else None
         judged = self.judge.measure(cache) if self.judge and cache else None
@@ -222,13 +231,19 @@ class _Bench:
             compress_seconds=compress_seconds,
             decompress_seconds=decompress_seconds,
             model=judged.to_json() if judged else None,
+            decode_flops=decode_flops,
         )
 
     def _token_entropy(self, task: Task) -> Row:
-        """Return the row of the sequence bound of arXiv 2604.15356: the tokens' bits per element of the cache."""
+        """Return the row of the sequence bound of arXiv 2604.15356: the tokens' bits per element of the cache.
+
+        Its operations are those of finding the tokens by the model's predictions, and then of computing the cache.
+        """
         assert self.model is not None
-        tokens = self.capture.read("tokens").view(np.int32).tolist()
+        tokens = tokens_of(self.capture)
         bits, _ = token_bits(self.model, tokens)
         layers = layer_tensors(self.capture).values()
         elements = sum(self.capture.read(name).size for names in layers for name in names.values())
-        return self._row(task, None, bits=bits * len(tokens) / elements)
+        network = network_of(self.model, self.capture)
+        flops = network.prediction(len(tokens)) + network.prefill(len(tokens))
+        return self._row(task, None, bits=bits * len(tokens) / elements, decode_flops=flops)

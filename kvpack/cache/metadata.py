@@ -8,9 +8,10 @@ raises, and whatever is not as the format says is treated as if it were absent.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import repeat
 from math import isfinite
 from typing import Any, TypeGuard
 
@@ -19,6 +20,9 @@ MAX_DEPTH = 64
 
 MAX_HEAD_DIM = 1 << 20
 """A larger head dimension is not believed."""
+
+MAX_TOKENS = 1 << 31
+"""A schedule of more tokens is not believed."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,10 @@ class NeedleEntry:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a cache was made: the tokens of each prefill chunk, then a number of one-token decode steps."""
+    """How a model computed a cache: the numbers of tokens of its prefill chunks, then decode steps of one token each.
+
+    It shows in the bits: the same tokens by another schedule give keys and values that differ in their last places.
+    """
 
     prefill: tuple[int, ...]
     decode: int
@@ -47,8 +54,13 @@ class Schedule:
 
     @property
     def tokens(self) -> int:
-        """The number of all tokens."""
+        """The number of tokens that the model ran over."""
         return self.prefilled + self.decode
+
+    def steps(self) -> Iterator[int]:
+        """Yield the number of tokens of every forward pass, in order."""
+        yield from self.prefill
+        yield from repeat(1, self.decode)
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,9 @@ class CaptureMetadata:
         layer_scales: The attention scale by layer index. Every scale is finite and above zero.
         needles: The facts planted in the text, empty where there are none. It is None where the capture has a
             document ``needles`` that is not as the format says.
-        schedule: How the cache was made, or None where the capture does not say.
+        schedule: How the model was run, or None where the capture does not say.
+        dtype: torch's name of the dtype that the model computed in, or None where the capture does not say.
+        implementation: transformers' name of the attention, or None where the capture does not say.
 
     """
 
@@ -73,6 +87,8 @@ class CaptureMetadata:
     layer_scales: Mapping[int, float] = field(default_factory=dict)
     needles: tuple[NeedleEntry, ...] | None = ()
     schedule: Schedule | None = None
+    dtype: str | None = None
+    implementation: str | None = None
 
     @property
     def model_name(self) -> str | None:
@@ -83,6 +99,11 @@ class CaptureMetadata:
     def weights_sha256(self) -> str | None:
         """The SHA-256 of the model's weights as the capture spells it, or None where it names no weights."""
         return _printable(self.model.get("weights_sha256"))
+
+    @property
+    def config_sha256(self) -> str | None:
+        """The SHA-256 of the model's ``config.json``, or None where the capture names none, as for GGUF files."""
+        return _printable(self.model.get("config_sha256"))
 
     @property
     def head_dim(self) -> int | None:
@@ -115,7 +136,8 @@ class CaptureMetadata:
 def parse_metadata(metadata: Mapping[str, str]) -> CaptureMetadata:
     """Parse the ``__metadata__`` of a capture or of a ``.kvp`` file made from one. It never raises."""
     model, rope, attention = (_mapping(parse_value(metadata.get(name))) for name in ("model", "rope", "attention"))
-    scale = (attention or {}).get("scale")
+    attention = attention or {}
+    scale = attention.get("scale")
     by_layer = enumerate(scale) if isinstance(scale, list) else ()
     return CaptureMetadata(
         model=model or {},
@@ -124,6 +146,8 @@ def parse_metadata(metadata: Mapping[str, str]) -> CaptureMetadata:
         layer_scales={layer: found for layer, value in by_layer if (found := _positive(value)) is not None},
         needles=_needles(metadata),
         schedule=_schedule(parse_value(metadata.get("schedule"))),
+        dtype=_printable(parse_value(metadata.get("dtype"))),
+        implementation=_printable(attention.get("implementation")),
     )
 
 
@@ -188,13 +212,12 @@ def _positive(value: Any) -> float | None:
 
 
 def _schedule(value: Any) -> Schedule | None:
-    """The schedule, or None where the document is not as the format says."""
-    if not isinstance(value, dict):
-        return None
-    prefill, decode = value.get("prefill"), value.get("decode")
+    """The schedule, or None where a number is missing or is not believed."""
+    prefill, decode = (value.get("prefill"), value.get("decode")) if isinstance(value, dict) else (None, None)
     if not isinstance(prefill, list) or not all(_is_index(size) and size for size in prefill) or not _is_index(decode):
         return None
-    return Schedule(tuple(prefill), decode)
+    found = Schedule(tuple(prefill), decode)
+    return found if found.tokens <= MAX_TOKENS else None
 
 
 def _printable(value: Any) -> str | None:

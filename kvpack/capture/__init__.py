@@ -17,8 +17,21 @@ except ImportError as error:
     raise KvpackError(f"capture needs {error.name}: pip install 'kvpack[capture]'") from None
 del _accelerate, _transformers
 
-from kvpack.capture.model import Model, load_model  # noqa: E402
+from kvpack.capture.model import Identity, Model, identify, load_model  # noqa: E402
+from kvpack.capture.replay import ReplayModel  # noqa: E402
 from kvpack.capture.run import CapturedCache, CaptureOptions, prefill, run, run_tokens  # noqa: E402
 from kvpack.capture.write import write_capture  # noqa: E402
 
-__all__ = ["CaptureOptions", "CapturedCache", "Model", "load_model", "prefill", "run", "run_tokens", "write_capture"]
+__all__ = [
+    "CaptureOptions",
+    "CapturedCache",
+    "Identity",
+    "Model",
+    "ReplayModel",
+    "identify",
+    "load_model",
+    "prefill",
+    "run",
+    "run_tokens",
+    "write_capture",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,44 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 ATTENTION = "kvpack_probe"
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
 
 
 @dataclass(frozen=True)
-class Model:
-    """A loaded model.
+class Identity:
+    """The files that a model consists of, by their hashes. It is known before the model is loaded.
 
-    It has a name, the SHA-256 of its weight files, and transformers' model and tokenizer.
+    ``weights_sha256`` is of the weight files, ``config_sha256`` of ``config.json``, and ``tokenizer_sha256`` of the
+    tokenizer's files, each in the order of their names. A GGUF file holds all three, so its own hash stands for them,
+    and the other two are None.
     """
 
     name: str
     weights_sha256: str
+    config_sha256: str | None = None
+    tokenizer_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model: its identity, and transformers' model and tokenizer."""
+
+    identity: Identity
     network: Any
     tokenizer: Any
+
+    @property
+    def name(self) -> str:
+        """The name of the model's file, directory or hub entry."""
+        return self.identity.name
+
+    @property
+    def weights_sha256(self) -> str:
+        """The SHA-256 of the contents of all weight files, in the order of their names."""
+        return self.identity.weights_sha256
 
     @property
     def config(self) -> Any:
@@ -64,10 +90,34 @@ def embedded_model() -> Path:
     return path
 
 
-def load_model(source: str | None, dtype: str = "auto", device: str = "auto") -> Model:
+def identify(source: str | None) -> Identity:
+    """Return the identity of the model ``source``, which is as in :func:`load_model`, without loading the model.
+
+    Raises:
+        KvpackError: The model's files cannot be found.
+
+    """
+    path = _path_of(source)
+    if path.suffix == ".gguf":
+        return Identity(path.name, _hash_files([path]))
+    folder = path if path.is_dir() else _hub_folder(str(source))
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    weights = [file for file in files if file.suffix in _WEIGHTS]
+    if not weights:
+        raise KvpackError(f"{path}: has no weight files")
+    config = [file for file in files if file.name == "config.json"]
+    tokenizer = [file for file in files if file.name in _TOKENIZER]
+    hashes = [_hash_files(some) if some else None for some in (config, tokenizer)]
+    return Identity(path.name, _hash_files(weights), *hashes)
+
+
+def load_model(
+    source: str | None, dtype: str = "auto", device: str = "auto", identity: Identity | None = None
+) -> Model:
     """Load the model ``source``: a hub id, a directory, a ``.gguf`` file, or None for the embedded model.
 
-    ``dtype`` is bf16, fp16, fp32 or auto, which is the checkpoint's own, and bf16 for GGUF files.
+    ``dtype`` is bf16, fp16, fp32 or auto, which is the checkpoint's own, and bf16 for GGUF files. ``identity`` is what
+    :func:`identify` returned, if the caller has called it.
 
     Raises:
         UsageError: The dtype is unknown.
@@ -81,10 +131,8 @@ def load_model(source: str | None, dtype: str = "auto", device: str = "auto") ->
     huggingface_hub.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     register(ATTENTION)
-    path = embedded_model() if source is None else Path(source)
+    path = _path_of(source)
     where, gguf = (str(path.parent), path.name) if path.suffix == ".gguf" else (source or str(path), None)
-    if gguf and not path.is_file():
-        raise KvpackError(f"{path}: no such file")
     if gguf and importlib.util.find_spec("gguf") is None:
         raise KvpackError(f"{path}: a GGUF file needs gguf: pip install 'kvpack[capture]'")
     wanted: Any = getattr(torch, DTYPES["bf16" if dtype == "auto" else dtype])
@@ -99,7 +147,14 @@ def load_model(source: str | None, dtype: str = "auto", device: str = "auto") ->
         network = network.eval().to(_device(device))
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise KvpackError(f"cannot load the model {source or EMBEDDED_FILE}: {_first_line(error)}") from None
-    return Model(path.name, _hash_weights(path, where, gguf), network, tokenizer)
+    return Model(identity or identify(source), network, tokenizer)
+
+
+def _path_of(source: str | None) -> Path:
+    path = embedded_model() if source is None else Path(source)
+    if path.suffix == ".gguf" and not path.is_file():
+        raise KvpackError(f"{path}: no such file")
+    return path
 
 
 def _device(name: str) -> str:
@@ -113,13 +168,8 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _hash_weights(path: Path, where: str, gguf: str | None) -> str:
-    """The SHA-256 of the contents of all weight files, in the order of their names."""
-    if gguf:
-        files = [path]
-    else:
-        folder = Path(where) if Path(where).is_dir() else _hub_folder(where)
-        files = sorted(file for file in folder.iterdir() if file.suffix in _WEIGHTS)
+def _hash_files(files: Sequence[Path]) -> str:
+    """Return the SHA-256 of the files' contents, one after another."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -129,4 +179,7 @@ def _hash_weights(path: Path, where: str, gguf: str | None) -> str:
 
 
 def _hub_folder(name: str) -> Path:
-    return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+    try:
+        return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise KvpackError(f"cannot find the model {name}: {_first_line(error)}") from None

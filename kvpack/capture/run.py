@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import transformers
 from transformers import DynamicCache
 
 from kvpack import __version__
+from kvpack.capture.machine import device_name
 from kvpack.capture.model import Model
 from kvpack.capture.needles import Needle, plant
 from kvpack.capture.probe import Probe, listening
@@ -19,6 +20,9 @@ from kvpack.errors import KvpackError, UnsupportedError, UsageError
 
 CAPTURE_VERSION = 1
 MASS_WINDOW = 256
+
+IMPLEMENTATION = "sdpa"
+"""The attention that captures are computed with: transformers' name of PyTorch's scaled_dot_product_attention."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +95,12 @@ def run_tokens(
     probe = Probe(probe_positions(total, options.queries), total, min(MASS_WINDOW, total))
     chunks = [min(options.chunk or prompt, prompt - at) for at in range(0, prompt, options.chunk or prompt)]
     with torch.inference_mode(), listening(probe):
-        at = 0
-        for size in chunks:
-            logits = model.logits(ids[:, at : at + size], cache, logits_to_keep=1)
-            at += size
+        for at, logits in feed(model, ids, chunks, cache):  # noqa: B007 - the last logits are used
             if progress:
                 progress(at, total)
         for _ in range(options.generate):
             ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
-            logits = model.logits(ids[:, -1:], cache, logits_to_keep=1)
-            at += 1
+            ((at, logits),) = feed(model, ids, [1], cache, at)
             if progress:
                 progress(at, total)
     _check_recorded(cache, probe)
@@ -115,6 +115,20 @@ def run_tokens(
         query_positions=torch.tensor(probe.positions, dtype=torch.int32),
         metadata=_metadata(model, cache, probe, chunks, options, needles),
     )
+
+
+def feed(
+    model: Model, ids: torch.Tensor, steps: Sequence[int], cache: Any, at: int = 0
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Run the model over ``ids`` ``[1, N]`` from position ``at`` on, by ``steps`` of so many tokens each.
+
+    Yield after each step the number of tokens in the cache, and the logits ``[1, 1, V]`` at the last of them. A capture
+    and its replay both call this, so that they make the same calls.
+    """
+    for size in steps:
+        logits = model.logits(ids[:, at : at + size], cache, logits_to_keep=1)
+        at += size
+        yield at, logits
 
 
 def prefill(model: Model, ids: list[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -191,22 +205,26 @@ def _metadata(
         "model": {
             "name": model.name,
             "architecture": type(model.network).__name__,
-            "weights_sha256": model.weights_sha256,
+            **{name: digest for name, digest in _hashes(model) if digest is not None},
             "num_hidden_layers": config.num_hidden_layers,
             "num_attention_heads": config.num_attention_heads,
             "num_key_value_heads": key.shape[1],
             "head_dim": key.shape[3],
+            "hidden_size": getattr(config, "hidden_size", None),
             "vocab_size": config.vocab_size,
+            **parameters(model),
         },
         "rope": getattr(config, "rope_parameters", None) or None,
         "attention": {
             "scale": scales[0] if len(set(scales)) == 1 else scales,
             "mass_window": probe.window,
             "probes": len(probe.positions),
+            "implementation": IMPLEMENTATION,
         },
         "layer_classes": [type(layer).__name__ for layer in cache.layers],
         "schedule": {"prefill": chunks, "decode": options.generate},
         "dtype": str(key.dtype).removeprefix("torch."),
+        "device": device_name(model.network.device),
         "versions": {
             "kvpack": __version__,
             "torch": torch.__version__,
@@ -216,3 +234,23 @@ def _metadata(
     if needles:
         document["needles"] = [needle.to_json() for needle in needles]
     return {name: json.dumps(value, sort_keys=True) for name, value in document.items()}
+
+
+def _hashes(model: Model) -> list[tuple[str, str | None]]:
+    identity = model.identity
+    return [
+        ("weights_sha256", identity.weights_sha256),
+        ("config_sha256", identity.config_sha256),
+        ("tokenizer_sha256", identity.tokenizer_sha256),
+    ]
+
+
+def parameters(model: Model) -> dict[str, int]:
+    """Return the numbers of weights: all of them, and those of the token embedding and the output head.
+
+    Weights that both share count once. The two numbers tell how much a forward pass computes (docs/replay.md).
+    """
+    network = model.network
+    ends = [network.get_input_embeddings(), network.get_output_embeddings()]
+    shared = {weight.data_ptr(): weight.numel() for end in ends if end is not None for weight in end.parameters()}
+    return {"parameters": sum(p.numel() for p in network.parameters()), "embedding_parameters": sum(shared.values())}

@@ -67,6 +67,9 @@ def bench(
     from kvpack.bench import report as pages
     from kvpack.bench import run
     from kvpack.bench.bounds import BOUNDS
+    from kvpack.bench.coding import can_replay, needs_model
+    from kvpack.bench.noise import variants
+    from kvpack.bench.recompute import Recompute
     from kvpack.bench.results import Results, student_t
     from kvpack.capture import load_model
     from kvpack.codecs.protocol import Need
@@ -83,8 +86,17 @@ def bench(
         chosen = [codec for codec in chosen if Need.PROFILE not in codec.traits.needs]
         common.say("no profile given (-D): calibrated codecs are left out", quiet=quiet, to_stderr=True)
     judge = None if model == "none" else load_model(None if model == "embedded" else model, dtype, device)
-    bounds = () if quick else BOUNDS if judge is None else (*BOUNDS, None)
-    tasks = run.plan(captures, chosen, 1 if quick else seeds, bounds)
+    if any(map(needs_model, chosen)) and not all(can_replay(path, judge) for path in captures):
+        if "all" not in codecs.split(","):
+            raise UsageError("codecs that run the model need one of the captures' dtype, and captures with a schedule")
+        chosen = [codec for codec in chosen if not needs_model(codec)]
+        common.say(
+            "the model does not replay these captures: codecs that run it are left out", quiet=quiet, to_stderr=True
+        )
+    extras: list[run.Extra] = [] if judge is None else [Recompute()]
+    if not quick:
+        extras += BOUNDS if judge is None else (*variants(judge), *BOUNDS, None)
+    tasks = run.plan(captures, chosen, 1 if quick else seeds, extras)
     results = Results(run.setting(judge, opened), run.machine(judge))
     if not force:
         results.resume(output)
@@ -122,15 +134,20 @@ def _print(results: Results) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from kvpack.bench.report import COLUMNS, SHORT, cells
+    from kvpack.bench.links import with_links
+    from kvpack.bench.report import COLUMNS, PRICE, SHORT, cells
     from kvpack.bench.results import summarize
 
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in ("codec", *(COLUMNS[name][0] for name in SHORT)):
-        table.add_column(column, justify="left" if column == "codec" else "right", no_wrap=True)
-    for summary in summarize(results.rows):
-        table.add_row(*cells(summary, SHORT, intervals=False))
-    Console(highlight=False).print(table)
+    summaries = with_links(results.rows, summarize(results.rows))
+    for columns in (SHORT, PRICE):
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+        for column in ("codec", *(COLUMNS[name][0] for name in columns)):
+            table.add_column(column, justify="left" if column == "codec" else "right", no_wrap=True)
+        for summary in summaries:
+            if columns is SHORT or not (summary.bound or summary.noise):
+                table.add_row(*cells(summary, columns, intervals=False))
+        Console(highlight=False).print(table)
+        common.say("")
 
 
 def _compare(old: Path, new: Path, *, as_json: bool) -> None:

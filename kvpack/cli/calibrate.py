@@ -9,7 +9,7 @@ import typer
 
 from kvpack import __version__
 from kvpack.cli import common
-from kvpack.cli.capture import Model, read_text
+from kvpack.cli.capture import read_text
 from kvpack.errors import KvpackError, UsageError
 from kvpack.formats.output import atomic_output, check_output
 
@@ -19,7 +19,7 @@ def calibrate(
         list[Path], typer.Option("--text", help="UTF-8 text file to learn from; repeatable.", show_default=False)
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Profile to write.")],
-    model: Model = None,
+    model: common.Model = None,
     tokens: Annotated[int, typer.Option(min=1, help="Total number of tokens, split evenly between texts.")] = 65536,
     context: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 2048,
     codecs: Annotated[

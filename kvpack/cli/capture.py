@@ -12,21 +12,11 @@ from kvpack.cli import common
 from kvpack.errors import KvpackError
 from kvpack.formats.output import check_output
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "-m",
-        "--model",
-        help="Hub id, directory or .gguf file (default: the embedded SmolLM2-135M).",
-        show_default=False,
-    ),
-]
-
 
 def capture(
     text: Annotated[Path, typer.Option("--text", help="UTF-8 text file; - is standard input.", show_default=False)],
     output: Annotated[Path, typer.Option("-o", "--output", help="Capture to write; - is standard output.")],
-    model: Model = None,
+    model: common.Model = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Use at most this many tokens of the text.", show_default=False)
     ] = None,

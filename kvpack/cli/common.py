@@ -7,18 +7,20 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
 
 import typer
 
-from kvpack.errors import UsageError
+from kvpack.errors import UsageError, naming
 from kvpack.formats.output import atomic_output
 
 if TYPE_CHECKING:
+    from kvpack.capture import ReplayModel
     from kvpack.engine import Engine
+    from kvpack.jobs import KvpFile
     from kvpack.profiles import Profile
 
 STDIO = Path("-")
@@ -52,6 +54,62 @@ ProfileFile = Annotated[
     Path | None,
     typer.Option("-D", "--profile", help="The .kvprofile file, which calibrated codecs need.", show_default=False),
 ]
+
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "-m",
+        "--model",
+        help="Hub id, directory or .gguf file (default: the embedded SmolLM2-135M).",
+        show_default=False,
+    ),
+]
+ReplayedBy = Annotated[
+    str | None,
+    typer.Option(
+        "-m",
+        "--model",
+        help="The model that made the cache, for the codec replay: hub id, directory or .gguf file "
+        "(default: the embedded SmolLM2-135M).",
+        show_default=False,
+    ),
+]
+
+
+def replay_model(metadata: Mapping[str, str], source: str | None, device: str) -> ReplayModel:
+    """Load the model that computes a cache again, in the dtype of the cache, after checking that it is the right one.
+
+    Raises:
+        MismatchError: The model is not the one that the metadata of the cache name.
+
+    """
+    from kvpack.cache.metadata import parse_metadata
+    from kvpack.capture import ReplayModel, identify, load_model
+    from kvpack.capture.model import DTYPES
+    from kvpack.jobs.replay import require_identity
+
+    known = parse_metadata(metadata)
+    identity = identify(None if source == "embedded" else source)
+    require_identity(known, identity)
+    dtype = next((name for name, name_in_torch in DTYPES.items() if name_in_torch == known.dtype), "auto")
+    return ReplayModel(load_model(None if source == "embedded" else source, dtype, device, identity))
+
+
+def attach_model(
+    file: KvpFile, source: str | None, device: str, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Load the model that a file needs, if its codec runs one. ``source`` is the value of --model.
+
+    Raises:
+        MismatchError: The model is not the one that the file names.
+
+    """
+    if file.needs_model:
+        with naming(file.name):
+            model = replay_model(file.metadata, source, device)
+        model.progress = progress
+        file.model = model
 
 
 def open_profile(path: Path | None) -> Profile | None:

@@ -4,33 +4,43 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvpack.cli import common
-from kvpack.errors import FormatError, KvpackError, UsageError
+from kvpack.errors import FormatError, KvpackError, UsageError, naming
 from kvpack.formats.output import check_output
 
 if TYPE_CHECKING:
+    from kvpack.capture import ReplayModel
     from kvpack.codecs.protocol import Codec
     from kvpack.engine import Engine
+    from kvpack.formats.source import Capture
     from kvpack.jobs import CompressJob, Write
     from kvpack.jobs.rate import Goal
     from kvpack.profiles import Profile
 
 
 def _codec_names() -> list[str]:
-    from kvpack.codecs.recipes import CODECS
+    from kvpack.codecs.recipes import codec_names
 
-    return list(CODECS)
+    return codec_names()
 
 
 def _list_codecs(value: bool) -> None:
     if value:
         typer.echo("\n".join(_codec_names()))
         raise typer.Exit
+
+
+class TokenCoder(StrEnum):
+    """How the codec ``replay`` stores token ids."""
+
+    FAST = "fast"
+    MODEL = "model"
 
 
 def compress(
@@ -44,6 +54,11 @@ def compress(
         bool, typer.Option("--list-codecs", callback=_list_codecs, is_eager=True, help="List all codecs.")
     ] = False,
     profile: common.ProfileFile = None,
+    model: common.ReplayedBy = None,
+    token_coder: Annotated[
+        TokenCoder,
+        typer.Option(help="How replay stores token ids: fast, or model: smaller, slow, for this machine only."),
+    ] = TokenCoder.FAST,
     quality: Annotated[
         str | None,
         typer.Option(
@@ -64,8 +79,13 @@ def compress(
         float | None, typer.Option(help="Smallest compression ratio to reach.", show_default=False)
     ] = None,
     chunk_tokens: Annotated[
-        int, typer.Option(help="Number of tokens in a chunk, the unit of range reads; a multiple of 128.")
-    ] = 2048,
+        int | None,
+        typer.Option(
+            help="Number of tokens in a chunk, the unit of range reads; a multiple of 128 "
+            "(default: 2048; for replay, all tokens).",
+            show_default=False,
+        ),
+    ] = None,
     drop: Annotated[
         list[str] | None,
         typer.Option(
@@ -94,20 +114,28 @@ def compress(
     del list_codecs
     common.check_inputs(inputs, output, keep=keep, remove=remove, as_json=as_json)
     from kvpack.codecs.recipes import codec_named
+    from kvpack.codecs.replay import ReplayCodec
     from kvpack.jobs import PROBES, compress_many
 
     opened = common.open_profile(profile)
     goal, named = _goal(codec, quality, max_kl, max_attn_err, ratio), codec_named(codec)
+    if isinstance(named, ReplayCodec):
+        named = named.with_token_coder(token_coder)
+        if remove:
+            raise UsageError("--rm is refused with replay: its files need the model and a machine that computes alike")
+    elif model is not None or token_coder is not TokenCoder.FAST:
+        raise UsageError("--model and --token-coder are for the codec replay: -c replay")
     patterns = [*(drop or []), *(PROBES if drop_probes else ())]
     rows = []
     with ExitStack() as stack:
         files = [_File(path, stack.enter_context(common.readable(path)), _target(path, output)) for path in inputs]
         exact = goal is None and named.lossless
         engine = common.engine(device, [file.source for file in files], threads, quiet, exact=exact)
-        settings = _Settings(goal or named, opened, chunk_tokens, patterns)
+        models = _Models(model, device, quiet) if isinstance(named, ReplayCodec) else None
+        settings = _Settings(goal or named, opened, models, chunk_tokens, patterns)
         jobs = (file.prepare(settings, engine, force) for file in files)
         for file, write in zip(files, compress_many(jobs, engine), strict=True):
-            rows.append(_written(file, write, force, quiet))
+            rows.append(_written(file, write, models, force, quiet))
             if remove:
                 _remove_verified(file.path, file.target, opened, engine)
             if not as_json:
@@ -138,13 +166,37 @@ def _target(path: Path, output: Path | None) -> Path:
     return output or (common.STDIO if path == common.STDIO else path.with_name(path.name + ".kvp"))
 
 
+class _Models:
+    """The model for the codec ``replay``, which is loaded for the first file, in the dtype of its cache."""
+
+    def __init__(self, source: str | None, device: str, quiet: bool) -> None:
+        self._source, self._device, self._quiet = source, device, quiet
+        self.loaded: ReplayModel | None = None
+
+    def model_for(self, capture: Capture) -> ReplayModel:
+        """Return the model for a capture, after checking that it is the right one."""
+        from kvpack.cache.metadata import parse_metadata
+        from kvpack.jobs.replay import require_identity
+
+        known = parse_metadata(capture.metadata)
+        with naming(capture.file.name):
+            if self.loaded is None or known.dtype not in (None, self.loaded.dtype):
+                self.loaded = common.replay_model(capture.metadata, self._source, self._device)
+            require_identity(known, self.loaded.identity)
+        if known.weights_sha256 is None:
+            line = f"kvpack: {capture.file.name}: does not say which model made it, so this is not checked"
+            common.say(line, quiet=self._quiet, to_stderr=True)
+        return self.loaded
+
+
 @dataclass(frozen=True)
 class _Settings:
-    """How to compress files: the codec or a goal for it, the profile, the chunk size, and which tensors to drop."""
+    """How to compress files: the codec or a goal for it, profile, model, chunk size, and which tensors to drop."""
 
     wanted: Codec | Goal
     profile: Profile | None
-    chunk_tokens: int
+    models: _Models | None
+    chunk_tokens: int | None
     drop: list[str]
 
 
@@ -170,14 +222,17 @@ class _File:
         tokens, drop = settings.chunk_tokens, settings.drop
         if isinstance(codec, Goal):
             codec = choose(capture, profile, codec, chunk_tokens=tokens, drop=drop, engine=engine)
-        return jobs.prepare(capture, codec, profile=profile, chunk_tokens=tokens, drop=drop)
+        model = settings.models.model_for(capture) if settings.models else None
+        return jobs.prepare(capture, codec, profile=profile, model=model, chunk_tokens=tokens, drop=drop)
 
 
-def _written(file: _File, write: Write, force: bool, quiet: bool) -> dict[str, Any]:
+def _written(file: _File, write: Write, models: _Models | None, force: bool, quiet: bool) -> dict[str, Any]:
     with (
         common.progress_bar(f"compressing {file.path.name}", quiet) as progress,
         common.writable(file.target, force) as sink,
     ):
+        if models is not None and models.loaded is not None:
+            models.loaded.progress = progress
         done = write(sink, progress)
     return {
         "input": str(file.path),
@@ -188,6 +243,7 @@ def _written(file: _File, write: Write, force: bool, quiet: bool) -> dict[str, A
         "ratio": done.original / done.size,
         "carried_losslessly": done.carried,
         "surprise": done.surprise,
+        "streams": done.streams,
     }
 
 
@@ -195,6 +251,8 @@ def _report(row: dict[str, Any], quiet: bool, verbose: bool, *, to_stderr: bool)
     common.say(_line(row), quiet=quiet, to_stderr=to_stderr)
     if row["carried_losslessly"]:
         common.say(_carried(row["carried_losslessly"], verbose), quiet=quiet, to_stderr=True)
+    if missed := sum(size for name, size in row["streams"].items() if name.startswith("residual")):
+        common.say(_otherwise(row, missed), quiet=quiet, to_stderr=True)
     if row["surprise"] is not None and row["surprise"] > SURPRISE:
         common.say(_surprised(row), quiet=quiet, to_stderr=True)
 
@@ -206,6 +264,13 @@ def _line(row: dict[str, Any]) -> str:
 def _carried(names: list[str], verbose: bool) -> str:
     shown = ", ".join(names if verbose or len(names) <= 3 else [*names[:3], "..."])
     return f"kvpack: {len(names)} parts the codec cannot represent (NaN, Inf or out of range) are lossless: {shown}"
+
+
+def _otherwise(row: dict[str, Any], missed: int) -> str:
+    return (
+        f"kvpack: {row['input']}: this machine does not compute the cache bit for bit, so the file holds {missed} "
+        "bytes of differences, and comes back on machines that compute as this one does; lossless comes back on any"
+    )
 
 
 def _surprised(row: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,11 @@ def decompress(
         typer.Option(help="Decompress only tokens START:STOP, e.g. 0:256.", show_default=False, metavar="RANGE"),
     ] = None,
     profile: common.ProfileFile = None,
+    model: common.ReplayedBy = None,
+    approximate: Annotated[
+        bool,
+        typer.Option("--approximate", help="Take what replay's model computes here even if it is not bit for bit."),
+    ] = False,
     test: Annotated[bool, typer.Option("-t", "--test", help="Decode and check everything, but write nothing.")] = False,
     force: common.Force = False,
     keep: common.Keep = False,
@@ -47,14 +53,17 @@ def decompress(
         target = _target(path, output, partial, test)
         if target is not None:
             common.check_distinct(path, target)
-        rows.append(_decompress_one(path, target, opened, chosen, force, threads, device, quiet))
+        settings = _Settings(opened, model, approximate, threads, device)
+        rows.append(_decompress_one(path, target, settings, chosen, force, quiet))
         row = rows[-1]
         if remove:
             path.unlink()
         if not as_json:
             what = "ok" if test else f"-> {target}"
-            kind = "bit-exact" if row["lossless"] else "lossy"
+            kind = "approximate" if row["differing"] else "bit-exact" if row["lossless"] else "lossy"
             common.say(f"{path} {what} ({kind})", quiet=quiet, to_stderr=target == common.STDIO)
+            if row["differing"]:
+                common.say(_distance(row), quiet=quiet, to_stderr=True)
             left = row["left_out"]
             if left and not quiet:
                 names = ", ".join(left if verbose or len(left) <= 3 else [*left[:3], "..."])
@@ -77,14 +86,31 @@ def _target(path: Path, output: Path | None, partial: bool, test: bool) -> Path 
     return path.with_suffix("")
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """How to decompress files."""
+
+    profile: Profile | None
+    model: str | None
+    approximate: bool
+    threads: int | None
+    device: str
+
+
+def _distance(row: dict[str, Any]) -> str:
+    """Say how far an approximate result is from the original."""
+    return (
+        f"kvpack: {row['input']}: this machine computes the cache otherwise than the one that wrote the file: "
+        f"{row['differing']} of {row['parts']} parts differ, and {row['differing_sampled']:.0%} of the sampled elements"
+    )
+
+
 def _decompress_one(
     path: Path,
     target: Path | None,
-    profile: Profile | None,
+    settings: _Settings,
     chosen: tuple[frozenset[int] | None, tuple[int, int] | None],
     force: bool,
-    threads: int | None,
-    device: str,
     quiet: bool,
 ) -> dict[str, Any]:
     from kvpack import jobs
@@ -92,8 +118,10 @@ def _decompress_one(
     left_out: list[str] = []
     title = f"{'testing' if target is None else 'decompressing'} {path.name}"
     with common.readable(path) as source, common.progress_bar(title, quiet) as progress:
-        file = jobs.KvpFile.open(source, profile, str(path))
-        engine = common.engine(device, [source], threads, quiet, exact=all(codec.lossless for codec in file.codecs))
+        file = jobs.KvpFile.open(source, settings.profile, str(path), approximate=settings.approximate)
+        common.attach_model(file, settings.model, settings.device, progress)
+        exact = all(codec.lossless for codec in file.codecs)
+        engine = common.engine(settings.device, [source], settings.threads, quiet, exact=exact)
         if target is None:
             jobs.check(file, engine=engine, progress=progress)
         else:
@@ -104,6 +132,9 @@ def _decompress_one(
         "output": None if target is None else str(target),
         "lossless": file.lossless,
         "left_out": left_out,
+        "parts": len(file.container.parts),
+        "differing": len(file.replay.differing) if file.replay else 0,
+        "differing_sampled": file.replay.sampled if file.replay else 0.0,
     }
 
 

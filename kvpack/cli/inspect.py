@@ -48,16 +48,16 @@ def inspect(
 def _facts(report: Inspection) -> list[tuple[str, str]]:
     facts = [("file", f"{report.path} ({report.kind}, {report.size:,} bytes)")]
     if report.kind == "kvp":
-        stages = {
-            which: " > ".join(_stage(stage) for stage in (report.codec or {})[which]) for which in ("keys", "values")
-        }
+        codec = report.codec or {}
+        chains = [(which, " > ".join(map(_stage, codec[which]))) for which in ("keys", "values") if which in codec]
+        settings: list[tuple[str, str]] = [*chains] if chains else [("configuration", _stage(codec))]
         label = "lossless" if report.lossless else "lossy"
         facts += [
             ("format", f"{_format(report)}, written by {report.writer}, chunks of {report.chunk_tokens} tokens"),
-            ("codec", f"{(report.codec or {})['name']} ({label})"),
-            ("keys", stages["keys"]),
-            ("values", stages["values"]),
+            ("codec", f"{codec['name']} ({label})"),
+            *settings,
             *([("profile", f"{report.profile['name']}, SHA-256 {report.profile['sha256']}")] if report.profile else []),
+            *([("decoding", _price(report))] if report.runs_model else []),
             ("original", f"{report.original_size:,} bytes, ratio {report.ratio:.3f}"),
             ("checksums", ", ".join(f"{name} {state}" for name, state in report.checksums.items())),
         ]
@@ -74,6 +74,13 @@ def _facts(report: Inspection) -> list[tuple[str, str]]:
     if report.carried_losslessly:
         facts.append(("carried", f"{len(report.carried_losslessly)} parts losslessly"))
     return [(name, value.replace("[", r"\[")) for name, value in facts]
+
+
+def _price(report: Inspection) -> str:
+    """What decoding costs where it runs the model."""
+    if report.decode_flops is None:
+        return "runs the model; the file does not record how large it is"
+    return f"runs the model: {report.decode_flops:.3g} floating-point operations"
 
 
 def _format(report: Inspection) -> str:

@@ -47,6 +47,14 @@ def verify(
     dtype: common.Dtype = "auto",
     device: common.Device = "auto",
     profile: common.ProfileFile = None,
+    replay_model: Annotated[
+        str | None,
+        typer.Option(
+            help="The model that made the cache, for files of the codec replay (default: that of --model, else the "
+            "embedded one).",
+            show_default=False,
+        ),
+    ] = None,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
@@ -69,6 +77,7 @@ def verify(
         stranger = next(differing_parts(other, reference), None)
         if stranger is not None:
             raise MismatchError(f"{file}: was not made from {original} ({stranger} differs)")
+        common.attach_model(other, replay_model or model, device)
     with common.progress_bar("verifying", quiet) as progress:
         report = compare(reference, other, progress)
     failures = check(report, max_nmse, max_attn_err, bit_exact)

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpack.codecs.model import LanguageModel, Replay
+
 Floats = NDArray[np.float32]
 
 
@@ -21,11 +23,14 @@ class DecodeContext:
     """What the encoder and the decoder both know.
 
     ``profile`` holds the arrays of a calibration profile by name. ``tokens`` ``[N]`` int32 are the token ids of the
-    text from its first token on, at least up to the last coded row. Either may be None.
+    text from its first token on, at least up to the last coded row. ``model`` is the language model that made the
+    cache, and ``replay`` is the cache as that model computes it again. Any of them may be None.
     """
 
     profile: Mapping[str, NDArray[Any]] | None = None
     tokens: NDArray[np.int32] | None = None
+    model: LanguageModel | None = None
+    replay: Replay | None = None
 
 
 @dataclass(frozen=True, eq=False)

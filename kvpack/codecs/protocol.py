@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from kvpack.cache import PartSpec, Window, WindowSpec
+from kvpack.cache import PartSpec, TensorInfo, Window, WindowSpec
 from kvpack.codecs.context import DecodeContext, Hints
 from kvpack.numerics.floats import Bits
 
@@ -38,6 +38,7 @@ class Need(Enum):
 
     PROFILE = "profile"
     TOKENS = "tokens"
+    MODEL = "model"
 
 
 class Hint(Enum):
@@ -96,6 +97,9 @@ class Codec(Protocol):
 
     def blocks(self, spec: WindowSpec) -> Iterator[slice]:
         """Yield the runs of the window's parts that are coded together, or stored losslessly together."""
+
+    def takes(self, tensor: TensorInfo) -> bool:
+        """Return whether the codec can be given this tensor. All codecs take keys and values."""
 
     def exact(self, part: PartSpec) -> bool:
         """Return whether every bit of a part is restored."""

@@ -32,7 +32,8 @@ from kvpack.codecs.chain.transforms.token_klt import TokenKlt
 from kvpack.codecs.chain.transforms.unrope import Unrope
 from kvpack.codecs.low_rank import LowRank
 from kvpack.codecs.low_rank.codec import LowRankCodec
-from kvpack.codecs.protocol import Codec
+from kvpack.codecs.protocol import Codec, Need
+from kvpack.codecs.replay import ReplayCodec
 from kvpack.errors import UsageError
 
 
@@ -159,7 +160,16 @@ def _every() -> Iterable[Codec]:
 
 
 CODECS: dict[str, Codec] = {codec.name: codec for codec in _every()}
-"""Every codec that the command line offers, by name. The first one is the default."""
+"""Every codec that works without a model, by name. The first one is the default."""
+
+
+MODEL_CODECS: dict[str, Codec] = {"replay": ReplayCodec()}
+"""Codecs that run the model that made the cache, by name."""
+
+
+def codec_names() -> list[str]:
+    """Return the names of all codecs, beginning with the default."""
+    return [*CODECS, *MODEL_CODECS]
 
 
 def codec_named(name: str) -> Codec:
@@ -169,9 +179,10 @@ def codec_named(name: str) -> Codec:
         UsageError: There is no such codec. The message lists the existing ones.
 
     """
-    if name not in CODECS:
-        raise UsageError(f"no codec is named {name!r}; there are: {', '.join(CODECS)}")
-    return CODECS[name]
+    found = CODECS.get(name) or MODEL_CODECS.get(name)
+    if found is None:
+        raise UsageError(f"no codec is named {name!r}; there are: {', '.join(codec_names())}")
+    return found
 
 
 PREFIX = "-prefix"
@@ -189,6 +200,8 @@ def prefix_stable(codec: Codec) -> Codec:
         UsageError: There is no such variant.
 
     """
+    if Need.MODEL in codec.traits.needs:
+        raise UsageError(f"{codec.name} runs the model over a whole text: it cannot code a part of one")
     if codec.traits.prefix_stable:
         return codec
     if isinstance(codec, ChainCodec):
@@ -213,17 +226,18 @@ def _prefix_stable(chain: Chain) -> Chain:
 
 
 def codecs_matching(names: Sequence[str]) -> list[Codec]:
-    """Return the codecs of these names or families (``kivi`` is a family), or ``all``, in the order of :data:`CODECS`.
+    """Return the codecs of these names or families (``kivi`` is a family), or ``all``, in the order of
+    :func:`codec_names`.
 
     Raises:
         UsageError: A name is neither a codec nor a family.
 
     """
-    families = {name: family_of(name) for name in CODECS}
+    families = {name: family_of(name) for name in codec_names()}
     for name in names:
         if name != "all" and name not in families.values():
             codec_named(name)
-    return [codec for name, codec in CODECS.items() if {name, families[name], "all"} & set(names)]
+    return [codec_named(name) for name, family in families.items() if {name, family, "all"} & set(names)]
 
 
 def family_of(name: str) -> str:

@@ -9,7 +9,9 @@ from kvpack.codecs.chain.codec import ChainCodec
 from kvpack.codecs.low_rank import LowRank
 from kvpack.codecs.low_rank.codec import LowRankCodec
 from kvpack.codecs.protocol import Codec
-from kvpack.errors import FormatError
+from kvpack.codecs.replay import ReplayCodec
+from kvpack.codecs.replay import codec as replay
+from kvpack.errors import FormatError, UnsupportedError
 
 
 def codec_from_json(document: Any) -> Codec:
@@ -20,6 +22,12 @@ def codec_from_json(document: Any) -> Codec:
         UnsupportedError: This kvpack does not have one of its stages.
 
     """
+    if isinstance(document, dict) and set(document) == {"name", "version", "configuration"}:
+        if (document["name"], document["version"]) != (replay.NAME, replay.VERSION):
+            raise UnsupportedError(
+                f"needs the codec {document['name']!r}, version {document['version']!r}: upgrade kvpack"
+            )
+        return ReplayCodec.from_json(document["configuration"])
     if not isinstance(document, dict) or set(document) != {"name", "stacked", "keys", "values"}:
         raise FormatError("a codec is not {name, stacked, keys, values}")
     if not isinstance(document["name"], str) or not isinstance(document["stacked"], bool):

@@ -14,17 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpack import __version__
-from kvpack.cache import CacheSpec, WindowSpec, windows
+from kvpack.cache import CacheSpec, TensorInfo, WindowSpec, windows
 from kvpack.codecs.context import DecodeContext, Hints
+from kvpack.codecs.model import LanguageModel
 from kvpack.codecs.protocol import Codec, Need
 from kvpack.codecs.recipes import CODECS
+from kvpack.codecs.replay import ReplayCodec
 from kvpack.engine import CpuEngine, EncodeTask, Engine, InTurn, Progress, Ticket
-from kvpack.errors import FormatError, UsageError
-from kvpack.formats.captures import FLOAT_DTYPES, cache_spec, layer_of
+from kvpack.errors import FormatError, UsageError, naming
+from kvpack.formats.captures import cache_spec, layer_of
 from kvpack.formats.records import preceded, token_ids
 from kvpack.formats.safetensors import Header as SourceHeader
 from kvpack.formats.safetensors import build_header
 from kvpack.formats.source import Capture
+from kvpack.jobs import replay
 from kvpack.jobs.hints import encoder_hints
 from kvpack.kvp import ContainerWriter
 from kvpack.kvp.header import Header
@@ -42,7 +45,8 @@ PROBES = ("queries.*", "query_positions", "attention_mass", "continuation")
 class Compressed:
     """The result of a compression.
 
-    It holds the codec's name, the sizes in bytes, and the parts that had to be stored losslessly. ``surprise`` is the
+    It holds the codec's name, the sizes in bytes, the bytes of each kind of stream, and the parts that had to be stored
+    losslessly. ``surprise`` is the
     number of bits that the coefficients took, divided by the number that the profile expects for texts like those of
     its calibration. It is None if the codec cannot compute it.
     """
@@ -50,6 +54,7 @@ class Compressed:
     codec: str
     original: int
     size: int
+    streams: Mapping[str, int] = field(default_factory=dict)
     carried: list[str] = field(default_factory=list)
     surprise: float | None = None
 
@@ -60,7 +65,8 @@ def compress(
     codec: Codec,
     *,
     profile: Profile | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    model: LanguageModel | None = None,
+    chunk_tokens: int | None = None,
     drop: Sequence[str] = (),
     engine: Engine | None = None,
     progress: Progress | None = None,
@@ -70,17 +76,19 @@ def compress(
     ``source`` is an open capture or a path. ``output`` is written strictly in order, so it may be a pipe. ``codec``
     compresses keys and values. Every other tensor is stored losslessly, and so is each part that a lossy codec cannot
     represent (because it has NaN, Inf, or values out of range). Tensors whose names match a pattern in ``drop`` are
-    left out, and the file records this. Without an ``engine``, all processors are used.
+    left out, and the file records this. Without an ``engine``, all processors are used. Codecs that run the model are
+    given it as ``model``. Without ``chunk_tokens``, a chunk has :data:`CHUNK_TOKENS` tokens, or all tokens if the codec
+    runs the model, because then a range of tokens is not read faster than all of them.
 
     Raises:
         FormatError: The codec is lossy, but ``source`` has no keys and values.
-        UsageError: ``chunk_tokens`` is not a positive multiple of 128, or the codec needs a profile.
-        MismatchError: ``profile`` is for another model.
+        UsageError: ``chunk_tokens`` is not a positive multiple of 128, or the codec needs a profile or a model.
+        MismatchError: ``profile`` or ``model`` is another model's, or the model cannot compute the cache again.
         UnsupportedError: The codec codes all layers as one array, but the layers differ in shape.
 
     """
     capture = source if isinstance(source, Capture) else Capture.open(source)
-    job = prepare(capture, codec, profile=profile, chunk_tokens=chunk_tokens, drop=drop)
+    job = prepare(capture, codec, profile=profile, model=model, chunk_tokens=chunk_tokens, drop=drop)
     return next(compress_many([job], engine))(output, progress)
 
 
@@ -89,7 +97,8 @@ def prepare(
     codec: Codec,
     *,
     profile: Profile | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    model: LanguageModel | None = None,
+    chunk_tokens: int | None = None,
     drop: Sequence[str] = (),
     origin: int | None = None,
     before: NDArray[np.int32] | None = None,
@@ -99,9 +108,15 @@ def prepare(
     With ``origin`` the source is a part of a text: its first row has that position, and more rows may follow. Its
     codec must not depend on what follows (:attr:`kvpack.codecs.protocol.Traits.prefix_stable`). ``before`` ``[origin]``
     int32 are then the token ids of the text before it.
+
+    If the codec runs the model, it is run here.
     """
-    if origin is not None and not codec.traits.prefix_stable:
+    replayed = Need.MODEL in codec.traits.needs
+    if origin is not None and (replayed or not codec.traits.prefix_stable):
         raise UsageError(f"{codec.name} codes tokens by what follows them: it cannot code a part of a text")
+    if chunk_tokens is None:
+        rows = -(-source.spec.rows // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+        chunk_tokens = min(max(rows, CHUNK_MULTIPLE), 1 << 20) if replayed else CHUNK_TOKENS
     if chunk_tokens < 1 or chunk_tokens % CHUNK_MULTIPLE or chunk_tokens > 1 << 20:
         raise UsageError(f"chunk tokens must be a multiple of {CHUNK_MULTIPLE} up to {1 << 20}")
     kept, dropped = _without(source.file.header, drop)
@@ -117,9 +132,25 @@ def prepare(
     tokens = None
     if Need.TOKENS in codec.traits.needs and any(entry.name == "tokens" for entry in kept.tensors):
         tokens = preceded(token_ids(source), before)
-    job = CompressJob(source, cache, codec, needed, chunk_tokens, DecodeContext(needed, tokens), kept, dropped)
+    context = DecodeContext(needed, tokens)
+    if replayed:
+        if model is None:
+            raise UsageError(f"{codec.name} runs the model that made the cache: give it with --model")
+        with naming(source.file.name):
+            codec, context = _replayed(source, cache, codec, tokens, model)
+    job = CompressJob(source, cache, codec, needed, chunk_tokens, context, kept, dropped)
     job.header  # noqa: B018 - computing the header checks that the blocks can be coded
     return job
+
+
+def _replayed(
+    source: Capture, cache: CacheSpec, codec: Codec, tokens: NDArray[np.int32] | None, model: LanguageModel
+) -> tuple[Codec, DecodeContext]:
+    """Let the model compute the cache again, and return the codec and the context with what it computes."""
+    found, sample = replay.run(cache, source.metadata, tokens, model)
+    replay.require_same_text(source, found)
+    assert isinstance(codec, ReplayCodec)
+    return codec.with_sample(sample), DecodeContext(tokens=tokens, model=model, replay=found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,18 +182,15 @@ class CompressJob:
             yield from ((window.take(block), choices) for block in self.codec.blocks(window))
             return
         for i, part in enumerate(window.parts):
-            yield window.take(slice(i, i + 1)), self._choices(self._carrier(part.tensor.dtype))
+            yield window.take(slice(i, i + 1)), self._choices(self._carrier(part.tensor))
 
     def _choices(self, number: int) -> tuple[int, ...]:
         names = [codec.name for codec in self.codecs]
         return (number,) if self.codecs[number].lossless else (number, names.index("lossless"))
 
-    def _carrier(self, dtype: str) -> int:
-        """Return the number of the codec for a tensor that is neither keys nor values."""
-        names = [codec.name for codec in self.codecs]
-        if dtype not in FLOAT_DTYPES:
-            return names.index("zstd")
-        return 0 if self.codec.lossless else names.index("lossless")
+    def _carrier(self, tensor: TensorInfo) -> int:
+        """Return the number of the codec for a tensor that is neither keys nor values: the first that takes it."""
+        return next(number for number, codec in enumerate(self.codecs) if codec.takes(tensor))
 
     @cached_property
     def header(self) -> Header:
@@ -171,7 +199,9 @@ class CompressJob:
         for block, choices in self._distinct():
             for number in choices:
                 names |= self.codecs[number].stream_names(block, self.context)
-        return Header(
+        return Header.of(
+            self.kept,
+            compact_source=Need.MODEL in self.codec.traits.needs,
             writer=f"kvpack {__version__}",
             codecs=[codec.to_json() for codec in self.codecs],
             chunk_tokens=self.chunk_tokens,
@@ -179,7 +209,6 @@ class CompressJob:
             streams=sorted(names),
             profile=self.profile.identity() if self.profile else None,
             dropped=self.dropped,
-            source=self.kept.raw.decode(),
             origin=self.cache.origin,
         )
 
@@ -201,7 +230,7 @@ class CompressJob:
             for b, (block, choices) in enumerate(blocks):
                 codecs = tuple((choice, self.codecs[choice]) for choice in choices)
                 layered = block.layered
-                context, own = (self.context, hints) if layered else (DecodeContext(), Hints())
+                context, own = (self.context, hints) if layered else (DecodeContext(model=self.context.model), Hints())
                 yield EncodeTask(Ticket(number, w, b), self.source.window(block), codecs, context, own)
 
     def write(self, results: InTurn, number: int, output: BinaryIO, progress: Progress | None = None) -> Compressed:
@@ -223,7 +252,9 @@ class CompressJob:
                 if progress:
                     progress(done, total)
         surprise = None if carried else self._surprise(sizes)
-        return Compressed(self.codec.name, self.source.file.header.file_size, writer.finish(), carried, surprise)
+        return Compressed(
+            self.codec.name, self.source.file.header.file_size, writer.finish(), dict(sizes), carried, surprise
+        )
 
     def _surprise(self, sizes: Mapping[str, int]) -> float | None:
         expected = self.codec.expected_bits(self.context, self.cache.rows)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpack.cache import PartSpec, WindowSpec
+from kvpack.codecs.model import LanguageModel
 from kvpack.engine import CpuEngine, Engine, Room
 from kvpack.errors import FormatError, KvpackError, UsageError, naming
 from kvpack.formats.captures import layer_of
@@ -141,11 +142,14 @@ def _integer(tensor: torch.Tensor) -> torch.dtype:
     return {2: torch.int16, 4: torch.int32}[tensor.element_size()]
 
 
-def open_file(path: str | Path, profile: str | Path | Profile | None = None) -> Opened:
-    """Open a capture or a ``.kvp`` file, with the calibration profile that it needs. This is ``kvpack.open``.
+def open_file(
+    path: str | Path, profile: str | Path | Profile | None = None, model: LanguageModel | None = None
+) -> Opened:
+    """Open a capture or a ``.kvp`` file, with the calibration profile or the model that it needs: ``kvpack.open``.
 
     A profile is unpacked when it is first used, which takes a second. For many files, open the profile once
-    (:meth:`kvpack.profiles.Profile.open`) and pass it to each call.
+    (:meth:`kvpack.profiles.Profile.open`) and pass it to each call. Files of the codec ``replay`` need the ``model``,
+    a :class:`kvpack.capture.ReplayModel`.
 
     Raises:
         FormatError: The file is neither a capture nor a ``.kvp`` file, or it is damaged.
@@ -153,4 +157,4 @@ def open_file(path: str | Path, profile: str | Path | Profile | None = None) -> 
 
     """
     given = profile if profile is None or isinstance(profile, Profile) else Profile.open(Path(profile))
-    return Opened(open_cache(Path(path), given))
+    return Opened(open_cache(Path(path), given, model))

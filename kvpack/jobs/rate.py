@@ -68,7 +68,7 @@ def choose(
     profile: Profile | None,
     goal: Goal,
     *,
-    chunk_tokens: int,
+    chunk_tokens: int | None,
     drop: Sequence[str],
     engine: Engine | None = None,
 ) -> Codec:

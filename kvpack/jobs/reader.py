@@ -10,14 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpack.cache import CacheSpec, PartSpec, WindowSpec
+from kvpack.cache.metadata import parse_metadata
 from kvpack.codecs.context import DecodeContext
+from kvpack.codecs.model import LanguageModel, Replay
 from kvpack.codecs.protocol import Codec, Need, Scope
 from kvpack.codecs.registry import codec_from_json
+from kvpack.codecs.replay import ReplayCodec
 from kvpack.engine import CpuEngine, DecodeTask, Engine, InTurn, Room, Ticket
 from kvpack.errors import CorruptError, FormatError, MismatchError, naming
 from kvpack.formats.records import preceded, token_ids
 from kvpack.formats.safetensors import TensorSpec
 from kvpack.formats.source import Capture
+from kvpack.jobs import replay
 from kvpack.kvp import Container, Frame
 from kvpack.kvp.layout import MAGIC
 from kvpack.numerics.floats import Bits
@@ -46,11 +50,17 @@ class KvpFile:
         profile: Profile | None = None,
         name: str | None = None,
         before: NDArray[np.int32] | None = None,
+        *,
+        model: LanguageModel | None = None,
+        approximate: bool = False,
     ) -> None:
         """Wrap an open container and rebuild the codecs from its header. Messages call the file ``name``.
 
         If the file begins at a later position of a text, ``before`` ``[origin]`` int32 are the token ids before it.
         Codecs that predict from token ids need them.
+
+        ``model`` is for files whose codec runs the model. With ``approximate``, what it computes is taken even if it is
+        not bit for bit what it was when the file was written; :attr:`replay` then tells which parts differ.
 
         Raises:
             FormatError, UnsupportedError: This kvpack cannot rebuild a codec.
@@ -58,6 +68,7 @@ class KvpFile:
 
         """
         self.container, self.profile, self.name, self.before = container, profile, name, before
+        self.model, self._approximate = model, approximate
         self.codecs: list[Codec] = [codec_from_json(document) for document in container.header.codecs]
         if self.lossless and not all(self.codecs[entry.codec].exact(entry.spec) for entry in container.parts):
             raise FormatError("labelled lossless, but its codecs are not")
@@ -73,12 +84,30 @@ class KvpFile:
         self._context: DecodeContext | None = None
 
     @classmethod
-    def open(cls, path: Path, profile: Profile | None = None, name: str | None = None) -> KvpFile:
-        """Open ``path``. Messages call it ``name`` if that is given."""
+    def open(
+        cls,
+        path: Path,
+        profile: Profile | None = None,
+        name: str | None = None,
+        *,
+        model: LanguageModel | None = None,
+        approximate: bool = False,
+    ) -> KvpFile:
+        """Open ``path``. Messages call it ``name`` if that is given. The other arguments are the constructor's."""
         name = name or str(path)
         container = Container.open(path, name)
         with naming(name):
-            return cls(container, profile, name)
+            return cls(container, profile, name, model=model, approximate=approximate)
+
+    @property
+    def needs_model(self) -> bool:
+        """Return whether a codec of the file runs the model."""
+        return any(Need.MODEL in codec.traits.needs for codec in self.codecs)
+
+    @property
+    def replay(self) -> Replay | None:
+        """Return the cache as the model has computed it again, if that has happened."""
+        return self._context.replay if self._context is not None else None
 
     @property
     def lossless(self) -> bool:
@@ -104,8 +133,20 @@ class KvpFile:
                     if self.origin and (self.before is None or len(self.before) != self.origin):
                         raise MismatchError(self._alone())
                     tokens = preceded(token_ids(self), self.before)
-                self._context = DecodeContext(self.profile, tokens)
+                self._context = DecodeContext(self.profile, tokens, self.model, self._replayed(tokens))
             return self._context
+
+    def _replayed(self, tokens: NDArray[np.int32] | None) -> Replay | None:
+        """Let the model compute the cache again, if a codec of the file needs it."""
+        codec = next((codec for codec in self.codecs if isinstance(codec, ReplayCodec)), None)
+        if codec is None:
+            return None
+        if self.model is None:
+            name = parse_metadata(self.metadata).model_name
+            raise MismatchError(f"needs the model that made the cache ({name}): give it with --model")
+        return replay.run(
+            self.spec, self.metadata, tokens, self.model, sample=codec.sample, approximate=self._approximate
+        )[0]
 
     def require_whole(self) -> None:
         """Check that the file begins where its text does.
@@ -155,7 +196,7 @@ class KvpFile:
 
     def _task(self, ticket: Ticket, block: Frame, room: Callable[[WindowSpec], Room] | None) -> DecodeTask:
         codec = self.codecs[block.parts[0].codec]
-        context = DecodeContext()
+        context = DecodeContext(model=self.model)
         if block.spec.layered and codec.traits.needs:
             if Need.PROFILE in codec.traits.needs and self.profile is None:
                 needed = self.container.header.profile
@@ -224,7 +265,7 @@ def _describe(identity: Mapping[str, str]) -> str:
     return f"{identity['name']} (SHA-256 {identity['sha256'][:12]}...)"
 
 
-def open_cache(path: Path, profile: Profile | None = None) -> Capture | KvpFile:
+def open_cache(path: Path, profile: Profile | None = None, model: LanguageModel | None = None) -> Capture | KvpFile:
     """Open a capture or a ``.kvp`` file. The first bytes tell which one it is.
 
     Raises:
@@ -235,5 +276,5 @@ def open_cache(path: Path, profile: Profile | None = None) -> Capture | KvpFile:
     with path.open("rb") as file:
         start = file.read(len(MAGIC))
     if start[:4] == MAGIC[:4]:
-        return KvpFile.open(path, profile)
+        return KvpFile.open(path, profile, model=model)
     return Capture.open(path)

@@ -41,13 +41,19 @@ def _has_newer_dtypes(header: Header) -> bool:
     return any(spec.dtype in NEWER_DTYPES for spec in header.source_header().tensors)
 
 
+def _is_replayed(header: Header) -> bool:
+    return any(isinstance(codec, dict) and codec.get("name") == "replay" for codec in header.codecs)
+
+
 def _has_origin(header: Header) -> bool:
     return header.origin is not None
 
 
 FEATURES = (
     Feature(0, "newer dtypes", (1, 1), _has_newer_dtypes),
+    Feature(1, "replay", (1, 1), _is_replayed),
     Feature(2, "origin", (1, 1), _has_origin),
+    Feature(3, "compact source header", (1, 1), lambda header: header.compact),
 )
 """Every critical feature, by its bit. A later version of the format adds to this and never takes away."""
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from kvpack.errors import FormatError
 from kvpack.formats.safetensors import Header as SourceHeader
 from kvpack.formats.safetensors import parse_header
+from kvpack.kvp.compact import compact, expand
 
 MAX_CHUNK_TOKENS = 1 << 20
 MAX_CODECS = 8
@@ -44,12 +45,21 @@ class Header:
 
     It is None in all other files, whose headers do not have the field.
     """
+    compact: bool = False
+    """Whether the file stores the source's header in its compact form. This is not a field of the JSON object."""
+
+    @classmethod
+    def of(cls, source: SourceHeader, *, compact_source: bool, **others: Any) -> Header:
+        """Return the header of a file that holds ``source``, in the compact form if it is asked for and possible."""
+        return cls(**others, source=source.raw.decode(), compact=compact_source and compact(source) is not None)
 
     def to_bytes(self) -> bytes:
         """Return the header as JSON in UTF-8, with sorted keys and without spaces."""
-        document = {field.name: getattr(self, field.name) for field in fields(self)}
+        document = {name: getattr(self, name) for name in _CHECKS}
         if self.origin is None:
             del document["origin"]
+        if self.compact:
+            document["source"] = compact(self.source_header())
         return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
     @classmethod
@@ -66,21 +76,21 @@ class Header:
             raise FormatError(f"header is not valid JSON ({error})") from None
         if not isinstance(document, dict):
             raise FormatError("header is not a JSON object")
-        values = {}
-        for field in fields(cls):
-            if field.name == "origin" and "origin" not in document:
-                continue
-            if field.name not in document or not _CHECKS[field.name](document[field.name]):
-                raise FormatError(f"header field {field.name!r} is missing or out of range")
-            values[field.name] = document[field.name]
-        return cls(**values)
+        is_compact = isinstance(document.get("source"), dict)
+        if is_compact:
+            document["source"] = expand(document["source"])
+        names = [name for name in _CHECKS if name != "origin" or name in document]
+        for name in names:
+            if name not in document or not _CHECKS[name](document[name]):
+                raise FormatError(f"header field {name!r} is missing or out of range")
+        return cls(**{name: document[name] for name in names}, compact=is_compact)
 
     def source_header(self) -> SourceHeader:
         """Parse and check the source's safetensors header."""
-        return self._parsed
+        return self._source_header
 
     @cached_property
-    def _parsed(self) -> SourceHeader:
+    def _source_header(self) -> SourceHeader:
         return parse_header(self.source.encode(), "source header")
 
 

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvpack.cache.metadata import parse_values
+from kvpack.cache.flops import network_of_capture
+from kvpack.cache.metadata import parse_metadata, parse_values
 from kvpack.formats.captures import layer_of
 from kvpack.formats.safetensors import Header, TensorFile
 from kvpack.kvp import Container, PartEntry
@@ -38,7 +39,10 @@ class Inspection:
     ``bits_per_element`` is the size of the file, without the streams of tensors other than keys and values, divided by
     the number of elements of keys and values. ``ratio`` is the original file's size divided by this file's size.
     ``features`` are the names of the critical features that a ``.kvp`` file uses. ``origin`` is the position of the
-    first token in its text, if the file is a part of a text after which more may follow.
+    first token in its text, if the file is a part of a text after which more may follow. ``runs_model`` says whether
+    decoding runs the model, and ``decode_flops`` how many floating-point operations (:mod:`kvpack.cache.flops`) that
+    takes: 0 where no model runs, None where the file does not record how large the model is. No model is run to find
+    out.
     """
 
     path: str
@@ -65,6 +69,8 @@ class Inspection:
     carried_losslessly: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     checksums: dict[str, str] = field(default_factory=dict)
+    runs_model: bool = False
+    decode_flops: int | None = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the same as JSON types, with ``schema_version``."""
@@ -114,6 +120,7 @@ def _inspect_container(path: Path, container: Container, check: bool) -> Inspect
     header = container.source
     layers = _layers(header, sizes)
     other = sum(sizes.values()) - sum(layer.keys + layer.values for layer in layers)
+    replayed = runs_model(container.header.codecs[0])
     return Inspection(
         path=str(path),
         kind="kvp",
@@ -139,7 +146,32 @@ def _inspect_container(path: Path, container: Container, check: bool) -> Inspect
         carried_losslessly=[p.spec.label for p in container.parts if _was_carried(p)],
         dropped=container.header.dropped,
         checksums={"header": "ok", "index": "ok", "streams": "ok" if check else "not checked (use --check)"},
+        runs_model=replayed,
+        decode_flops=_replay_flops(container.header.codecs[0], header, layers) if replayed else 0,
     )
+
+
+def runs_model(codec: dict[str, Any]) -> bool:
+    """Return whether decoding runs the model, by a codec's JSON form."""
+    return codec.get("name") == "replay"
+
+
+FAST_TOKENS = 1 << 20
+"""The number of tokens in a chunk of replay's token stream where no model codes them (docs/format.md)."""
+
+
+def _replay_flops(codec: dict[str, Any], header: Header, layers: list[LayerBytes]) -> int | None:
+    """Operations of running the model over all tokens, and before it over each token that the model itself codes.
+
+    Chunks of tokens that fell back to another coder are counted as if the model coded them.
+    """
+    network = network_of_capture(parse_metadata(header.metadata))
+    if network is None:
+        return None
+    tokens, configuration = max((layer.tokens for layer in layers), default=0), codec.get("configuration")
+    chunk = configuration.get("token_chunk") if isinstance(configuration, dict) else None
+    predicted = type(chunk) is int and chunk < FAST_TOKENS
+    return network.prefill(tokens) + (network.prediction(tokens) if predicted else 0)
 
 
 def _was_carried(part: PartEntry) -> bool:

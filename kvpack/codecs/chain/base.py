@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from kvpack.codecs.context import NO_HINTS, DecodeContext, StackHints
 from kvpack.codecs.protocol import Hint, Need, Scope
 from kvpack.errors import FormatError, MismatchError
+from kvpack.numerics.floats import FLOAT_BITS
 
 Codes = NDArray[np.unsignedinteger[Any]]
 """Integer codes of a plane, ``[H, T, D]``, of any unsigned dtype."""
@@ -223,6 +224,10 @@ class Quantizer(Stage):
     """
 
     exact: ClassVar[bool]
+
+    def takes(self, dtype: str) -> bool:
+        """Return whether the quantizer can be given elements of this safetensors dtype."""
+        return dtype in FLOAT_BITS
 
     def planes(self, part: Part) -> list[PlaneSpec]:
         """Return the planes of a part; they follow from its description alone, so the file need not store them."""

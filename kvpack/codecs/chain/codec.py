@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpack.cache import PartSpec, Role, Window, WindowSpec
+from kvpack.cache import PartSpec, Role, TensorInfo, Window, WindowSpec
 from kvpack.codecs.chain import pipeline
 from kvpack.codecs.chain.base import Part, Stage
 from kvpack.codecs.chain.chain import Chain
@@ -98,6 +98,10 @@ class ChainCodec:
             yield from (slice(i, i + 1) for i in range(len(spec.parts)))
         elif spec.parts:
             yield slice(0, len(spec.parts))
+
+    def takes(self, tensor: TensorInfo) -> bool:
+        """Return whether the codec can be given this tensor: keys and values, and others if they are restored."""
+        return tensor.layer is not None or (self.lossless and self.values.quantizer.takes(tensor.dtype))
 
     def exact(self, part: PartSpec) -> bool:
         """Return whether every bit of a part is restored."""

@@ -24,6 +24,10 @@ class BytePlanes(Quantizer):
     version: ClassVar[int] = 1
     exact: ClassVar[bool] = True
 
+    def takes(self, dtype: str) -> bool:
+        """Return True: bytes are bytes."""
+        return True
+
     def planes(self, part: Part) -> list[PlaneSpec]:
         """Name one plane of 8-bit codes for each byte of an element."""
         return [PlaneSpec(f"byte.{i}", part.shape, 8) for i in range(item_bytes(part.dtype))]

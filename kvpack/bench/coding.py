@@ -1,0 +1,64 @@
+"""Sends a capture through a codec's real file and back, and measures sizes and seconds."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvpack import jobs
+from kvpack.cache.metadata import parse_metadata
+from kvpack.capture import Model, ReplayModel
+from kvpack.codecs.protocol import Codec, Need
+from kvpack.formats.source import Capture
+from kvpack.jobs.reader import KvpFile
+from kvpack.kvp.inspection import inspect
+from kvpack.profiles import Profile
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A capture after a codec's file.
+
+    ``size`` is the file's in bytes, ``ratio`` the uncompressed size of what it holds over it. Seconds are those of the
+    second of two runs, so that compilation is not counted.
+    """
+
+    cache: Capture
+    size: int
+    ratio: float
+    bits_per_element: float
+    compress_seconds: float
+    decompress_seconds: float
+
+
+def needs_model(codec: Codec) -> bool:
+    """Return whether the codec's decoder runs the model."""
+    return Need.MODEL in codec.traits.needs
+
+
+def can_replay(path: Path, model: Model | None) -> bool:
+    """Return whether ``model`` may compute the capture ``path`` again: it records how, and the dtype is the model's."""
+    metadata = parse_metadata(Capture.open(path).metadata)
+    ours = str(model.network.dtype).removeprefix("torch.") if model is not None else None
+    return metadata.schedule is not None and ours is not None and metadata.dtype in (ours, None)
+
+
+def through_file(path: Path, codec: Codec, folder: Path, profile: Profile | None, model: Model | None) -> Coded:
+    """Compress the capture ``path`` without probes and decompress it again, to files in ``folder``.
+
+    The errors are those of :func:`kvpack.jobs.compress` and :func:`kvpack.jobs.decompress`.
+    """
+    packed, back = folder / "x.kvp", folder / "x.safetensors"
+    runs = ReplayModel(model) if model is not None and needs_model(codec) else None
+    seconds: list[tuple[float, float]] = []
+    for _ in range(2):
+        start = time.perf_counter()
+        with packed.open("wb") as sink:
+            jobs.compress(path, sink, codec, profile=profile, drop=jobs.PROBES, model=runs)
+        middle = time.perf_counter()
+        with back.open("wb") as sink:
+            jobs.decompress(KvpFile.open(packed, profile, model=runs), sink)
+        seconds.append((middle - start, time.perf_counter() - middle))
+    look = inspect(packed)
+    return Coded(Capture.open(back), look.size, look.ratio, look.bits_per_element or 0.0, *seconds[-1])
