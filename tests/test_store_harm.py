@@ -71,7 +71,7 @@ def flips(path: Path, share: float) -> Iterator[tuple[Path, int, int]]:
             yield file, at, bit
 
 
-@pytest.mark.parametrize("share", [0.0, pytest.param(0.02, marks=pytest.mark.long)], ids=["few", "many"])
+@pytest.mark.parametrize("share", [0.0, pytest.param(0.002, marks=pytest.mark.long)], ids=["few", "many"])
 def test_every_changed_bit_is_found_and_never_served(copy: Path, share: float) -> None:
     changed = 0
     for file, at, bit in flips(copy, share):
