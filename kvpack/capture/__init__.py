@@ -7,8 +7,7 @@ import os
 
 from kvpack.errors import KvpackError
 
-for _variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # transformers reads them when it is imported
-    os.environ.setdefault(_variable, "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # huggingface_hub reads it when it is imported
 
 try:
     import accelerate as _accelerate

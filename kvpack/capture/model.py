@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,8 @@ def load_model(
     if dtype == "auto" and not gguf:
         wanted = "auto"
     options = {"gguf_file": gguf} if gguf else {}
+    if gguf:
+        _draw_no_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
         network = transformers.AutoModelForCausalLM.from_pretrained(
@@ -148,6 +151,15 @@ def load_model(
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise KvpackError(f"cannot load the model {source or EMBEDDED_FILE}: {_first_line(error)}") from None
     return Model(identity or identify(source), network, tokenizer)
+
+
+def _draw_no_bar() -> None:
+    """Turn off the bar that transformers draws while it unpacks a GGUF file. It has no setting that does so."""
+    from transformers import modeling_gguf_pytorch_utils as unpacking
+
+    bar = getattr(unpacking, "tqdm", None)
+    if bar is not None and not isinstance(bar, partial):
+        unpacking.tqdm = partial(bar, disable=True)
 
 
 def _path_of(source: str | None) -> Path:

@@ -196,7 +196,7 @@ class KvpFile:
 
     def _task(self, ticket: Ticket, block: Frame, room: Callable[[WindowSpec], Room] | None) -> DecodeTask:
         codec = self.codecs[block.parts[0].codec]
-        context = DecodeContext(model=self.model)
+        context = DecodeContext(tokens=self._context.tokens if self._context else None, model=self.model)
         if block.spec.layered and codec.traits.needs:
             if Need.PROFILE in codec.traits.needs and self.profile is None:
                 needed = self.container.header.profile

@@ -137,7 +137,9 @@ class ReplayCodec:
         part, found = block.parts[0], dict(streams[0])
         if set(found) != {TOKENS} or not _is_tokens(part.tensor):
             raise FormatError(f"{part.label}: is not coded as token ids are")
-        ids = tokens.decode(memoryview(found[TOKENS]), part.tokens, self.token_chunk, context.model)
+        ids = context.tokens  # known if keys and values were decoded before, because they need them too
+        if ids is None:
+            ids = tokens.decode(memoryview(found[TOKENS]), part.tokens, self.token_chunk, context.model)
         return [ids.view("<u4").reshape(part.shape)]
 
     def _decode(self, part: PartSpec, streams: PartStreams, context: DecodeContext) -> Bits:
