@@ -634,6 +634,16 @@ def test_options_that_contradict_each_other(
     assert on_disk.exists()
 
 
+def test_a_file_that_is_replayed_is_not_removed(cli: Cli, folder: Path, on_disk: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "a.kvp"
+    assert cli("compress", on_disk, "-c", "replay", "-m", folder, "-o", packed).code == 0
+    found = cli("decompress", packed, "-m", folder, "-o", tmp_path / "out", "--rm")
+    assert found.code == 2
+    assert "--rm is refused with replay" in found.err
+    assert packed.exists()
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_checked_is_said(cli: Cli, folder: Path, on_disk: Path, tmp_path: Path) -> None:
     foreign = changed(on_disk, tmp_path / "foreign.safetensors", "tokens", unchanged, model=None)
     found = cli("compress", foreign, "-c", "replay", "-m", folder, "-o", tmp_path / "a.kvp")
@@ -656,3 +666,16 @@ def test_foreign_captures_say_what_they_lack(cli: Cli, small: Path, tmp_path: Pa
     found = cli("compress", small, "-c", "replay", "-o", tmp_path / "out")
     assert found.code == 5
     assert str(small) in found.err
+
+
+def test_a_gpus_cache_is_refused_on_a_cpu(cli: Cli, tmp_path: Path) -> None:
+    """A file that an NVIDIA H200 wrote, of 160 tokens by the embedded model."""
+    made, out = FIXTURES / "replay-h200.kvp", tmp_path / "out.safetensors"
+    refused = cli("decompress", made, "-o", out, "--device", "cpu")
+    assert refused.code == 5
+    assert "otherwise" in refused.err
+    assert not out.exists()
+    taken = json.loads(cli("decompress", made, "-o", out, "--device", "cpu", "--approximate", "--json").out)["files"][0]
+    assert 0.3 < taken["differing_sampled"] < 1
+    assert 50 <= taken["differing"] <= 60
+    assert Capture.open(out).tensors["layers.29.values"].shape == (3, 160, 64)

@@ -84,7 +84,7 @@ def setting(model: Model | None, profile: Profile | None) -> dict[str, Any]:
         "model": model.name if model else None,
         "weights_sha256": model.weights_sha256 if model else None,
         "dtype": str(model.network.dtype).removeprefix("torch.") if model else None,
-        "versions": {name: version(name) for name in ("kvpack", "torch", "transformers", "numpy")},
+        "versions": {"kvpack": kvpack.__version__, **{n: version(n) for n in ("torch", "transformers", "numpy")}},
     }
 
 

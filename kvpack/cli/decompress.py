@@ -53,7 +53,7 @@ def decompress(
         target = _target(path, output, partial, test)
         if target is not None:
             common.check_distinct(path, target)
-        settings = _Settings(opened, model, approximate, threads, device)
+        settings = _Settings(opened, model, approximate, remove, threads, device)
         rows.append(_decompress_one(path, target, settings, chosen, force, quiet))
         row = rows[-1]
         if remove:
@@ -93,6 +93,7 @@ class _Settings:
     profile: Profile | None
     model: str | None
     approximate: bool
+    remove: bool
     threads: int | None
     device: str
 
@@ -119,6 +120,8 @@ def _decompress_one(
     title = f"{'testing' if target is None else 'decompressing'} {path.name}"
     with common.readable(path) as source, common.progress_bar(title, quiet) as progress:
         file = jobs.KvpFile.open(source, settings.profile, str(path), approximate=settings.approximate)
+        if settings.remove and file.needs_model:
+            raise UsageError(f"{path}: --rm is refused with replay: only some machines can make this file again")
         common.attach_model(file, settings.model, settings.device, progress)
         exact = all(codec.lossless for codec in file.codecs)
         engine = common.engine(settings.device, [source], settings.threads, quiet, exact=exact)

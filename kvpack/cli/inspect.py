@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from kvpack.kvp.inspection import Inspection
 
 
+LONGEST_SETTING = 24
+"""The most characters of a codec's setting that are shown."""
+
+
 def inspect(
     inputs: common.Inputs,
     check: Annotated[bool, typer.Option("--check", help="Also verify the checksum of every stream.")] = False,
@@ -91,8 +95,14 @@ def _format(report: Inspection) -> str:
 def _stage(stage: dict[str, object]) -> str:
     configuration = stage["configuration"]
     assert isinstance(configuration, dict)
-    inner = ", ".join(f"{name}={value}" for name, value in configuration.items())
+    inner = ", ".join(f"{name}={_short(value)}" for name, value in configuration.items())
     return f"{stage['name']}({inner})"
+
+
+def _short(value: object) -> str:
+    """Return a setting as text, cut if it is long, like replay's sample."""
+    text = str(value)
+    return text if len(text) <= LONGEST_SETTING else f"{text[:LONGEST_SETTING]}..."
 
 
 def _table(title: str, *columns: str) -> Table:
