@@ -124,18 +124,24 @@ class CacheSpec:
         return max((tensor.rows for tensor in self.layers), default=0)
 
 
+def count_parts(spec: CacheSpec, tokens: int) -> int:
+    """Return the number of parts in all windows of ``tokens`` rows, without making any."""
+    return sum(-(-tensor.rows // tokens) for tensor in spec.layers) + len(spec.others)
+
+
 def windows(spec: CacheSpec, tokens: int, *, open_ended: bool = False) -> Iterator[WindowSpec]:
     """Yield windows of ``tokens`` rows each, in order of rows, then a window of the other tensors if there are any.
 
     The parts' lengths are unknown with ``open_ended`` or if the cache has an origin, because more tokens may follow.
     """
     open_ended = open_ended or spec.origin is not None
+    longer = spec.layers
     for first in range(0, spec.rows, tokens):
+        longer = tuple(tensor for tensor in longer if first < tensor.rows)  # so that the work is that of the parts
         yield WindowSpec(
             tuple(
                 PartSpec(tensor, first, min(tokens, tensor.rows - first), None if open_ended else tensor.rows)
-                for tensor in spec.layers
-                if first < tensor.rows
+                for tensor in longer
             )
         )
     if spec.others:

@@ -77,16 +77,18 @@ def measure_reconstruction(original: Bits, other: Bits, dtype: str) -> Reconstru
     differ, ``nmse`` and ``max_abs_error`` are infinite and the cosine of their vector is 0. Vectors that are zero on
     both sides have cosine 1, and vectors that are zero on one side have cosine 0.
     """
+    if not original.size:
+        return Reconstruction()  # whatever the lengths of its axes are
     heads, tokens, dims = original.shape
-    step = max(1, BLOCK // max(dims, 1))
-    together = max(1, step // max(tokens, 1))
+    step = max(1, BLOCK // dims)
+    together = max(1, step // tokens)
     cuts = [
         (slice(head, head + together), slice(first, first + step))
         for head in range(0, heads, together)
         for first in range(0, tokens, step)
     ]
     return Reconstruction.merge(
-        _block(original[cut].reshape(-1, dims), other[cut].reshape(-1, dims), dtype) for cut in cuts if dims
+        _block(original[cut].reshape(-1, dims), other[cut].reshape(-1, dims), dtype) for cut in cuts
     )
 
 

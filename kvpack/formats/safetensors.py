@@ -13,14 +13,19 @@ import json
 import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from kvpack.cache.untrusted import MAX_VALUES, parse_json
 from kvpack.errors import FormatError, TruncatedError, UnsupportedError
 
 MAX_HEADER = 100_000_000
 """The longest header in bytes that the safetensors library itself accepts."""
+
+MAX_SIZE = 1 << 63
+"""The product of a tensor's axes other than those of length 0, in bytes, is below this, as numpy and torch demand."""
 
 ITEM_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
@@ -45,7 +50,7 @@ def item_bytes(dtype: str) -> int:
     return max(1, ITEM_BITS[dtype] // 8)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """A tensor's entry in a safetensors header.
 
@@ -107,21 +112,18 @@ class Header:
         return self.data_start + (self.tensors[-1].stop if self.tensors else 0)
 
 
-def parse_header(raw: bytes, source: str = "safetensors header") -> Header:
+def parse_header(raw: bytes, source: str = "safetensors header", most: int = MAX_VALUES) -> Header:
     """Parse a header's JSON and check it.
 
     Every dtype must be known, every size must match its shape, and the tensors' data must have no gap and no overlap.
-    ``source`` names the file in messages.
+    ``source`` names the file in messages. ``most`` is the number of JSON values that the header may have.
 
     Raises:
-        FormatError: The header breaks one of these rules.
+        FormatError: The header breaks one of these rules, or :func:`kvpack.cache.untrusted.parse_json` refuses it.
         UnsupportedError: kvpack does not know a dtype. A later version of safetensors may have it.
 
     """
-    try:
-        entries = json.loads(raw.decode())
-    except (ValueError, RecursionError) as error:  # a number with too many digits raises ValueError too
-        raise FormatError(f"{source}: not valid JSON ({error})") from None
+    entries = parse_json(raw, source, most)
     if not isinstance(entries, dict):
         raise FormatError(f"{source}: not a JSON object")
     metadata = entries.pop("__metadata__", {})
@@ -149,9 +151,25 @@ def _parse_entry(name: str, entry: Any, source: str) -> TensorSpec:
         raise FormatError(f"{where}: shape or data_offsets are not lists of whole numbers")
     if dtype not in ITEM_BITS:
         raise UnsupportedError(f"{where}: this kvpack does not know the dtype {dtype!r}: upgrade kvpack")
-    if prod(shape) * ITEM_BITS[dtype] != 8 * (offsets[1] - offsets[0]):
+    if _elements(shape, ITEM_BITS[dtype], where) * ITEM_BITS[dtype] != 8 * (offsets[1] - offsets[0]):
         raise FormatError(f"{where}: data_offsets do not match shape and dtype")
     return TensorSpec(name, dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def _elements(shape: Sequence[int], bits: int, where: str) -> int:
+    """Return the number of a tensor's elements, computed no further than a tensor can be restored.
+
+    Raises:
+        FormatError: The axes that are not of length 0 multiply to more bytes than an array can have.
+
+    """
+    count, empty = 1, False
+    for axis in shape:
+        empty |= axis == 0
+        count *= axis or 1
+        if count * bits >= 8 * MAX_SIZE:
+            raise FormatError(f"{where}: its shape is larger than any array can be")
+    return 0 if empty else count
 
 
 def _naturals(value: Any) -> bool:
@@ -224,7 +242,7 @@ class TensorFile:
         """Return the header's ``__metadata__``, a map of strings."""
         return self.header.metadata
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, TensorSpec]:
         """Return the tensors by name, in the order of their data."""
         return {spec.name: spec for spec in self.header.tensors}

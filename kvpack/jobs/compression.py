@@ -316,5 +316,6 @@ def _without(header: SourceHeader, patterns: Sequence[str]) -> tuple[SourceHeade
     gone = [s.name for s in header.tensors if any(fnmatchcase(s.name, pattern) for pattern in patterns)]
     if not gone:
         return header, []
-    kept = [(s.name, s.dtype, s.declared_shape) for s in header.tensors if s.name not in set(gone)]
+    without = set(gone)
+    kept = [(s.name, s.dtype, s.declared_shape) for s in header.tensors if s.name not in without]
     return build_header(kept, header.metadata), gone

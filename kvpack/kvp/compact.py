@@ -24,6 +24,9 @@ MAX_TENSORS = 1 << 14
 MAX_NAME = 1 << 10
 """The longest name in a compact header, in characters."""
 
+MAX_EXPANDED = 1 << 24
+"""The most characters that the names and shapes of a compact header may come to."""
+
 _NUMBERED = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.([^*]*)")
 
 
@@ -69,6 +72,8 @@ def expand(document: Any) -> str:
         raise FormatError("the source header's metadata is not a map of strings")
     if not isinstance(items, list) or sum(map(_count, items)) > MAX_TENSORS:
         raise FormatError(f"the source header does not list tensors, or more than {MAX_TENSORS}")
+    if sum(map(_length, items)) > MAX_EXPANDED:
+        raise FormatError("the source header is longer than its compact form may say")
     entries = [entry for item in items for entry in _expanded(item)]
     if len({name for name, _, _ in entries}) != len(entries):
         raise FormatError("the source header names a tensor twice")
@@ -87,6 +92,13 @@ def _count(item: Any) -> int:
     if type(item[0]) is not int or not 1 <= item[0] <= MAX_TENSORS:
         raise FormatError("the source header has a run of an impossible length")
     return int(item[0]) * (len(item) - 1)
+
+
+def _length(item: list[Any]) -> int:
+    """Return how many characters an item's names and shapes come to at most, without writing them."""
+    times, run = (1, [item]) if isinstance(item[0], str) else (item[0], item[1:])
+    entries = [_entry(one) for one in run]
+    return int(times) * sum(len(name) + 4 * name.count("*") + 20 * len(shape) for name, _, shape in entries)
 
 
 def _expanded(item: list[Any]) -> list[Entry]:

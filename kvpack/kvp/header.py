@@ -6,9 +6,9 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
+from kvpack.cache.untrusted import MAX_VALUES, parse_json
 from kvpack.errors import FormatError
 from kvpack.formats.safetensors import Header as SourceHeader
 from kvpack.formats.safetensors import parse_header
@@ -17,6 +17,7 @@ from kvpack.kvp.compact import compact, expand
 MAX_CHUNK_TOKENS = 1 << 20
 MAX_CODECS = 8
 MAX_STREAM_NAMES = 256
+MAX_STAGES = 16
 MAX_ORIGIN = 1 << 40
 
 
@@ -63,17 +64,14 @@ class Header:
         return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
     @classmethod
-    def from_bytes(cls, raw: bytes) -> Header:
-        """Parse a header and check every field. Unknown fields are ignored.
+    def from_bytes(cls, raw: bytes, most: int = MAX_VALUES) -> Header:
+        """Parse a header of at most ``most`` JSON values and check every field. Unknown fields are ignored.
 
         Raises:
             FormatError: The header is not JSON, or a field is missing or out of range.
 
         """
-        try:
-            document = json.loads(raw.decode())
-        except (ValueError, RecursionError) as error:  # a number with too many digits raises ValueError too
-            raise FormatError(f"header is not valid JSON ({error})") from None
+        document = parse_json(raw, "header", most)
         if not isinstance(document, dict):
             raise FormatError("header is not a JSON object")
         is_compact = isinstance(document.get("source"), dict)
@@ -85,17 +83,39 @@ class Header:
                 raise FormatError(f"header field {name!r} is missing or out of range")
         return cls(**{name: document[name] for name in names}, compact=is_compact)
 
-    def source_header(self) -> SourceHeader:
-        """Parse and check the source's safetensors header."""
-        return self._source_header
-
-    @cached_property
-    def _source_header(self) -> SourceHeader:
-        return parse_header(self.source.encode(), "source header")
+    def source_header(self, most: int = MAX_VALUES) -> SourceHeader:
+        """Parse and check the source's safetensors header, which may have ``most`` JSON values if it is not compact."""
+        found = self.__dict__.get("_source_header")
+        if found is None:
+            found = parse_header(self.source.encode(), "source header", MAX_VALUES if self.compact else most)
+            self.__dict__["_source_header"] = found
+        return cast(SourceHeader, found)
 
 
 def _is_strings(value: Any, limit: int) -> bool:
     return isinstance(value, list) and len(value) <= limit and all(isinstance(v, str) for v in value)
+
+
+def _is_codec(value: Any) -> bool:
+    """Return whether a codec has the form that ``inspect`` shows. What its stages are is for the decoder to know."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return False
+    if set(value) == {"name", "version", "configuration"}:
+        return _is_stage(value)
+    chains = value.get("keys"), value.get("values")
+    return set(value) == {"name", "stacked", "keys", "values"} and all(
+        isinstance(chain, list) and 2 <= len(chain) <= MAX_STAGES and all(map(_is_stage, chain)) for chain in chains
+    )
+
+
+def _is_stage(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and set(value) == {"name", "version", "configuration"}
+        and isinstance(value["name"], str)
+        and isinstance(value["version"], int)
+        and isinstance(value["configuration"], dict)
+    )
 
 
 def _is_profile(value: Any) -> bool:
@@ -110,7 +130,7 @@ def _is_profile(value: Any) -> bool:
 
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "writer": lambda v: isinstance(v, str),
-    "codecs": lambda v: isinstance(v, list) and 1 <= len(v) <= MAX_CODECS,
+    "codecs": lambda v: isinstance(v, list) and 1 <= len(v) <= MAX_CODECS and all(map(_is_codec, v)),
     "chunk_tokens": lambda v: type(v) is int and 1 <= v <= MAX_CHUNK_TOKENS,
     "lossless": lambda v: isinstance(v, bool),
     "streams": lambda v: _is_strings(v, MAX_STREAM_NAMES) and v == sorted(set(v)),

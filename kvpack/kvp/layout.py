@@ -14,6 +14,10 @@ from kvpack.kvp.features import KNOWN_CRITICAL, VERSION, written_version
 
 MAGIC = b"\x89KVP\r\n\x1a\n"
 END_MAGIC = b"\x89KVPEND\n"
+INDEX = struct.Struct("<II")
+PART_BYTES, STREAM_BYTES = 10, 17
+"""Bytes of an inflated index for each part and for each stream, after its two counts."""
+
 PROLOGUE = struct.Struct("<8sHHIIIII")
 FOOTER = struct.Struct("<QIIQII8s")
 MAX_HEADER = 1 << 27
@@ -21,6 +25,16 @@ MAX_HEADER = 1 << 27
 MAX_INDEX = 1 << 30
 MAX_EXPANSION = 1 << 20
 """The largest ratio of the original's size to the file's, so that a tiny file cannot make a reader allocate terabytes.
+"""
+
+
+FREE_EXPANSION = 1 << 22
+"""A header or an index of up to this many bytes may be deflated to any size."""
+
+MAX_DEFLATION = 256
+"""The largest ratio by which a longer header or index may be deflated. Writers store those that exceed it undeflated.
+
+Digests and checksums do not deflate at all, and names and offsets by a factor of 10 to 20.
 """
 
 
@@ -32,7 +46,7 @@ class Record(NamedTuple):
     checksum: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PartEntry:
     """A part's entry in the index: its codec, its original's checksum, and its streams with absolute offsets."""
 
@@ -91,16 +105,59 @@ def unpack_prologue(raw: bytes) -> Prologue:
     return Prologue((major, minor), critical, length, crc)
 
 
+def deflate(data: bytes) -> bytes:
+    """Return a header or an index as a zlib stream, which :func:`inflate` accepts whatever the data is."""
+    small = zlib.compress(data, 9)
+    return small if len(data) <= _inflated_limit(len(small)) else zlib.compress(data, 0)
+
+
+def _inflated_limit(size: int) -> int:
+    """Return how many bytes a zlib stream of ``size`` bytes may hold."""
+    return max(FREE_EXPANSION, size * MAX_DEFLATION)
+
+
 def inflate(raw: bytes, limit: int, what: str) -> bytes:
-    """Inflate a zlib stream to at most ``limit`` bytes."""
+    """Inflate a zlib stream to at most ``limit`` bytes, and to no more than is in proportion to its own size.
+
+    Raises:
+        CorruptError: It is not a zlib stream.
+        FormatError: It holds more than it may, or is followed by other data.
+
+    """
     engine = zlib.decompressobj()
     try:
-        data = engine.decompress(raw, limit)
+        data = engine.decompress(raw, min(limit, _inflated_limit(len(raw))))
     except zlib.error:
         raise CorruptError(f"corrupt: the {what} does not inflate") from None
     if not engine.eof or engine.unused_data:
         raise FormatError(f"the {what} is longer than it may be, or followed by unknown data")
     return data
+
+
+def inflate_index(raw: bytes, parts: int, room: int) -> bytes:
+    """Inflate an index of ``parts`` parts, whose streams lie in ``room`` bytes, after checking its counts.
+
+    A stream has at least one byte, so there are no more streams than bytes. Nothing is inflated beyond the counts
+    before they have been compared with the header's tensors and the file's size.
+
+    Raises:
+        CorruptError: It is not a zlib stream.
+        FormatError: The counts are not those of the header, or they do not fit the file.
+
+    """
+    try:
+        start = zlib.decompressobj().decompress(raw, INDEX.size)
+    except zlib.error:
+        raise CorruptError("corrupt: the index does not inflate") from None
+    if len(start) < INDEX.size:
+        raise FormatError("the index is too short")
+    found, streams = INDEX.unpack(start)
+    if found != parts or streams > room:
+        raise FormatError(
+            f"the index has {found} parts and {streams} streams, the header's tensors make {parts} parts, "
+            f"and the streams lie in {room} bytes"
+        )
+    return inflate(raw, min(MAX_INDEX, INDEX.size + PART_BYTES * parts + STREAM_BYTES * streams), "index")
 
 
 def pack_index(parts: Sequence[tuple[int, int, Sequence[Record]]]) -> bytes:
@@ -115,7 +172,7 @@ def pack_index(parts: Sequence[tuple[int, int, Sequence[Record]]]) -> bytes:
         struct.pack(f"<{len(records)}Q", *(record.size for record in records)),
         struct.pack(f"<{len(records)}Q", *(record.checksum for record in records)),
     )
-    return zlib.compress(b"".join(columns), 9)
+    return deflate(b"".join(columns))
 
 
 def unpack_index(raw: bytes, specs: Sequence[PartSpec], start: int, stop: int) -> list[PartEntry]:
@@ -127,7 +184,7 @@ def unpack_index(raw: bytes, specs: Sequence[PartSpec], start: int, stop: int) -
     """
     if len(raw) < 8:
         raise FormatError("the index is too short")
-    parts, streams = struct.unpack_from("<II", raw)
+    parts, streams = INDEX.unpack_from(raw)
     columns = struct.Struct(f"<{parts}s{parts}s{parts}Q{streams}s{streams}Q{streams}Q")
     if parts != len(specs) or len(raw) != 8 + columns.size:
         raise FormatError("the index does not match the header's tensors")

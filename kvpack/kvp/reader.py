@@ -7,7 +7,8 @@ import zlib
 from itertools import accumulate
 from pathlib import Path
 
-from kvpack.cache import windows
+from kvpack.cache import count_parts, windows
+from kvpack.cache.untrusted import values_for
 from kvpack.errors import CorruptError, FormatError, TruncatedError, naming
 from kvpack.formats.captures import cache_spec
 from kvpack.formats.safetensors import Header as SourceHeader
@@ -18,11 +19,11 @@ from kvpack.kvp.layout import (
     FOOTER,
     MAX_EXPANSION,
     MAX_HEADER,
-    MAX_INDEX,
     PROLOGUE,
     PartEntry,
     Record,
     inflate,
+    inflate_index,
     unpack_footer,
     unpack_index,
     unpack_prologue,
@@ -60,16 +61,18 @@ class Container:
             raise FormatError("header and index overlap, or the header is too long")
         raw_header = self._checked(PROLOGUE.size, length, crc, "header")
         raw_index = self._checked(offset, index_length, index_crc, "index")
-        self.header = Header.from_bytes(inflate(raw_header, MAX_HEADER, "header"))
-        self.source: SourceHeader = self.header.source_header()
+        most = values_for(length)
+        self.header = Header.from_bytes(inflate(raw_header, MAX_HEADER, "header"), most)
+        self.source: SourceHeader = self.header.source_header(most)
         if unsaid := critical_of(self.header) & ~self.critical:
             raise FormatError(f"uses {', '.join(names_of(unsaid))}, and its prologue does not say so")
         self.size, self.header_size, self.index_size = size, start, size - offset
         if self.source.file_size > size * MAX_EXPANSION:
             raise FormatError(f"claims to hold {self.source.file_size} bytes, more than {MAX_EXPANSION} times its size")
         self.cache = cache_spec(self.source, self.header.origin)
+        count = count_parts(self.cache, self.header.chunk_tokens)
+        index = inflate_index(raw_index, count, offset - start)
         self.windows = list(windows(self.cache, self.header.chunk_tokens))
-        index = inflate(raw_index, MAX_INDEX, "index")
         specs = [part for window in self.windows for part in window.parts]
         self.parts: list[PartEntry] = unpack_index(index, specs, start, offset)
         self._starts = [0, *accumulate(len(window.parts) for window in self.windows)]

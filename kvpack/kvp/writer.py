@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import BinaryIO
 
 from kvpack.errors import FormatError
 from kvpack.kvp.features import critical_of
 from kvpack.kvp.frame import FramePart
 from kvpack.kvp.header import Header
-from kvpack.kvp.layout import MAX_HEADER, Record, pack_footer, pack_index, pack_prologue
+from kvpack.kvp.layout import MAX_HEADER, Record, deflate, pack_footer, pack_index, pack_prologue
 
 
 class ContainerWriter:
@@ -25,7 +24,7 @@ class ContainerWriter:
         raw = header.to_bytes()
         if len(raw) > MAX_HEADER:
             raise FormatError(f"the header would take {len(raw)} bytes, more than {MAX_HEADER}")
-        deflated = zlib.compress(raw, 9)
+        deflated = deflate(raw)
         self._output = output
         self._kinds = {name: i for i, name in enumerate(header.streams)}
         self._prologue = pack_prologue(deflated, critical_of(header))
