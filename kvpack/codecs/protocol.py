@@ -99,7 +99,7 @@ class Codec(Protocol):
         """Yield the runs of the window's parts that are coded together, or stored losslessly together."""
 
     def takes(self, tensor: TensorInfo) -> bool:
-        """Return whether the codec can be given this tensor. All codecs take keys and values."""
+        """Return whether the codec can be given this tensor. All codecs take keys and values. No other is decoded."""
 
     def exact(self, part: PartSpec) -> bool:
         """Return whether every bit of a part is restored."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpack import __version__
-from kvpack.cache import CacheSpec, TensorInfo, WindowSpec, windows
+from kvpack.cache import CacheSpec, PartSpec, WindowSpec, windows
 from kvpack.codecs.context import DecodeContext, Hints
 from kvpack.codecs.model import LanguageModel
 from kvpack.codecs.protocol import Codec, Need
@@ -182,15 +182,16 @@ class CompressJob:
             yield from ((window.take(block), choices) for block in self.codec.blocks(window))
             return
         for i, part in enumerate(window.parts):
-            yield window.take(slice(i, i + 1)), self._choices(self._carrier(part.tensor))
+            yield window.take(slice(i, i + 1)), self._choices(self._carrier(part))
 
     def _choices(self, number: int) -> tuple[int, ...]:
         names = [codec.name for codec in self.codecs]
         return (number,) if self.codecs[number].lossless else (number, names.index("lossless"))
 
-    def _carrier(self, tensor: TensorInfo) -> int:
-        """Return the number of the codec for a tensor that is neither keys nor values: the first that takes it."""
-        return next(number for number, codec in enumerate(self.codecs) if codec.takes(tensor))
+    def _carrier(self, part: PartSpec) -> int:
+        """Return the number of the codec for a tensor that is neither keys nor values: the first that restores it."""
+        every = enumerate(self.codecs)
+        return next(number for number, codec in every if codec.takes(part.tensor) and codec.exact(part))
 
     @cached_property
     def header(self) -> Header:

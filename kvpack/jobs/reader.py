@@ -70,6 +70,10 @@ class KvpFile:
         self.container, self.profile, self.name, self.before = container, profile, name, before
         self.model, self._approximate = model, approximate
         self.codecs: list[Codec] = [codec_from_json(document) for document in container.header.codecs]
+        for entry in container.parts:
+            if not self.codecs[entry.codec].takes(entry.spec.tensor):
+                codec = self.codecs[entry.codec].name
+                raise FormatError(f"{entry.spec.label}: the codec {codec!r} does not take {entry.spec.tensor.dtype}")
         if self.lossless and not all(self.codecs[entry.codec].exact(entry.spec) for entry in container.parts):
             raise FormatError("labelled lossless, but its codecs are not")
         needed = container.header.profile

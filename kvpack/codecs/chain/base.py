@@ -60,19 +60,58 @@ class Part:
         """The position of the first row in the text."""
         return self.origin + self.first
 
-    def array(self, name: str) -> NDArray[Any]:
-        """Return the profile's array of this name.
+    def floats(self, name: str, *shape: int | None) -> Floats:
+        """Return the profile's array of this name, float32 of this shape, where None stands for any length.
+
+        This and the next two methods are the only way to a profile's arrays. Compiled code is given what they return.
 
         Raises:
-            MismatchError: There is no profile, or it has no such array.
+            MismatchError: There is no profile, or its array is missing or is not of that kind and shape.
 
         """
+        found = self._array(name)
+        if found.dtype.kind != "f" or not _has_shape(found, shape):
+            raise _unlike(name, found, "floats", shape)
+        return np.ascontiguousarray(found, np.float32)
+
+    def integers(self, name: str, *shape: int | None, least: int, most: int) -> NDArray[np.int32]:
+        """Return the profile's array of this name, int32 of this shape, with values from ``least`` to ``most``.
+
+        The errors are those of :meth:`floats`.
+        """
+        found = self._array(name)
+        if found.dtype.kind not in "iu" or not _has_shape(found, shape):
+            raise _unlike(name, found, "whole numbers", shape)
+        if found.size and not least <= int(found.min()) <= int(found.max()) <= most:
+            raise MismatchError(f"the profile's {name!r} has numbers beyond {least} to {most}: calibrate again")
+        return np.ascontiguousarray(found, np.int32)
+
+    def octets(self, name: str) -> NDArray[np.uint8]:
+        """Return the profile's bytes of this name, uint8 ``[N]``. The errors are those of :meth:`floats`."""
+        found = self._array(name)
+        if found.dtype != np.uint8 or not _has_shape(found, (None,)):
+            raise _unlike(name, found, "bytes", (None,))
+        return np.ascontiguousarray(found)
+
+    def _array(self, name: str) -> NDArray[Any]:
         profile = self.context.profile
         if profile is None:
             raise MismatchError("needs a calibration profile: give it with -D")
         if name not in profile:
             raise MismatchError(f"the profile has no {name!r}: calibrate again with the codec's section")
         return profile[name]
+
+
+def _has_shape(array: NDArray[Any], shape: tuple[int | None, ...]) -> bool:
+    return array.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, array.shape, strict=True))
+
+
+def _unlike(name: str, found: NDArray[Any], kind: str, shape: tuple[int | None, ...]) -> MismatchError:
+    wanted = ", ".join("any" if length is None else str(length) for length in shape)
+    return MismatchError(
+        f"the profile's {name!r} is {found.dtype} {list(found.shape)}, not {kind} of shape [{wanted}]: it is not for "
+        "this cache, or it is damaged"
+    )
 
 
 @dataclass(frozen=True)
@@ -154,6 +193,14 @@ class Stage:
     scope: ClassVar[Scope] = Scope.TENSOR
     needs: ClassVar[frozenset[Need]] = frozenset()
     hints: ClassVar[frozenset[Hint]] = frozenset()
+
+    def require(self, part: Part) -> None:
+        """Check that the stage can be given an array of this description.
+
+        Raises:
+            FormatError: It cannot.
+
+        """
 
     @property
     def prefix_stable(self) -> bool:

@@ -100,8 +100,8 @@ class ChainCodec:
             yield slice(0, len(spec.parts))
 
     def takes(self, tensor: TensorInfo) -> bool:
-        """Return whether the codec can be given this tensor: keys and values, and others if they are restored."""
-        return tensor.layer is not None or (self.lossless and self.values.quantizer.takes(tensor.dtype))
+        """Return whether the codec can be given this tensor: all tensors of a dtype that its chain takes."""
+        return self._chain(tensor).quantizer.takes(tensor.dtype)
 
     def exact(self, part: PartSpec) -> bool:
         """Return whether every bit of a part is restored."""
@@ -109,7 +109,10 @@ class ChainCodec:
 
     def chain_for(self, part: PartSpec) -> Chain:
         """Return the chain for a part's tensor. The keys' chain is for tensors whose name ends in ``.keys``."""
-        return self.keys if part.tensor.name.endswith(".keys") else self.values
+        return self._chain(part.tensor)
+
+    def _chain(self, tensor: TensorInfo) -> Chain:
+        return self.keys if tensor.name.endswith(".keys") else self.values
 
     def stack_key(self, part: PartSpec) -> object:
         """Return a key. Parts of a block that have equal keys form one array."""

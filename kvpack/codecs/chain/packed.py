@@ -62,6 +62,10 @@ def _ints(*values: int) -> NDArray[np.int32]:
     return np.array(values, np.int32)
 
 
+MOST_PER_BYTE = 1 << 10
+"""The most elements that a packed matrix may have for each byte of it, so that a tiny profile stays small in memory."""
+
+
 def unpack_matrix(part: Part, name: str) -> Floats:
     """Return the matrix ``name`` of the part's profile, ``[G * S, C]`` float32.
 
@@ -69,10 +73,9 @@ def unpack_matrix(part: Part, name: str) -> Floats:
         MismatchError: The profile does not have it, or it does not decode.
 
     """
-    step, codes, rows = (part.array(f"{name}.{field}") for field in ("step", "codes", "rows"))
-    count = int(rows[0]) if rows.shape == (1,) else 0
-    sound = step.ndim == 2 and step.size and codes.dtype == np.uint8
-    if not sound or not 1 <= count <= 1 << 24 or count % len(step):
+    step, codes = part.floats(f"{name}.step", None, None), part.octets(f"{name}.codes")
+    count = int(part.integers(f"{name}.rows", 1, least=1, most=1 << 24)[0])
+    if not step.size or count % len(step) or count * step.shape[1] > MOST_PER_BYTE * (len(codes) + step.nbytes):
         raise MismatchError(f"the profile's {name!r} is not a packed matrix")
     shape = (len(step), count // len(step), step.shape[1])
     try:

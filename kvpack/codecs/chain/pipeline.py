@@ -44,7 +44,9 @@ def route_of(chain: Chain, part: Part) -> StageRoute:
     start, stop = chain.keep.coded(part) if chain.keep else (0, tokens)
     parts = [replace(part, shape=(heads, stop - start, dims), first=part.first + start)]
     for transform in chain.transforms:
+        transform.require(parts[-1])
         parts.append(transform.output(parts[-1]))
+    chain.quantizer.require(parts[-1])
     whole = split_planes(part.dtype, (heads, tokens - (stop - start), dims), "whole/") if chain.keep else []
     return StageRoute(start, stop, tuple(parts), whole, chain.quantizer.planes(parts[-1]))
 

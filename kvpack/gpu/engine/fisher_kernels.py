@@ -102,7 +102,7 @@ class FisherKernels:
         assert isinstance(stage, TokenKlt)
         assert isinstance(chain.quantizer, DeadZone)
         model, (rows, tokens, dims) = stage.model(part), part.shape
-        tables = len(part.array(f"{chain.quantizer.section}.tables"))
+        tables = len(chain.quantizer.tables(part))
         shape = (rows // tensors, tokens, dims)
         fits = dead_zone.supports(model.rank, tables, max_shared) and coder.supports(tokens, model.rank, tables)
         return fits and klt.supports(shape, model)

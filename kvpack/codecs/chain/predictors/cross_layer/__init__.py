@@ -14,7 +14,6 @@ import numpy as np
 
 from kvpack.codecs.chain.base import Floats, Part, Predictor
 from kvpack.codecs.protocol import Need, Scope
-from kvpack.errors import MismatchError
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,9 @@ class CrossLayer(Predictor):
     def predict(self, row: int, rows: Floats, reference: Floats | None, part: Part) -> Floats:
         """Return ``inputs @ weight + bias``, ``[1, T, C]``."""
         layers, tokens, channels = part.shape
-        weight, bias = part.array(f"{self.section}.weight"), part.array(f"{self.section}.bias")
         inputs = channels if reference is None else 2 * channels
-        if weight.shape != (layers - 1, inputs, channels) or bias.shape != (layers - 1, channels):
-            raise MismatchError(f"the profile is for other layers than this cache's {layers} of {channels} channels")
+        weight = part.floats(f"{self.section}.weight", layers - 1, inputs, channels)
+        bias = part.floats(f"{self.section}.bias", layers - 1, channels)
         if row == 0:
             return np.zeros((1, tokens, channels), np.float32)
         x = rows[row - 1] if reference is None else np.concatenate([reference[row], rows[row - 1]], axis=1)

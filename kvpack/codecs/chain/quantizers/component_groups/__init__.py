@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kvpack.codecs.chain.base import Codes, Floats, Part, PlaneSpec, Quantizer, UnrepresentableError
 from kvpack.codecs.context import NO_HINTS, StackHints
 from kvpack.codecs.protocol import Need
-from kvpack.errors import MismatchError
+from kvpack.errors import FormatError, MismatchError
 
 Halves = NDArray[np.float16]
 TYPES = {2: "int2", 4: "int4", 8: "fp8"}
@@ -84,14 +84,17 @@ class ComponentGroups(Quantizer):
     plan: str
 
     def _groups(self, part: Part) -> list[tuple[int, int]]:
-        plan = part.array(f"{self.section}.plan.{self.plan}")
-        if plan.ndim != 2 or plan.shape[1] != 2 or plan.dtype.kind != "i":
-            raise MismatchError("the profile's plan is not pairs of size and bits")
+        plan = part.integers(f"{self.section}.plan.{self.plan}", None, 2, least=0, most=1 << 24)
         groups = [(int(size), int(bits)) for size, bits in plan]
         sound = all(size > 0 and bits in (0, *TYPES) for size, bits in groups)
         if not sound or sum(size for size, _ in groups) > part.shape[2]:
             raise MismatchError("the profile's plan is not for its own basis")
         return groups
+
+    def require(self, part: Part) -> None:
+        """Check that the array has one row, as the transforms before make it."""
+        if part.shape[0] != 1:
+            raise FormatError(f"stage {self.name!r} takes one row, not {part.shape[0]}: the codec's stages do not fit")
 
     def planes(self, part: Part) -> list[PlaneSpec]:
         """Return one plane for each type, then the planes ``shift`` and ``scale``."""

@@ -21,10 +21,13 @@ from numpy.typing import NDArray
 from kvpack.codecs.chain.base import Codes, Floats, Part, PlaneSpec, Quantizer, Scales, UnrepresentableError
 from kvpack.codecs.chain.quantizers.dead_zone import cpu
 from kvpack.codecs.chain.quantizers.dead_zone.reference import MAX_SHIFT, magnitude_costs, thresholds
-from kvpack.codecs.chain.symbols import BUCKETS, LARGEST
+from kvpack.codecs.chain.symbols import ALPHABET, BUCKETS, LARGEST
 from kvpack.codecs.context import NO_HINTS, StackHints
 from kvpack.codecs.protocol import Hint, Need, Profile
-from kvpack.errors import MismatchError
+from kvpack.errors import FormatError, MismatchError
+
+FARTHEST = 1 << 20
+"""The largest magnitude of a column's scale, in 32nds of an octave. Sums of scales then stay within 32 bits."""
 
 MIDDLE = 16
 """Code of level 0; levels range from -16 to 15."""
@@ -64,6 +67,11 @@ class DeadZone(Quantizer):
         """Whether no token's level depends on its distance from the end."""
         return self.importance == 0
 
+    def require(self, part: Part) -> None:
+        """Check that the array has one row, as the transforms before make it."""
+        if part.shape[0] != 1:
+            raise FormatError(f"stage {self.name!r} takes one row, not {part.shape[0]}: the codec's stages do not fit")
+
     def planes(self, part: Part) -> list[PlaneSpec]:
         """Return the planes ``levels`` and ``shifts`` ``[1, T, 1]``, then ``coefficients`` ``[1, T, R]``."""
         rows, tokens, rank = part.shape
@@ -91,18 +99,21 @@ class DeadZone(Quantizer):
         return (self.log_step + 8 * levels).astype(np.int32)
 
     def _scales(self, levels: NDArray[np.int32], part: Part, shifts: NDArray[np.int32] | None = None) -> Scales:
-        columns, tables = part.array(f"{self.section}.columns"), part.array(f"{self.section}.tables")
-        if columns.shape != (part.shape[2],) or tables.ndim != 2 or (tables < 1).any():
-            raise MismatchError("the profile's scales are not for its own basis")
+        columns = part.integers(f"{self.section}.columns", part.shape[2], least=-FARTHEST, most=FARTHEST)
+        tables = self.tables(part)
         rows = self.rows(levels)
         return Scales(columns, rows if shifts is None else rows - 8 * shifts, tables)
 
     def centroids(self, part: Part) -> Floats:
         """Return the profile's centroids, ``[K, 4]``."""
-        centroids, tables = part.array(f"{self.section}.centroids"), part.array(f"{self.section}.tables")
-        if centroids.shape != (len(tables), 4):
-            raise MismatchError("the profile's centroids are not for its own tables")
-        return centroids
+        return part.floats(f"{self.section}.centroids", len(self.tables(part)), 4)
+
+    def tables(self, part: Part) -> NDArray[np.int32]:
+        """Return the profile's frequency tables, ``[K, 63]``. The entropy coder checks their sums."""
+        tables = part.integers(f"{self.section}.tables", None, ALPHABET, least=1, most=1 << 14)
+        if not len(tables):
+            raise MismatchError(f"the profile's section {self.section!r} has no frequency tables: calibrate again")
+        return tables
 
     def steps(self, levels: NDArray[np.int32]) -> Floats:
         """Return the step of each token as a float32 number, ``[T, 1]``."""
@@ -129,7 +140,7 @@ class DeadZone(Quantizer):
         levels, shifts = (plane.reshape(-1).astype(np.int32) for plane in codes[:2])
         levels -= MIDDLE
         scales, steps = self._scales(levels, part, shifts - MAX_SHIFT), self.steps(levels).reshape(-1)
-        out = np.empty(part.shape, np.float32)
+        out = np.zeros(part.shape, np.float32)
         cpu.restore(codes[2][0], steps, scales.columns, scales.rows, self.centroids(part), out[0])
         return out
 

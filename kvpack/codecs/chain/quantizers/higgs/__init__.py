@@ -73,7 +73,7 @@ class Higgs(Quantizer):
         pairs = pairs.reshape(*part.shape[:2], (dims + 1) // 2, 2)
         codes = []
         for rows, grid in self._split(pairs, part):
-            found = np.empty(rows.shape[:-1], np.uint8)
+            found = np.zeros(rows.shape[:-1], np.uint8)
             _nearest(rows.reshape(-1, 2), grid, found.reshape(-1))
             codes.append(found)
         return [*codes, *split(norm.view(np.uint16), "F16")]
@@ -97,9 +97,9 @@ class Higgs(Quantizer):
 
 
 def _grid(part: Part, bits: int) -> Floats:
-    grid = np.ascontiguousarray(part.array(f"higgs.{4**bits}"), np.float32)
-    if grid.shape != (4**bits, 2) or not np.isfinite(grid).all():
-        raise MismatchError(f"the profile's higgs.{4**bits} is not so many points of a plane")
+    grid = part.floats(f"higgs.{4**bits}", 4**bits, 2)
+    if not np.isfinite(grid).all():
+        raise MismatchError(f"the profile's higgs.{4**bits} has points that are not finite: calibrate again")
     return grid
 
 

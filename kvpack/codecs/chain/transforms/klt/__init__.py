@@ -31,9 +31,9 @@ class Klt(Transform):
     section: str
 
     def _arrays(self, part: Part) -> tuple[Floats, Floats]:
-        mean, basis = part.array(f"{self.section}.mean"), part.array(f"{self.section}.basis")
         size = part.shape[0] * part.shape[2]
-        if mean.shape != (size,) or basis.ndim != 2 or basis.shape[0] != size:
+        mean, basis = part.floats(f"{self.section}.mean", None), part.floats(f"{self.section}.basis", None, None)
+        if len(mean) != size or len(basis) != size:
             raise MismatchError(f"the profile is for {mean.size} elements a token, this cache has {size}")
         return mean, basis
 

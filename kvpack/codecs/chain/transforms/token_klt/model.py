@@ -15,6 +15,9 @@ from kvpack.errors import MismatchError
 from kvpack.numerics.jit import njit
 
 MAX_SINKS = 4
+MOST_LAYERS = 1 << 16
+"""A group's number is below this."""
+
 PLACES = 3
 LAGS = 3
 DECAYS = (0.6, 0.85, 0.96, 0.99)
@@ -262,7 +265,7 @@ def model_of(part: Part, section: str) -> TokenModel:
         MismatchError: There is no profile, it lacks the section, or the section's arrays do not fit together.
 
     """
-    part.array(f"{section}.mean")
+    part.floats(f"{section}.mean", None, None)
     given = part.context.profile
     assert given is not None
     with _lock:
@@ -276,27 +279,24 @@ def model_of(part: Part, section: str) -> TokenModel:
 
 
 def _load(part: Part, section: str) -> TokenModel:
-    def array(name: str) -> NDArray[np.float32]:
-        return part.array(f"{section}.{name}")
-
     def matrix(name: str) -> Floats:
         return unpack_matrix(part, f"{section}.{name}")
 
     mean, whiten, spread, basis, local = (
-        array("mean"),
+        part.floats(f"{section}.mean", None, None),
         matrix("whiten"),
-        array("spread"),
+        part.floats(f"{section}.spread", None),
         matrix("basis"),
         matrix("local"),
     )
     dims, size = whiten.shape[1], len(whiten)
     predictor = _predictor(part, section)
-    groups: NDArray[np.int32] = part.array(f"{section}.groups")
+    groups = part.integers(f"{section}.groups", None, least=0, most=MOST_LAYERS)
     count = len(groups)
     sound = (
-        size % dims == 0 and mean.ndim == 2 and 1 <= len(mean) <= 1 + MAX_SINKS and mean.shape[1] == size,
+        size % dims == 0 and 1 <= len(mean) <= 1 + MAX_SINKS and mean.shape[1] == size,
         spread.shape == (size,) and len(basis) == len(local) == size,
-        groups.ndim == 1 and count and size % (2 * count * dims) == 0,
+        count and size % (2 * count * dims) == 0,
     )
     if not all(sound) or groups[0] != 0 or not ((np.diff(groups) >= 0) & (np.diff(groups) <= 1)).all():
         raise _unfit(section)
@@ -305,17 +305,18 @@ def _load(part: Part, section: str) -> TokenModel:
     blocks = whiten.reshape(-1, dims, dims)
     synthesis = np.ascontiguousarray((basis * spread[:, None]).T)
     own = layer_group_basis(blocks, synthesis, local * spread[:, None], groups)
-    return TokenModel(part.array("rope.inv_freq"), mean, dual(blocks, synthesis), synthesis, own, predictor)
+    return TokenModel(part.floats("rope.inv_freq", None), mean, dual(blocks, synthesis), synthesis, own, predictor)
 
 
 def _predictor(part: Part, section: str) -> Predictor:
-    rows, order = unpack_matrix(part, f"{section}.table"), part.array(f"{section}.order")
-    if order.ndim != 1 or not len(order) or not 0 <= int(order.min()) <= int(order.max()) < len(rows):
-        raise MismatchError(f"the profile's section {section!r} orders tokens that its table does not have")
-    scale = part.array(f"{section}.scale")
+    rows = unpack_matrix(part, f"{section}.table")
+    order = part.integers(f"{section}.order", None, least=0, most=len(rows) - 1)
+    if not len(order):
+        raise MismatchError(f"the profile's section {section!r} orders no tokens")
+    scale = part.floats(f"{section}.scale", None)
     hidden, weights = (unpack_matrix(part, f"{section}.{name}") for name in ("hidden", "weights"))
     reach, rest = divmod(scale.size - PLACES - rows.shape[1], LAGS + len(DECAYS))
-    sound = scale.ndim == 1 and (scale > 0).all() and not rest and 0 < reach <= rows.shape[1]
+    sound = (scale > 0).all() and not rest and 0 < reach <= rows.shape[1]
     if not sound or len(hidden) != len(scale) or len(weights) != len(scale) + hidden.shape[1]:
         raise _unfit(section)
     return Predictor(rows[order], scale, hidden, weights)

@@ -29,8 +29,8 @@ class Unrope(Transform):
 
 
 def _frequencies(part: Part) -> Floats:
-    frequencies: Floats = part.array("rope.inv_freq")
-    if frequencies.ndim != 1 or 2 * len(frequencies) > part.shape[2]:
+    frequencies = part.floats("rope.inv_freq", None)
+    if 2 * len(frequencies) > part.shape[2]:
         raise MismatchError("the profile's rotary embedding is not this model's")
     return frequencies
 
