@@ -60,6 +60,8 @@ class Rans(EntropyCoder):
 def _encode(codes: Codes, spec: PlaneSpec) -> bytes | None:
     heads, _, dims = spec.shape
     codes = np.ascontiguousarray(codes, spec.code_dtype)
+    if spec.width < 8 * codes.itemsize and int(codes.max()) >> spec.width:
+        raise ValueError(f"codes of plane {spec.name!r} take more than {spec.width} bits")
     counts = np.zeros((heads, dims, 1 << spec.width), np.int32)
     totals = np.zeros(1 << spec.width, np.int64)
     cpu.histogram(codes, counts, totals)
@@ -108,15 +110,19 @@ def _decode(data: memoryview, spec: PlaneSpec) -> Codes:
     levels = fields.codes(count * alphabet, 6).reshape(count, alphabet)
     assigned = fields.codes(channels, last_table.bit_length())
     lengths = fields.codes(groups, spread) + shortest
-    if fields.rest() or lengths.sum() != used or (assigned >= count).any() or (np.diff(symbols) <= 0).any():
+    if fields.rest() or int(lengths.sum()) != used or (assigned >= count).any() or (np.diff(symbols) <= 0).any():
         raise CorruptError("rans stream: lengths, tables or symbols out of range")
     try:
         slots, entries = cpu.decode_tables(tables.frequencies(levels), symbols)
     except ValueError as error:
         raise CorruptError(f"rans stream: {error}") from None
+    if alphabet == 1:  # a symbol of frequency 1 changes no state and takes no word
+        if used or (states != 1 << 15).any():
+            raise CorruptError("rans stream: a group does not end where it must")
+        return np.broadcast_to(symbols.astype(spec.code_dtype), spec.shape)
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    padded = np.concatenate([words, np.zeros(GROUP * per_lane * spec.shape[1] + 1, np.uint16)])
-    codes = np.empty(spec.shape, spec.code_dtype)
+    padded = np.concatenate([words, np.zeros(cpu.PADDING, np.uint16)])
+    codes = np.zeros(spec.shape, spec.code_dtype)
     if not cpu.decode(codes, per_lane, assigned, slots, entries, padded, starts, states.astype(np.uint32)):
         raise CorruptError("rans stream: a group does not end where it must")
     return codes

@@ -18,6 +18,10 @@ from kvpack.codecs.chain.entropy.rans.tables import starts_of
 from kvpack.numerics.jit import njit
 
 Array = NDArray[Any]
+
+PADDING = 33
+"""Words that must be readable behind those of a stream: each of 32 lanes reads one a step, whether it uses it or not."""
+
 _SHIFT = np.array([max(f - 1, 0).bit_length() for f in range(4097)])
 
 
@@ -96,14 +100,15 @@ def encode(codes: Array, per_lane: int, tables: Array, entries: Array,
            words: Array, lengths: Array, states: Array) -> int:  # fmt: skip
     """Encode ``codes`` ``[H, T, D]`` into ``words``, ``lengths`` ``[G]`` and ``states`` ``[N]``.
 
-    ``words`` has room for one word per symbol. Returns the number of words.
+    ``words`` has room for one word per symbol. Codes are below the width of ``entries`` ``[K, 2**width]``, and
+    ``tables`` ``[H * D]`` below K. Returns the number of words.
     """
     heads, tokens, dims = codes.shape
     channels = heads * dims
     flat = codes.reshape(-1)
     flat_entries, width = entries.reshape(-1), uint64(entries.shape[1])
     places, table, x = np.zeros(32, np.uint64), np.zeros(32, np.uint64), np.zeros(32, np.uint64)
-    scratch = np.empty(32 * per_lane * tokens + 1, np.uint16)
+    scratch = np.empty(min(32 * per_lane, channels) * tokens + 1, np.uint16)
     used = 0
     for group in range(lengths.size):
         x[:] = 1 << 15
@@ -146,8 +151,9 @@ def decode(codes: Array, per_lane: int, tables: Array, slots: Array, entries: Ar
     """Decode into ``codes`` ``[H, T, D]``; return False if a group does not end correctly.
 
     A group must use exactly its words and end in the initial states. ``slots`` and ``entries`` come from
-    :func:`decode_tables`. ``starts`` ``[G + 1]`` is where each group's words begin. ``words`` is padded by one word
-    for each symbol of a group, so that no read goes beyond it.
+    :func:`decode_tables`, and ``tables`` ``[H * D]`` are below their number. ``starts`` ``[G + 1]``, ascending, is where
+    each group's words begin. ``words`` is padded by :data:`PADDING` words: a step of all lanes reads at most that many,
+    and none begins behind the group's end, so that no read goes beyond them.
     """
     heads, tokens, dims = codes.shape
     channels = heads * dims
@@ -157,7 +163,7 @@ def decode(codes: Array, per_lane: int, tables: Array, slots: Array, entries: Ar
     for group in range(starts.size - 1):
         live = min(32, channels - group * per_lane * 32)
         x[:live] = states[group * 32 : group * 32 + live]
-        at = uint64(starts[group])
+        at, end = uint64(starts[group]), uint64(starts[group + 1])
         for row in range(per_lane):
             first = (group * per_lane + row) * 32
             count = max(0, min(32, channels - first))
@@ -166,12 +172,14 @@ def decode(codes: Array, per_lane: int, tables: Array, slots: Array, entries: Ar
                 slot_table[i] = uint64(tables[first + i]) * uint64(slots.shape[1])
                 entry_table[i] = uint64(tables[first + i]) * uint64(entries.shape[1])
             for t in range(0, tokens * dims, dims):
+                if at > end:
+                    return False
                 for i in range(count):
                     lane = uint64(i)  # It is unsigned, because numba checks signed indices.
                     code, x[lane], at = _get(
                         x[lane], flat_slots, slot_table[lane], flat_entries, entry_table[lane], words, at
                     )
                     flat[places[lane] + uint64(t)] = code
-        if at != uint64(starts[group + 1]) or (x[:live] != uint32(1 << 15)).any():
+        if at != end or (x[:live] != uint32(1 << 15)).any():
             return False
     return True

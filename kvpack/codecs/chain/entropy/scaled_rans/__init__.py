@@ -69,15 +69,14 @@ class ScaledRans(EntropyCoder):
         lengths = np.frombuffer(data, "<u4", groups, _HEAD.size)
         states = np.frombuffer(data, "<u4", groups * GROUP, _HEAD.size + 4 * groups).reshape(groups, GROUP)
         at = _HEAD.size + 4 * groups * (1 + GROUP)
-        words = np.frombuffer(data, "<u2", body // 2, at)
+        words = np.frombuffer(data, "<u2", body // 2, at).copy()  # aligned, as compiled code wants it
         ends = np.cumsum(lengths, dtype=np.int64)
         if ends[-1] != len(words):
             raise CorruptError("scaled_rans stream: lengths out of range")
-        coded = np.empty(spec.size, np.uint8)
+        coded = np.zeros(spec.size, np.uint8)
         starts = np.cumsum(scales.tables, 1) - scales.tables
         arrays = (scales.columns, scales.rows, scales.tables, starts, cpu.slots(scales.tables))
-        padded = np.concatenate([words, np.zeros(min(span, spec.size) + 1, np.uint16)])
-        if not cpu.decode(coded, *arrays, span, padded, ends, states.astype(np.uint32)):
+        if not cpu.decode(coded, *arrays, span, words, ends, states.astype(np.uint32)):
             raise CorruptError("scaled_rans stream: a group does not end where it must")
         long, widths = symbols.raw_widths(coded)
         raw = _unpack_raw(data[at + body :], widths)
@@ -133,10 +132,10 @@ def _unpack_raw(data: memoryview, widths: Array) -> Array:
     total = int(widths.sum())
     if len(data) != packed_size(total, 1):
         raise CorruptError("scaled_rans stream: raw bits are missing or too many")
-    bits = unpack(data, total, 1).astype(np.int64) if total else np.zeros(0, np.int64)
+    bits = unpack(data, total, 1)
     starts = np.cumsum(widths) - widths
     values = np.zeros(len(widths), np.int64)
     for bit in range(int(widths.max(initial=0))):
         has = widths > bit
-        values[has] |= bits[starts[has] + bit] << bit
+        values[has] |= bits[starts[has] + bit].astype(np.int64) << bit
     return values

@@ -78,15 +78,16 @@ def decode(symbols: Array, columns: Array, rows: Array, frequencies: Array, star
            words: Array, ends: Array, states: Array) -> bool:  # fmt: skip
     """Decode into ``symbols`` ``[T * D]``; return False if a group does not end correctly.
 
-    A group must use exactly its words and end in the initial states. The words of group g end before ``ends[g]``.
-    ``words`` is padded by one word for each symbol of a group, so that no read goes beyond it.
+    A group must use exactly its words and end in the initial states. The words of group g end before ``ends[g]``,
+    which ascend to the number of ``words`` at most. ``columns`` ``[D]`` and ``rows`` ``[T]`` are int32, and ``table``
+    comes from :func:`slots`.
     """
     dims, top, start = len(columns), len(frequencies) - 1, 0
     x = np.empty(GROUP, np.uint32)
     for group in range(len(ends)):
         first, last = group * span, min((group + 1) * span, len(symbols))
         x[:] = states[group]
-        word = start
+        word, end = start, ends[group]
         row, column = first // dims, first % dims
         for at in range(first, last):
             lane = (at - first) & (GROUP - 1)
@@ -96,6 +97,8 @@ def decode(symbols: Array, columns: Array, rows: Array, frequencies: Array, star
             symbol = table[k, slot]
             state = uint32(frequencies[k, symbol]) * (state >> uint32(PRECISION)) + slot - uint32(starts[k, symbol])
             if state < uint32(1 << 16):
+                if word >= end:
+                    return False
                 state = (state << uint32(16)) | uint32(words[word])
                 word += 1
             x[lane] = state
@@ -103,10 +106,10 @@ def decode(symbols: Array, columns: Array, rows: Array, frequencies: Array, star
             column += 1
             if column == dims:
                 column, row = 0, row + 1
-        if word != ends[group]:
+        if word != end:
             return False
         for lane in range(GROUP):
             if x[lane] != uint32(1 << 16):
                 return False
-        start = ends[group]
+        start = end
     return True
