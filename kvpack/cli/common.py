@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
 
 import typer
 
+from kvpack.cache.untrusted import printable
 from kvpack.errors import UsageError, naming
 from kvpack.formats.output import atomic_output
 
@@ -38,6 +40,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print results as JSON, with 
 Threads = Annotated[
     int | None,
     typer.Option("--threads", min=1, help="Number of threads (default: all processors).", show_default=False),
+]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        "--memlimit",
+        help="Most memory that decoding may take, e.g. 512M or 2G (default: half of the machine's).",
+        show_default=False,
+        metavar="SIZE",
+    ),
 ]
 
 
@@ -110,6 +121,28 @@ def attach_model(
             model = replay_model(file.metadata, source, device)
         model.progress = progress
         file.model = model
+
+
+def parse_size(text: str | None) -> int | None:
+    """Return the bytes that a size stands for: ``512M`` is 512 * 2**20. The letters are K, M, G and T.
+
+    Raises:
+        UsageError: The text is not such a size.
+
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]{1,12})([KMGT]?)(iB|B)?", text.strip(), re.IGNORECASE)
+    if found is None or not int(found[1]):
+        raise UsageError(f"--memlimit takes a size like 512M or 2G, not {printable(text)}")
+    return int(int(found[1]) << 10 * " KMGT".index(found[2].upper() or " "))
+
+
+def limit_memory(file: KvpFile, limit: str | None) -> None:
+    """Set the most memory that decoding ``file`` may take, if the user gave a limit."""
+    given = parse_size(limit)
+    if given is not None:
+        file.memlimit = given
 
 
 def open_profile(path: Path | None) -> Profile | None:
@@ -214,9 +247,9 @@ def progress_bar(title: str, quiet: bool) -> Iterator[Callable[[int, int], None]
 
 
 def say(message: str, *, quiet: bool = False, to_stderr: bool = False) -> None:
-    """Print a result line on stdout, or a remark on stderr."""
+    """Print a result line on stdout, or a remark on stderr, with control characters escaped."""
     if not quiet:
-        typer.echo(message, err=to_stderr)
+        typer.echo(printable(message), err=to_stderr)
 
 
 def print_json(document: Any) -> None:

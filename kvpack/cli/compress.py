@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvpack.cli import common
-from kvpack.errors import FormatError, KvpackError, UsageError, naming
-from kvpack.formats.output import check_output
+from kvpack.errors import KvpackError, UsageError, naming
+from kvpack.formats.output import check_output, sync_folder
 
 if TYPE_CHECKING:
     from kvpack.capture import ReplayModel
@@ -98,6 +98,10 @@ def compress(
     force: common.Force = False,
     keep: common.Keep = False,
     remove: common.Remove = False,
+    lossy_ok: Annotated[
+        bool,
+        typer.Option("--lossy-ok", help="With --rm: delete inputs though the output is lossy or leaves tensors out."),
+    ] = False,
     threads: common.Threads = None,
     device: common.Gpu = "auto",
     quiet: common.Quiet = False,
@@ -126,6 +130,10 @@ def compress(
     elif model is not None or token_coder is not TokenCoder.FAST:
         raise UsageError("--model and --token-coder are for the codec replay: -c replay")
     patterns = [*(drop or []), *(PROBES if drop_probes else ())]
+    if remove and not lossy_ok and (patterns or goal is not None or not named.lossless):
+        raise UsageError("--rm would delete what the output does not hold: give --lossy-ok too, or keep the input")
+    if lossy_ok and not remove:
+        raise UsageError("--lossy-ok goes with --rm")
     rows = []
     with ExitStack() as stack:
         files = [_File(path, stack.enter_context(common.readable(path)), _target(path, output)) for path in inputs]
@@ -137,7 +145,7 @@ def compress(
         for file, write in zip(files, compress_many(jobs, engine), strict=True):
             rows.append(_written(file, write, models, force, quiet))
             if remove:
-                _remove_verified(file.path, file.target, opened, engine)
+                _remove_verified(file, opened, engine, lossy_ok)
             if not as_json:
                 _report(rows[-1], quiet, verbose, to_stderr=file.target == common.STDIO)
     if as_json:
@@ -280,11 +288,17 @@ def _surprised(row: dict[str, Any]) -> str:
     )
 
 
-def _remove_verified(path: Path, target: Path, profile: Profile | None, engine: Engine) -> None:
+def _remove_verified(file: _File, profile: Profile | None, engine: Engine, lossy_ok: bool) -> None:
+    """Delete an input after its output was decompressed as ``kvpack decompress`` does it, and compared with it."""
     from kvpack import jobs
 
     try:
-        jobs.check(jobs.KvpFile.open(target, profile), engine=engine)
-    except FormatError as error:
-        raise KvpackError(f"{path}: kept, because what was written does not verify ({error})") from None
-    path.unlink()
+        written = jobs.KvpFile.open(file.target, profile)
+        exact = written.lossless and not written.container.header.dropped
+        if not (exact or lossy_ok):
+            raise KvpackError("it is not the whole original")
+        jobs.require_restorable(written, file.path if exact else None, engine)
+    except KvpackError as error:
+        raise KvpackError(f"{file.path}: kept, because what was written does not restore it ({error})") from None
+    sync_folder(file.target)
+    file.path.unlink()

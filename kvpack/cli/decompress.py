@@ -36,6 +36,7 @@ def decompress(
     keep: common.Keep = False,
     remove: common.Remove = False,
     threads: common.Threads = None,
+    memlimit: common.MemoryLimit = None,
     device: common.Gpu = "auto",
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
@@ -53,7 +54,7 @@ def decompress(
         target = _target(path, output, partial, test)
         if target is not None:
             common.check_distinct(path, target)
-        settings = _Settings(opened, model, approximate, remove, threads, device)
+        settings = _Settings(opened, model, approximate, remove, threads, memlimit, device)
         rows.append(_decompress_one(path, target, settings, chosen, force, quiet))
         row = rows[-1]
         if remove:
@@ -95,6 +96,7 @@ class _Settings:
     approximate: bool
     remove: bool
     threads: int | None
+    memlimit: str | None
     device: str
 
 
@@ -122,6 +124,7 @@ def _decompress_one(
         file = jobs.KvpFile.open(source, settings.profile, str(path), approximate=settings.approximate)
         if settings.remove and file.needs_model:
             raise UsageError(f"{path}: --rm is refused with replay: only some machines can make this file again")
+        common.limit_memory(file, settings.memlimit)
         common.attach_model(file, settings.model, settings.device, progress)
         exact = all(codec.lossless for codec in file.codecs)
         engine = common.engine(settings.device, [source], settings.threads, quiet, exact=exact)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvpack.cache.untrusted import printable
 from kvpack.cli import common
 
 if TYPE_CHECKING:
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
     from kvpack.kvp.inspection import Inspection
 
+
+WIDEST = 48
+"""The most characters that the column of names takes. Longer names are not cut, but others are not padded to them."""
 
 LONGEST_SETTING = 24
 """The most characters of a codec's setting that are shown."""
@@ -36,13 +40,14 @@ def inspect(
         common.print_json({"schema_version": 1, "files": [report.to_json() for report in reports]})
         return
     from rich.console import Console
+    from rich.text import Text
 
     console = Console(highlight=False)
     for report in reports:
         facts = _facts(report)
-        width = max(16, *(len(name) + 1 for name, _ in facts))
+        width = min(max(16, *(len(name) + 1 for name, _ in facts)), WIDEST)
         for name, value in facts:
-            console.print(f"[bold]{name:<{width}}[/bold]{value}", soft_wrap=True)
+            console.print(Text.assemble((f"{name:<{width}}", "bold"), value), soft_wrap=True)
         if report.streams:
             console.print(_streams_table(report))
         if verbose or len(report.layers) <= 4:
@@ -77,7 +82,7 @@ def _facts(report: Inspection) -> list[tuple[str, str]]:
         facts.append(("dropped", f"{len(report.dropped)} tensors: {', '.join(report.dropped[:4])}"))
     if report.carried_losslessly:
         facts.append(("carried", f"{len(report.carried_losslessly)} parts losslessly"))
-    return [(name, value.replace("[", r"\[")) for name, value in facts]
+    return [(printable(name), printable(value)) for name, value in facts]
 
 
 def _price(report: Inspection) -> str:
@@ -115,10 +120,12 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _streams_table(report: Inspection) -> Table:
+    from rich.text import Text
+
     table = _table("where the bytes went", "stream", "bytes", "share")
     rows = {**report.streams, "(header)": report.header, "(index, footer)": report.index}
     for name, size in rows.items():
-        table.add_row(name, f"{size:,}", f"{100 * size / report.size:.2f} %")
+        table.add_row(Text(printable(name)), f"{size:,}", f"{100 * size / report.size:.2f} %")
     return table
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from kvpack import __version__
+from kvpack.cache.untrusted import printable
 from kvpack.cli.bench import bench
 from kvpack.cli.calibrate import calibrate
 from kvpack.cli.capture import capture
@@ -70,7 +71,7 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    sys.stderr.write(f"kvpack: {' '.join(message.split())}\n")
+    sys.stderr.write(f"kvpack: {printable(' '.join(message.split()))}\n")
     sys.exit(code)
 
 

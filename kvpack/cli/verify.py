@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvpack.cache.untrusted import printable
 from kvpack.cli import common
 from kvpack.errors import MismatchError, QualityError, UsageError
 
@@ -47,6 +48,7 @@ def verify(
     dtype: common.Dtype = "auto",
     device: common.Device = "auto",
     profile: common.ProfileFile = None,
+    memlimit: common.MemoryLimit = None,
     replay_model: Annotated[
         str | None,
         typer.Option(
@@ -74,6 +76,7 @@ def verify(
     reference = Capture.open(original)
     other = open_cache(file, common.open_profile(profile))
     if isinstance(other, KvpFile):
+        common.limit_memory(other, memlimit)
         stranger = next(differing_parts(other, reference), None)
         if stranger is not None:
             raise MismatchError(f"{file}: was not made from {original} ({stranger} differs)")
@@ -117,9 +120,9 @@ def _print(report: Report) -> None:
     extras = report.extras
     for what, names in (("differs", extras.differ), ("missing", extras.missing), ("added", extras.added)):
         for name in names:
-            console.print(f"{what}: {name}", markup=False)
+            console.print(printable(f"{what}: {name}"), markup=False, emoji=False)
     for note in report.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(printable(f"note: {note}"), markup=False, emoji=False)
 
 
 def _print_model(report: ModelReport) -> None:
@@ -142,7 +145,7 @@ def _print_model(report: ModelReport) -> None:
         found, original = (sum(values) for values in zip(*((n.found, n.original) for n in report.needles), strict=True))
         console.print(f"needles found: {found} of {len(report.needles)} (original cache: {original})")
     for note in report.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(printable(f"note: {note}"), markup=False, emoji=False)
 
 
 def _cells(part: Reconstruction) -> list[str]:

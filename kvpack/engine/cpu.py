@@ -21,6 +21,9 @@ from kvpack.numerics.floats import Bits
 BUDGET = 96 << 20
 """The most bytes of blocks that may be in work or wait for their turn, beyond one block for each thread."""
 
+BLOCK = 4 << 20
+"""A block for each thread counts for this many bytes. Of larger ones no more than two are in work beyond the budget."""
+
 MAX_AHEAD = 4
 """The most tasks for each thread that may be in work or wait for their turn."""
 
@@ -54,7 +57,10 @@ class CpuEngine:
                     future.cancel()
 
     def _full(self, count: int, held: int) -> bool:
-        return count >= self.threads and (held > self.budget or count >= MAX_AHEAD * self.threads)
+        """Return whether to wait for a result, with ``count`` tasks under way and ``held`` bytes if one is added."""
+        if count >= self.threads:
+            return held > self.budget or count >= MAX_AHEAD * self.threads
+        return count >= 2 and held > self.budget + self.threads * BLOCK
 
 
 def run_task(task: Task) -> Done:

@@ -54,6 +54,20 @@ def atomic_output(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
         raise
 
 
+def sync_folder(path: Path) -> None:
+    """Write the entry of the file ``path`` in its folder to the disk, so that it is there after a loss of power."""
+    try:
+        handle = os.open(path.parent, os.O_RDONLY)
+    except OSError:  # Folders cannot be opened on this system.
+        return
+    try:
+        os.fsync(handle)
+    except OSError:  # The file system does not know this.
+        pass
+    finally:
+        os.close(handle)
+
+
 def _create_beside(path: Path) -> tuple[int, Path]:
     """Create an empty file with an unused name in the directory of ``path``, and open it for writing.
 

@@ -10,6 +10,7 @@ from typing import BinaryIO
 import numpy as np
 
 from kvpack.cache import PartSpec
+from kvpack.errors import FormatError
 from kvpack.formats.captures import layer_of
 from kvpack.formats.safetensors import Header
 from kvpack.numerics.floats import Bits
@@ -40,11 +41,20 @@ class SafetensorsSink:
         self._descriptor = _descriptor_of(output)
 
     def write(self, part: PartSpec, bits: Bits) -> int:
-        """Write the rows of a part ``[H, T, D]`` that belong to the file, and return their size in bytes."""
+        """Write the rows of a part ``[H, T, D]`` that belong to the file, and return their size in bytes.
+
+        Raises:
+            FormatError: The array is not of the part's size, so that the file would be left with holes.
+
+        """
         entry = self._entries[part.tensor.name]
         if layer_of(entry) is None:
+            if bits.nbytes != entry.nbytes:
+                raise FormatError(f"{entry.name}: decodes to {bits.nbytes} bytes, not {entry.nbytes}")
             self._write_at(entry.start, bits)
             return bits.nbytes
+        if bits.shape != part.shape or bits.itemsize != entry.itemsize:
+            raise FormatError(f"{part.label}: decodes to {bits.itemsize} bytes times {list(bits.shape)}")
         rows = entry.shape[1]
         first = max(part.first, self._start)
         bits = bits[:, first - part.first : self._start + rows - part.first]

@@ -3,6 +3,7 @@
 from kvpack.jobs.compression import PROBES, Compressed, CompressJob, Write, compress, compress_many, prepare
 from kvpack.jobs.decompression import Selection, check, decoded, decompress, differing_parts
 from kvpack.jobs.reader import KvpFile, open_cache
+from kvpack.jobs.restoring import require_restorable
 
 __all__ = [
     "PROBES",
@@ -19,4 +20,5 @@ __all__ = [
     "differing_parts",
     "open_cache",
     "prepare",
+    "require_restorable",
 ]

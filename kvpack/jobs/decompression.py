@@ -75,7 +75,8 @@ def decompress(
     of the selected layers and the tensor ``tokens`` are written, cut to the range.
 
     A seekable output is written window by window. A pipe is written tensor by tensor. If the codec codes all layers
-    together, decoded data then waits in a temporary file of the capture's size (``kvpack-spool-*``).
+    together, or a tensor would take more memory than the file's ``memlimit``, decoded data then waits in a temporary
+    file of the capture's size (``kvpack-spool-*``).
 
     Raises:
         UsageError: The selection reaches outside the cache.
@@ -89,7 +90,7 @@ def decompress(
         work = _Work(file, chosen, engine or CpuEngine(), progress)
         if output.seekable() and "a" not in str(getattr(output, "mode", "")):  # what is appended has no position
             work.by_position(output)
-        elif file.by_tensor:
+        elif file.by_tensor and 2 * max((entry.nbytes for entry in work.header.tensors), default=0) <= file.memlimit:
             work.by_tensor(output)
         else:
             with tempfile.TemporaryFile(prefix="kvpack-spool-") as spool:

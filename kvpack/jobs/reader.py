@@ -17,6 +17,7 @@ from kvpack.codecs.protocol import Codec, Need, Scope
 from kvpack.codecs.registry import codec_from_json
 from kvpack.codecs.replay import ReplayCodec
 from kvpack.engine import CpuEngine, DecodeTask, Engine, InTurn, Room, Ticket
+from kvpack.engine.memory import default_limit, require_memory
 from kvpack.errors import CorruptError, FormatError, MismatchError, naming
 from kvpack.formats.records import preceded, token_ids
 from kvpack.formats.safetensors import TensorSpec
@@ -69,6 +70,8 @@ class KvpFile:
         """
         self.container, self.profile, self.name, self.before = container, profile, name, before
         self.model, self._approximate = model, approximate
+        self.memlimit = default_limit()
+        """The most bytes of memory that decoding a block may take."""
         self.codecs: list[Codec] = [codec_from_json(document) for document in container.header.codecs]
         for entry in container.parts:
             if not self.codecs[entry.codec].takes(entry.spec.tensor):
@@ -200,6 +203,7 @@ class KvpFile:
 
     def _task(self, ticket: Ticket, block: Frame, room: Callable[[WindowSpec], Room] | None) -> DecodeTask:
         codec = self.codecs[block.parts[0].codec]
+        require_memory(block.spec, codec, self.memlimit)
         context = DecodeContext(tokens=self._context.tokens if self._context else None, model=self.model)
         if block.spec.layered and codec.traits.needs:
             if Need.PROFILE in codec.traits.needs and self.profile is None:

@@ -20,7 +20,7 @@ from kvpack.numerics.jit import njit
 Array = NDArray[Any]
 
 PADDING = 33
-"""Words that must be readable behind those of a stream: each of 32 lanes reads one a step, whether it uses it or not."""
+"""Words that must be readable behind those of a stream: each of 32 lanes reads one a step, even if it uses none."""
 
 _SHIFT = np.array([max(f - 1, 0).bit_length() for f in range(4097)])
 
@@ -151,9 +151,9 @@ def decode(codes: Array, per_lane: int, tables: Array, slots: Array, entries: Ar
     """Decode into ``codes`` ``[H, T, D]``; return False if a group does not end correctly.
 
     A group must use exactly its words and end in the initial states. ``slots`` and ``entries`` come from
-    :func:`decode_tables`, and ``tables`` ``[H * D]`` are below their number. ``starts`` ``[G + 1]``, ascending, is where
-    each group's words begin. ``words`` is padded by :data:`PADDING` words: a step of all lanes reads at most that many,
-    and none begins behind the group's end, so that no read goes beyond them.
+    :func:`decode_tables`, and ``tables`` ``[H * D]`` are below their number. ``starts`` ``[G + 1]``, ascending, is
+    where each group's words begin. ``words`` is padded by :data:`PADDING` words: a step of all lanes reads at most that
+    many, and no step begins behind the group's end, so that no read goes beyond them.
     """
     heads, tokens, dims = codes.shape
     channels = heads * dims

@@ -1,0 +1,68 @@
+"""Find out whether a ``.kvp`` file gives its original back, by the very path that decompresses it."""
+
+from __future__ import annotations
+
+import io
+import mmap
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from kvpack.engine import Engine
+from kvpack.errors import KvpackError
+from kvpack.jobs.decompression import decompress
+from kvpack.jobs.reader import KvpFile
+
+
+class _Comparison(io.RawIOBase):
+    """An output that keeps nothing. It compares what is written with the same place of ``original``, if there is one.
+
+    ``written`` is the number of bytes written, ``end`` the position behind the last one.
+    """
+
+    def __init__(self, original: memoryview | None) -> None:
+        self._original = original
+        self._at = self.written = self.end = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset
+        return offset
+
+    def write(self, data: Any) -> int:
+        piece = memoryview(data).cast("B")
+        stop = self._at + len(piece)
+        if self._original is not None and self._original[self._at : stop] != piece:
+            raise KvpackError(f"decompressing it gives other bytes than the original's {self._at} to {stop}")
+        self._at, self.written, self.end = stop, self.written + len(piece), max(self.end, stop)
+        return len(piece)
+
+
+def require_restorable(file: KvpFile, original: Path | None, engine: Engine) -> None:
+    """Decompress ``file`` without storing it, and compare the result with the bytes of ``original``.
+
+    ``original`` is None if the file cannot give it back bit for bit, because its codec is lossy or tensors were left
+    out. Then everything is decoded and checked, and only the size of the result is compared with what its header says.
+
+    Raises:
+        KvpackError: The result is not the original, or the file cannot be decompressed.
+
+    """
+    with memoryview(b"") if original is None else _mapped(original) as view:
+        comparison = _Comparison(None if original is None else view)
+        decompress(file, cast(BinaryIO, comparison), engine=engine)
+        expected = file.container.source.file_size if original is None else len(view)
+        if not comparison.written == comparison.end == expected:
+            raise KvpackError(f"decompressing it gives {comparison.written} bytes, not {expected}")
+
+
+def _mapped(path: Path) -> memoryview:
+    with path.open("rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
