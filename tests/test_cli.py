@@ -121,7 +121,7 @@ def test_rm_only_after_verification(cli: Cli, small: Path, monkeypatch: pytest.M
         raise CorruptError("corrupt")
 
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, "check", broken)
+        patch.setattr(jobs, "require_restorable", broken)
         assert cli("compress", "--rm", small).code == 1
         assert small.exists()
     assert cli("compress", "-f", "--rm", small).code == 0

@@ -13,6 +13,7 @@ from kvpack.cache import PartSpec
 from kvpack.errors import FormatError
 from kvpack.formats.captures import layer_of
 from kvpack.formats.safetensors import Header
+from kvpack.numerics.checksum import PIECE
 from kvpack.numerics.floats import Bits
 
 WRITERS = 4
@@ -94,10 +95,13 @@ class SafetensorsSink:
 
 
 def _write_all(descriptor: int, position: int, bits: Bits) -> None:
-    data = as_bytes(bits)
-    while data:
-        written = os.pwrite(descriptor, data, position)
-        data, position = data[written:], position + written
+    flat = bits.reshape(-1)
+    step = PIECE // bits.itemsize if flat.size and flat.strides[0] == 0 else max(flat.size, 1)
+    for at in range(0, flat.size, step):  # an element that is repeated has no memory of the array's size
+        data = as_bytes(flat[at : at + step])
+        while data:
+            written = os.pwrite(descriptor, data, position)
+            data, position = data[written:], position + written
 
 
 def _descriptor_of(output: BinaryIO) -> int | None:

@@ -238,7 +238,7 @@ class KvpFile:
 
         for part, bits in self._decoded(wanted):
             if not layered:
-                out = bits.reshape(entry.shape)
+                out = np.require(bits.reshape(entry.shape), requirements=["C", "W"])
                 continue
             first, last = max(part.first, start), min(part.first + part.tokens, stop)
             out[:, first - start : last - start] = bits[:, first - part.first : last - part.first]

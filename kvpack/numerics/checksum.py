@@ -19,9 +19,20 @@ from numpy.typing import NDArray
 
 from kvpack.numerics.jit import njit
 
+PIECE = 1 << 20
+"""Bytes of an array without memory of its own that are written out at a time."""
+
 
 def checksum(data: bytes | memoryview | NDArray[Any]) -> int:
-    """Return the checksum of bytes, or of a contiguous array's little-endian bytes, as an integer below 2**64."""
+    """Return the checksum of bytes, or of an array's little-endian bytes in row-major order, below 2**64.
+
+    An array that repeats one element (``np.broadcast_to``) takes no memory, however long it is.
+    """
+    if isinstance(data, np.ndarray):
+        flat = data.reshape(-1)
+        if flat.size and flat.strides[0] == 0 and flat.nbytes > PIECE:
+            return _repeated(flat)
+        data = np.ascontiguousarray(flat)
     octets = np.frombuffer(data, np.uint8) if not isinstance(data, np.ndarray) else data.reshape(-1).view(np.uint8)
     whole = len(octets) // 8 * 8
     words = octets[:whole]
@@ -33,6 +44,17 @@ def checksum(data: bytes | memoryview | NDArray[Any]) -> int:
     if whole < len(octets):
         total += int(_sum(tail.view(np.uint64), whole // 8))
     return (total + len(octets)) % (1 << 64)
+
+
+def _repeated(flat: NDArray[Any]) -> int:
+    """Return the checksum of an array whose elements are all the same, piece by piece."""
+    total, step = flat.nbytes, PIECE // flat.itemsize
+    for at in range(0, flat.size, step):
+        octets = np.ascontiguousarray(flat[at : at + step]).view(np.uint8)
+        words = np.zeros(-(-octets.size // 8), np.uint64)
+        words.view(np.uint8)[: octets.size] = octets
+        total += int(_sum(words, at * flat.itemsize // 8))
+    return total % (1 << 64)
 
 
 @njit

@@ -37,6 +37,9 @@ def join(codes: list[Codes], dtype: str) -> Codes:
     """Undo :func:`split`; may overwrite the first of ``codes``."""
     unsigned = UINT[dtype]
     high, low = codes
+    if high.size and not any(high.strides) and not any(low.strides):  # each repeats one code, and takes no memory
+        one = (unsigned(high.flat[0]) << unsigned(FLOAT_BITS[dtype][1])) | unsigned(low.flat[0])
+        return np.broadcast_to(one, high.shape)
     bits: Codes = high.astype(unsigned, copy=not high.flags.writeable)  # Decoded planes may be overwritten.
     bits <<= unsigned(FLOAT_BITS[dtype][1])
     bits |= low
