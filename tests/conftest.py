@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,11 @@ SMALL = FIXTURES / "smollm2-160.safetensors"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give property tests more examples in the long run, before any test module is imported."""
+    """Give property tests more examples in the long run, before any test module is imported.
+
+    Tests run on two processes, so each computes models on one thread.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if config.option.markexpr == "long":
         settings.load_profile("long")
 

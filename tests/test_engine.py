@@ -99,7 +99,9 @@ def test_work_that_is_given_up_ends() -> None:
     assert threading.active_count() <= before
 
 
-@pytest.mark.parametrize("options", [("--ratio", 4), ("-c", "turboquant-3", "--rm", "--lossy-ok")], ids=["trials", "rm"])
+@pytest.mark.parametrize(
+    "options", [("--ratio", 4), ("-c", "turboquant-3", "--rm", "--lossy-ok")], ids=["trials", "rm"]
+)
 def test_the_threads_asked_for_are_those_that_work(
     cli: Cli, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[object, ...]
 ) -> None:
