@@ -89,6 +89,7 @@ def test_an_array_of_another_rank_or_dtype(
         both_ways({**sound(), name: changed}, codec, capture, tmp_path / "changed.kvprofile")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "codec"), taken(), ids=[name for name, _ in taken()])
 def test_an_array_that_is_longer_shorter_or_empty(name: str, codec: str, capture: Capture, tmp_path: Path) -> None:
     """It is refused, or it is another sound profile: nothing is read behind its end, and nothing is a bug."""
@@ -115,6 +116,7 @@ def test_integers_out_of_range(data: st.DataObject, tmp_path_factory: pytest.Tem
     never_a_bug({**sound(), name: changed}, codec, source, folder / "changed.kvprofile")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38, -3e38, 0.0])
 @pytest.mark.parametrize(("name", "codec"), [p for p in taken() if sound()[p[0]].dtype == np.float32], ids=str)
 def test_floats_of_any_value(name: str, codec: str, value: float, capture: Capture, tmp_path: Path) -> None:
