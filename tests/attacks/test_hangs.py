@@ -1,0 +1,39 @@
+"""Small files that make a command loop: over axes of empty tensors, over pairs of tensors, over windows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from forge import entry, run, safetensors
+
+MOST_SECONDS = 20
+
+
+@pytest.mark.parametrize(
+    "shape", [(1 << 31, 130, 0), (1 << 31, 1 << 20, 0), (130, 1 << 40, 0), (1 << 40, 0, 3)], ids=str
+)
+def test_a_long_axis_of_an_empty_tensor(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """``verify`` used to walk along it."""
+    path = tmp_path / "x.safetensors"
+    names = ("layers.0.keys", "layers.0.values", "queries.0", "attention_mass", "other")
+    path.write_bytes(safetensors({name: entry("BF16", shape, 0, 0) for name in names}))
+    for command in (["verify", path, path], ["inspect", path], ["compress", "-f", path]):
+        found = run(*command, folder=tmp_path, limit=60)
+        assert found.code == 0, found
+        assert found.seconds < MOST_SECONDS, found
+        assert found.megabytes < 300, found
+
+
+def test_many_tensors_are_dropped_in_one_pass(tmp_path: Path) -> None:
+    """``--drop`` used to make a set of all names once for each tensor."""
+    count = 20_000
+    path = tmp_path / "x.safetensors"
+    header = {f"queries.{i}": entry("U8", [0], 0, 0) for i in range(count)}
+    path.write_bytes(safetensors({**header, "kept": entry("U8", [1], 0, 1)}, b"\1"))
+    found = run("compress", path, "--drop", "queries.*", folder=tmp_path)
+    assert found.code == 0, found
+    assert found.seconds < MOST_SECONDS, found
+    shown = run("inspect", "--json", f"{path}.kvp", folder=tmp_path)
+    assert len(json.loads(shown.out)["files"][0]["dropped"]) == count
