@@ -1,4 +1,4 @@
-"""With ``NUMBA_BOUNDSCHECK=1`` an index of compiled code that lies outside its array is an error, as the long run needs.
+"""With ``NUMBA_BOUNDSCHECK=1`` an index of compiled code outside its array is an error, as the long run needs.
 
 Code that numba has in its cache is not checked, so that run has a cache folder of its own.
 """
