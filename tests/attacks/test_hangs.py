@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from forge import entry, run, safetensors
@@ -37,3 +38,27 @@ def test_many_tensors_are_dropped_in_one_pass(tmp_path: Path) -> None:
     assert found.seconds < MOST_SECONDS, found
     shown = run("inspect", "--json", f"{path}.kvp", folder=tmp_path)
     assert len(json.loads(shown.out)["files"][0]["dropped"]) == count
+
+
+def test_many_tensors_are_verified_one_after_another(tmp_path: Path) -> None:
+    """Each used to be looked for among all parts of the file."""
+    count = 3_000
+    path = tmp_path / "x.safetensors"
+    header = {f"x{i}": entry("U8", [1], i, i + 1) for i in range(count)}
+    path.write_bytes(safetensors(header, bytes(count)))
+    assert run("compress", path, folder=tmp_path).code == 0
+    found = run("verify", path, f"{path}.kvp", folder=tmp_path)
+    assert (found.code, found.seconds < 3 * MOST_SECONDS) == (0, True), found
+
+
+@pytest.mark.parametrize("axes", [33, 65, 5000])
+def test_more_axes_than_an_array_can_have(cli: Any, axes: int, tmp_path: Path) -> None:
+    """They are bytes to compress and to restore. Only what needs an array of that shape is refused."""
+    path = tmp_path / "x.safetensors"
+    data = safetensors({"x": entry("U8", [1] * axes, 0, 1), "y": entry("F32", [0] * axes, 1, 1)}, b"\7")
+    path.write_bytes(data)
+    assert cli("compress", "--rm", path).code == 0
+    assert cli("decompress", f"{path}.kvp").code == 0
+    assert path.read_bytes() == data
+    found = cli("verify", path, f"{path}.kvp")
+    assert (found.code, found.err.count("\n")) in ((0, 0), (6, 1)), found
