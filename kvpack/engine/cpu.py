@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,9 @@ from kvpack.numerics.floats import Bits
 
 BUDGET = 96 << 20
 """The most bytes of blocks that may be in work or wait for their turn, beyond one block for each thread."""
+
+WORKERS = "kvpack-worker"
+"""What the names of the threads begin with."""
 
 BLOCK = 4 << 20
 """A block for each thread counts for this many bytes. Of larger ones no more than two are in work beyond the budget."""
@@ -40,21 +44,22 @@ class CpuEngine:
         keep_freed_memory()
         pending: deque[tuple[Future[Done], int]] = deque()
         held = 0
-        with ThreadPoolExecutor(self.threads) as pool:
-            try:
-                for task in tasks:
-                    while self._full(len(pending), held + task.nbytes):
-                        future, size = pending.popleft()
-                        yield future.result()
-                        del future
-                        held -= size
-                    pending.append((pool.submit(run_task, task), task.nbytes))
-                    held += task.nbytes
-                while pending:
-                    yield pending.popleft()[0].result()
-            finally:
-                for future, _ in pending:
-                    future.cancel()
+        pool = ThreadPoolExecutor(self.threads, WORKERS)
+        try:
+            for task in tasks:
+                while self._full(len(pending), held + task.nbytes):
+                    future, size = pending.popleft()
+                    yield future.result()
+                    del future
+                    held -= size
+                pending.append((pool.submit(run_task, task), task.nbytes))
+                held += task.nbytes
+            while pending:
+                yield pending.popleft()[0].result()
+        finally:
+            # Left to the garbage collector, a generator may be closed by a worker, which cannot wait for itself.
+            own = threading.current_thread().name.startswith(WORKERS)
+            pool.shutdown(wait=not own, cancel_futures=True)
 
     def _full(self, count: int, held: int) -> bool:
         """Return whether to wait for a result, with ``count`` tasks under way and ``held`` bytes if one is added."""

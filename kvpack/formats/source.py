@@ -8,11 +8,26 @@ from pathlib import Path
 import numpy as np
 
 from kvpack.cache import PartSpec, Window, WindowSpec, windows
+from kvpack.errors import UnsupportedError
 from kvpack.formats.captures import cache_spec, layer_of
 from kvpack.formats.safetensors import TensorFile, TensorSpec, build_header
 from kvpack.numerics.floats import Bits
 
 WINDOW_TOKENS = 2048
+
+
+def in_shape(bits: Bits, entry: TensorSpec) -> Bits:
+    """Return a tensor's bit patterns ``[N]`` or ``[H, T, D]`` in the shape that its header declares.
+
+    Raises:
+        UnsupportedError: The shape has more axes than a numpy array can have.
+
+    """
+    try:
+        return bits.reshape(entry.shape)
+    except ValueError:
+        axes = len(entry.shape)
+        raise UnsupportedError(f"{entry.name}: has {axes} axes, more than an array can have here") from None
 
 
 class Capture:
@@ -50,14 +65,15 @@ class Capture:
 
         """
         entry = self.tensors[name]
-        bits: Bits = np.frombuffer(self.file.data(entry), f"<u{entry.itemsize}").reshape(entry.shape)
+        bits = in_shape(np.frombuffer(self.file.data(entry), f"<u{entry.itemsize}"), entry)
         if rows is None:
             return bits
         return bits[:, rows] if layer_of(entry) is not None else bits[..., rows]
 
     def part(self, part: PartSpec) -> Bits:
         """Return a part's bit patterns as a view ``[H, T, D]``."""
-        bits = self.read(part.tensor.name).reshape(part.tensor.shape)
+        entry = self.tensors[part.tensor.name]
+        bits: Bits = np.frombuffer(self.file.data(entry), f"<u{entry.itemsize}").reshape(part.tensor.shape)
         return bits[:, part.first : part.first + part.tokens]
 
     def window(self, spec: WindowSpec) -> Window:

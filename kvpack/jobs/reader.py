@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,10 @@ from kvpack.codecs.replay import ReplayCodec
 from kvpack.engine import CpuEngine, DecodeTask, Engine, InTurn, Room, Ticket
 from kvpack.engine.memory import default_limit, require_memory
 from kvpack.errors import CorruptError, FormatError, MismatchError, naming
+from kvpack.formats.captures import layer_of
 from kvpack.formats.records import preceded, token_ids
 from kvpack.formats.safetensors import TensorSpec
-from kvpack.formats.source import Capture
+from kvpack.formats.source import Capture, in_shape
 from kvpack.jobs import replay
 from kvpack.kvp import Container, Frame
 from kvpack.kvp.layout import MAGIC
@@ -226,23 +228,35 @@ class KvpFile:
 
         """
         entry = self.tensors[name]
-        layered = any(tensor.name == name for tensor in self.spec.layers)
-        total = entry.shape[1] if layered else 0
-        start, stop, _ = (rows or slice(None)).indices(total) if layered else (0, 0, 1)
-        shape = (entry.shape[0], max(stop - start, 0), entry.shape[2]) if layered else entry.shape
-        out: Bits = np.zeros(shape, f"<u{entry.itemsize}")
+        if layer_of(entry) is None or not entry.elements:
+            bits = in_shape(self._other(name), entry)
+            return bits if rows is None or layer_of(entry) is not None else bits[..., rows]
+        start, stop, _ = (rows or slice(None)).indices(entry.shape[1])
+        out: Bits = np.zeros((entry.shape[0], max(stop - start, 0), entry.shape[2]), f"<u{entry.itemsize}")
 
         def wanted(part: PartSpec) -> bool:
-            inside = part.first < stop and start < part.first + part.tokens
-            return part.tensor.name == name and (inside or not layered)
+            return part.tensor.name == name and part.first < stop and start < part.first + part.tokens
 
         for part, bits in self._decoded(wanted):
-            if not layered:
-                out = np.require(bits.reshape(entry.shape), requirements=["C", "W"])
-                continue
             first, last = max(part.first, start), min(part.first + part.tokens, stop)
             out[:, first - start : last - start] = bits[:, first - part.first : last - part.first]
-        return out if rows is None or layered else out[..., rows]
+        return out
+
+    def _other(self, name: str) -> Bits:
+        """Decode a tensor that is neither keys nor values, or has no elements, without looking at the others."""
+        at = self._others.get(name)
+        if at is None:
+            return np.zeros(0, f"<u{self.tensors[name].itemsize}")
+        number = len(self.container.windows) - 1
+        with naming(self.name):
+            task = self._task(Ticket(0, number, at), self.container.one(number, at), None)
+            bits = InTurn(CpuEngine(1).run([task])).take(task.ticket).arrays[0]
+        return np.require(bits, requirements=["C", "W"])
+
+    @cached_property
+    def _others(self) -> dict[str, int]:
+        """Where in the last window each tensor is that is neither keys nor values."""
+        return {tensor.name: at for at, tensor in enumerate(self.spec.others)}
 
     def _decoded(self, wanted: Wanted) -> Iterator[tuple[PartSpec, Bits]]:
         """Yield the wanted parts, decoded, in the order of the file."""

@@ -109,6 +109,11 @@ class Container:
         entries = self.parts[self._starts[window] : self._starts[window + 1]]
         return Frame(self.windows[window], tuple(map(self.part, entries)))
 
+    def one(self, window: int, at: int) -> Frame:
+        """Return one part of a window as the file stores it, without verifying anything."""
+        entry = self.parts[self._starts[window] + at]
+        return Frame(self.windows[window].take(slice(at, at + 1)), (self.part(entry),))
+
     def part(self, entry: PartEntry) -> FramePart:
         """Return a part as the file stores it, without verifying anything."""
         names, view = self.header.streams, self.view

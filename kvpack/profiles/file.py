@@ -76,7 +76,8 @@ class Profile(Mapping[str, NDArray[Any]]):
         if name not in self._read:
             spec = self._file.tensors[name]
             array = np.frombuffer(self._file.data(spec), _NUMPY[spec.dtype]).reshape(spec.shape)
-            self._read[name] = array.astype(np.float32) if spec.dtype == "F16" else array
+            aligned = array if array.flags.aligned else array.copy()  # a header of any length may precede the arrays
+            self._read[name] = aligned.astype(np.float32) if spec.dtype == "F16" else aligned
         return self._read[name]
 
     def __iter__(self) -> Iterator[str]:

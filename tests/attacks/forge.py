@@ -1,4 +1,4 @@
-"""Makes files that break the rules while all their checksums are right, as an attacker would; runs kvpack on them."""
+"""Makes files that break the rules while all their checksums are right, and runs kvpack on them."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -23,6 +24,9 @@ FOLDER = Path(tempfile.gettempdir()) / "kvpack-simt"
 MAX_SHARED = 227 << 10
 """Bytes of shared memory that a block may ask for, as on an H100; ``simt.h`` has room for more."""
 
+SANITIZE = os.environ.get("KVPACK_SIMT_SANITIZE", "").split()
+"""Flags of g++ that make it check what the kernels do, such as ``-fsanitize=undefined -fno-sanitize-recover=all``."""
+
 MAX_ARGUMENTS = 24
 """Arguments that ``simt.h`` hands to a kernel."""
 
@@ -33,13 +37,14 @@ def library(name: str, defines: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     text = source_of(name)
     text = re.sub(r"extern __shared__ (\w+) (\w+)\[\];", r"\1 *\2 = (\1 *)simt::dynamic;", text)
     text = f'#include "{HERE / "simt.h"}"\n' + text
-    digest = hashlib.sha256((text + (HERE / "simt.h").read_text() + repr(defines)).encode()).hexdigest()[:16]
+    every = text + (HERE / "simt.h").read_text() + repr((defines, SANITIZE))
+    digest = hashlib.sha256(every.encode()).hexdigest()[:16]
     FOLDER.mkdir(exist_ok=True)
     built = FOLDER / f"{digest}.so"
     if not built.exists():
         code = FOLDER / f"{digest}.cpp"
         code.write_text(text)
-        flags = [f"-D{key}={value}" for key, value in defines]
+        flags = [*SANITIZE, *(f"-D{key}={value}" for key, value in defines)]
         subprocess.run(
             [
                 str(COMPILER),

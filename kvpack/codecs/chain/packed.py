@@ -82,5 +82,8 @@ def unpack_matrix(part: Part, name: str) -> Floats:
         found = Rans().decode(memoryview(codes.tobytes()), PlaneSpec("", shape, 8))
     except CorruptError as error:
         raise MismatchError(f"the profile's {name!r}: {error}") from None
-    values = (found.astype(np.float32) - _MIDDLE) * step[:, None]
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = (found.astype(np.float32) - _MIDDLE) * step[:, None]
+    if not np.isfinite(values).all():
+        raise MismatchError(f"the profile's {name!r} has elements that are not finite: calibrate again")
     return np.ascontiguousarray(values.reshape(count, -1))

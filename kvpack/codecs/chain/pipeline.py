@@ -133,7 +133,8 @@ def decode(
     if [name for name, _ in streams] != [plane.name for plane in route.stored]:
         raise CorruptError("corrupt: the part does not have the streams of its codec")
     try:
-        return _decode(chain, streams, part, route, reference)
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # what a file says may be any number
+            return _decode(chain, streams, part, route, reference)
     except UnrepresentableError as error:
         raise CorruptError(f"corrupt: {error}") from None
 

@@ -106,7 +106,10 @@ class DeadZone(Quantizer):
 
     def centroids(self, part: Part) -> Floats:
         """Return the profile's centroids, ``[K, 4]``."""
-        return part.floats(f"{self.section}.centroids", len(self.tables(part)), 4)
+        centroids = part.floats(f"{self.section}.centroids", len(self.tables(part)), 4)
+        if not np.isfinite(centroids).all():
+            raise MismatchError(f"the profile's '{self.section}.centroids' are not finite: calibrate again")
+        return centroids
 
     def tables(self, part: Part) -> NDArray[np.int32]:
         """Return the profile's frequency tables, ``[K, 63]``. The entropy coder checks their sums."""

@@ -302,10 +302,17 @@ def _load(part: Part, section: str) -> TokenModel:
         raise _unfit(section)
     if predictor.weights.shape[1] != basis.shape[1] + (int(groups[-1]) + 1) * local.shape[1]:
         raise _unfit(section)
+    frequencies = part.floats("rope.inv_freq", None)
+    if not all(np.isfinite(array).all() for array in (mean, spread, frequencies)):
+        raise _unfit(section)
     blocks = whiten.reshape(-1, dims, dims)
-    synthesis = np.ascontiguousarray((basis * spread[:, None]).T)
-    own = layer_group_basis(blocks, synthesis, local * spread[:, None], groups)
-    return TokenModel(part.floats("rope.inv_freq", None), mean, dual(blocks, synthesis), synthesis, own, predictor)
+    try:
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            synthesis = np.ascontiguousarray((basis * spread[:, None]).T)
+            own = layer_group_basis(blocks, synthesis, local * spread[:, None], groups)
+            return TokenModel(frequencies, mean, dual(blocks, synthesis), synthesis, own, predictor)
+    except np.linalg.LinAlgError:  # directions that are not independent, or sums that overflow
+        raise _unfit(section) from None
 
 
 def _predictor(part: Part, section: str) -> Predictor:
@@ -316,7 +323,7 @@ def _predictor(part: Part, section: str) -> Predictor:
     scale = part.floats(f"{section}.scale", None)
     hidden, weights = (unpack_matrix(part, f"{section}.{name}") for name in ("hidden", "weights"))
     reach, rest = divmod(scale.size - PLACES - rows.shape[1], LAGS + len(DECAYS))
-    sound = (scale > 0).all() and not rest and 0 < reach <= rows.shape[1]
+    sound = (scale > 0).all() and np.isfinite(scale).all() and not rest and 0 < reach <= rows.shape[1]
     if not sound or len(hidden) != len(scale) or len(weights) != len(scale) + hidden.shape[1]:
         raise _unfit(section)
     return Predictor(rows[order], scale, hidden, weights)
