@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvpack.kvp.header import Header
+from kvpack.kvp.header import Header, runs_model
 
 FIRST_VERSION = (1, 0)
 """The version of files that use no critical feature."""
@@ -42,7 +42,7 @@ def _has_newer_dtypes(header: Header) -> bool:
 
 
 def _is_replayed(header: Header) -> bool:
-    return any(isinstance(codec, dict) and codec.get("name") == "replay" for codec in header.codecs)
+    return any(map(runs_model, header.codecs))
 
 
 def _has_origin(header: Header) -> bool:

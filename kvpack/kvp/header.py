@@ -16,6 +16,12 @@ from kvpack.kvp.compact import compact, expand
 
 MAX_CHUNK_TOKENS = 1 << 20
 MAX_CODECS = 8
+REPLAY = "replay"
+"""The name of the codec that runs the model."""
+
+FAST_TOKENS = 1 << 20
+"""The number of tokens in a chunk of replay's token stream where the model codes none of them."""
+
 MAX_STREAM_NAMES = 256
 MAX_STAGES = 16
 MAX_ORIGIN = 1 << 40
@@ -90,6 +96,11 @@ class Header:
             found = parse_header(self.source.encode(), "source header", MAX_VALUES if self.compact else most)
             self.__dict__["_source_header"] = found
         return cast(SourceHeader, found)
+
+
+def runs_model(codec: dict[str, Any]) -> bool:
+    """Return whether decoding runs the model, by a codec's JSON form."""
+    return codec.get("name") == REPLAY
 
 
 def _is_strings(value: Any, limit: int) -> bool:

@@ -16,6 +16,7 @@ from kvpack.formats.captures import layer_of
 from kvpack.formats.safetensors import Header, TensorFile
 from kvpack.kvp import Container, PartEntry
 from kvpack.kvp.features import names_of
+from kvpack.kvp.header import FAST_TOKENS, runs_model
 from kvpack.kvp.layout import MAGIC
 
 SCHEMA_VERSION = 1
@@ -149,15 +150,6 @@ def _inspect_container(path: Path, container: Container, check: bool) -> Inspect
         runs_model=replayed,
         decode_flops=_replay_flops(container.header.codecs[0], header, layers) if replayed else 0,
     )
-
-
-def runs_model(codec: dict[str, Any]) -> bool:
-    """Return whether decoding runs the model, by a codec's JSON form."""
-    return codec.get("name") == "replay"
-
-
-FAST_TOKENS = 1 << 20
-"""The number of tokens in a chunk of replay's token stream where no model codes them (docs/format.md)."""
 
 
 def _replay_flops(codec: dict[str, Any], header: Header, layers: list[LayerBytes]) -> int | None:

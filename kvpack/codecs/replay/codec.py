@@ -14,16 +14,14 @@ from kvpack.codecs.protocol import Need, PartStreams, Scope, Traits
 from kvpack.codecs.replay import residual, tokens
 from kvpack.codecs.replay.sample import Sample
 from kvpack.errors import FormatError, MismatchError
+from kvpack.kvp.header import FAST_TOKENS, REPLAY
 from kvpack.numerics.floats import Bits
 
 T = TypeVar("T")
 
-NAME, VERSION = "replay", 1
+NAME, VERSION = REPLAY, 1
 TOKENS = "tokens"
 """The name of the tensor of token ids, and of its stream."""
-
-WHOLE = 1 << 20
-"""The number of tokens in a chunk of the token stream if zstd compresses them."""
 
 PREDICTED = 1 << 10
 """The number of tokens in a chunk of the token stream if the model codes them."""
@@ -35,12 +33,11 @@ class ReplayCodec:
 
     ``sample`` are some elements of what the writer's machine computed, so that a reader's machine finds out early
     whether it computes the same; it is None until :meth:`with_sample`. ``token_chunk`` is the number of tokens in a
-    chunk of the token stream. With ``predicted`` the model codes them.
+    chunk of the token stream, which the model codes if it is less than ``FAST_TOKENS``.
     """
 
     sample: Sample | None = None
-    token_chunk: int = WHOLE
-    predicted: bool = False
+    token_chunk: int = FAST_TOKENS
 
     name: ClassVar[str] = NAME
     lossless: ClassVar[bool] = True
@@ -59,8 +56,7 @@ class ReplayCodec:
 
     def with_token_coder(self, coder: str) -> Self:
         """Return the codec with another way to code tokens: ``fast`` or ``model``."""
-        predicted = coder == "model"
-        return replace(self, token_chunk=PREDICTED if predicted else WHOLE, predicted=predicted)
+        return replace(self, token_chunk=PREDICTED if coder == "model" else FAST_TOKENS)
 
     def with_seed(self, seed: int) -> Self:
         """Return the codec itself: nothing in it is random."""
@@ -89,8 +85,8 @@ class ReplayCodec:
         if not isinstance(configuration, dict) or set(configuration) != {"sample", "token_chunk"}:
             raise FormatError("replay: the configuration is not {sample, token_chunk}")
         sample, chunk = configuration["sample"], configuration["token_chunk"]
-        if type(chunk) is not int or not 1 <= chunk <= WHOLE:
-            raise FormatError(f"replay: token_chunk is not a number from 1 to {WHOLE}")
+        if type(chunk) is not int or not 1 <= chunk <= FAST_TOKENS:
+            raise FormatError(f"replay: token_chunk is not a number from 1 to {FAST_TOKENS}")
         return cls(Sample.from_hex(sample), chunk)
 
     def blocks(self, spec: WindowSpec) -> Iterator[slice]:
@@ -116,7 +112,7 @@ class ReplayCodec:
                 self._encode(part, bits, context) for part, bits in zip(block.spec.parts, block.arrays, strict=True)
             ]
         ids = np.ascontiguousarray(block.arrays[0]).reshape(-1).view(np.int32)
-        model = _required(context.model) if self.predicted else None
+        model = _required(context.model) if self.token_chunk < FAST_TOKENS else None
         steps, vocabulary = (model.steps(len(ids)), model.vocabulary) if model is not None else (None, 0)
         return [[(TOKENS, tokens.encode(ids, self.token_chunk, steps, vocabulary))]]
 
