@@ -40,8 +40,7 @@ def needs_model(codec: Codec) -> bool:
 def can_replay(path: Path, model: Model | None) -> bool:
     """Return whether ``model`` may compute the capture ``path`` again: it records how, and the dtype is the model's."""
     metadata = parse_metadata(Capture.open(path).metadata)
-    ours = str(model.network.dtype).removeprefix("torch.") if model is not None else None
-    return metadata.schedule is not None and ours is not None and metadata.dtype in (ours, None)
+    return model is not None and metadata.schedule is not None and metadata.dtype in (model.dtype, None)
 
 
 def through_file(path: Path, codec: Codec, folder: Path, profile: Profile | None, model: Model | None) -> Coded:

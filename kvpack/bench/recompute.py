@@ -14,20 +14,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
 from kvpack.bench.bounds import Simulated
 from kvpack.bench.results import RECOMPUTE
 from kvpack.cache.flops import Network, network_of_capture
 from kvpack.cache.metadata import parse_metadata
 from kvpack.capture import Model
-from kvpack.capture.run import feed, parameters
+from kvpack.capture.run import parameters, run_steps
 from kvpack.errors import FormatError
 from kvpack.fidelity import CacheReader
 from kvpack.formats.records import layer_tensors, token_ids
-from kvpack.numerics.floats import Bits
-
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+from kvpack.numerics.floats import TORCH_NAMES, Bits, from_torch
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values ``[H, T, D]`` of every layer, in the model's dtype, on its device."""
@@ -58,18 +55,14 @@ def schedule_of(capture: CacheReader) -> list[int]:
 
     Where the capture does not say, or says something that does not add up to its tokens, it is one prefill.
     """
-    count, schedule = len(tokens_of(capture)), parse_metadata(capture.metadata).schedule
-    return list(schedule.steps()) if schedule is not None and schedule.tokens == count else [count]
+    count = len(tokens_of(capture))
+    schedule = parse_metadata(capture.metadata).schedule_of(count)
+    return list(schedule.steps()) if schedule is not None else [count]
 
 
 def run_schedule(model: Model, tokens: Sequence[int], runs: Sequence[int]) -> Layers:
     """Run the model over ``tokens``, as many at a time as ``runs`` says, and return its cache."""
-    cache = DynamicCache(config=model.network.config)
-    ids = torch.tensor([list(tokens)], device=model.network.device)
-    with torch.inference_mode():
-        for _ in feed(model, ids, runs, cache):
-            pass
-    return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+    return [(layer.keys[0], layer.values[0]) for layer in run_steps(model, tokens, runs).layers]
 
 
 def as_reader(capture: CacheReader, layers: Layers) -> Simulated:
@@ -78,17 +71,11 @@ def as_reader(capture: CacheReader, layers: Layers) -> Simulated:
     elements = 0
     for names, pair in zip(layer_tensors(capture).values(), layers, strict=True):
         for name, tensor in zip((names["keys"], names["values"]), pair, strict=True):
-            rounded = tensor.to("cpu", TORCH_DTYPES[capture.tensors[name].dtype]).contiguous()
-            replaced[name] = _bits(rounded)
-            elements += rounded.numel()
+            dtype: torch.dtype = getattr(torch, TORCH_NAMES[capture.tensors[name].dtype])
+            replaced[name] = from_torch(tensor.to("cpu", dtype).contiguous())
+            elements += replaced[name].size
     size = sum(bits.nbytes for bits in replaced.values())
     return Simulated(capture.tensors, capture.metadata, replaced, capture, 8 * size / elements)
-
-
-def _bits(tensor: torch.Tensor) -> Bits:
-    integers = tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32).numpy()
-    bits: Bits = integers.view(f"<u{tensor.element_size()}")
-    return bits
 
 
 def recompute(model: Model, capture: CacheReader) -> tuple[Simulated, float]:

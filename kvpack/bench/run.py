@@ -83,7 +83,7 @@ def setting(model: Model | None, profile: Profile | None) -> dict[str, Any]:
         "profile": {**profile.identity(), "size": profile.size} if profile else None,
         "model": model.name if model else None,
         "weights_sha256": model.weights_sha256 if model else None,
-        "dtype": str(model.network.dtype).removeprefix("torch.") if model else None,
+        "dtype": model.dtype if model else None,
         "versions": {"kvpack": kvpack.__version__, **{n: version(n) for n in ("torch", "transformers", "numpy")}},
     }
 

@@ -128,6 +128,10 @@ class CaptureMetadata:
         head_dim, factor = self.head_dim, self.partial_rotary_factor
         return None if head_dim is None or factor is None else int(head_dim * factor)
 
+    def schedule_of(self, tokens: int) -> Schedule | None:
+        """How a text of so many tokens was run, or None where the capture does not say it of all of them."""
+        return self.schedule if self.schedule is not None and self.schedule.tokens == tokens else None
+
     def attention_scale(self, layer: int) -> float | None:
         """The factor of q . k in a layer, or None where the capture does not say."""
         return self.layer_scales.get(layer, self.common_scale)

@@ -175,7 +175,7 @@ def metadata(model: Model, sample: Sample, options: CorpusOptions) -> dict[str, 
             "num_hidden_layers": config.num_hidden_layers,
             "num_attention_heads": config.num_attention_heads,
         },
-        "dtype": str(model.network.dtype).removeprefix("torch."),
+        "dtype": model.dtype,
         "calibration": {
             "documents": sample.documents,
             "context": options.context,

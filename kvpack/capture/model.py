@@ -69,6 +69,11 @@ class Model:
         """The transformers configuration of the model's text decoder."""
         return self.network.config.get_text_config(decoder=True)
 
+    @property
+    def dtype(self) -> str:
+        """torch's name of the dtype in which the model computes, such as ``bfloat16``."""
+        return str(self.network.dtype).removeprefix("torch.")
+
     def logits(self, ids: torch.Tensor, cache: Any, **options: Any) -> torch.Tensor:
         """The logits ``[B, N, V]`` of token ids ``[B, N]`` behind ``cache``, which takes these tokens in."""
         names = inspect.signature(self.network.forward).parameters

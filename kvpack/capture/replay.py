@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from transformers import DynamicCache
 
 from kvpack.capture.model import Identity, Model
-from kvpack.capture.run import feed
+from kvpack.capture.run import run_steps
 from kvpack.codecs.model import Cache
+from kvpack.numerics.floats import from_torch
 
 Progress = Callable[[int, int], None]
 
@@ -33,7 +34,7 @@ class ReplayModel:
     @property
     def dtype(self) -> str:
         """Return torch's name of the dtype in which the model computes."""
-        return str(self.model.network.dtype).removeprefix("torch.")
+        return self.model.dtype
 
     @property
     def vocabulary(self) -> int:
@@ -44,16 +45,14 @@ class ReplayModel:
         self, tokens: NDArray[np.int32], steps: Sequence[int], first: Callable[[Cache], None] | None = None
     ) -> Cache:
         """Run over ``tokens`` ``[T]`` as a capture does. See :class:`kvpack.codecs.model.LanguageModel`."""
-        ids = torch.from_numpy(np.array(tokens, np.int64))[None].to(self.model.network.device)
-        cache = DynamicCache(config=self.model.network.config)
-        with torch.inference_mode():
-            for done, _ in feed(self.model, ids, steps, cache):
-                if first is not None:
-                    first(_bits(cache))
-                    first = None
-                if self.progress:
-                    self.progress(done, len(tokens))
-        return _bits(cache)
+
+        def each(done: int, cache: DynamicCache) -> None:
+            if first is not None and done == steps[0]:
+                first(_bits(cache))
+            if self.progress:
+                self.progress(done, len(tokens))
+
+        return _bits(run_steps(self.model, tokens.tolist(), steps, each))
 
     def steps(self, count: int) -> TokenSteps:
         """Return a reader of a text of ``count`` tokens that has read none."""
@@ -90,6 +89,5 @@ def _bits(cache: DynamicCache) -> Cache:
     found = {}
     for i, layer in enumerate(cache.layers):
         for kind, tensor in (("keys", layer.keys), ("values", layer.values)):
-            array = tensor[0].cpu().view({2: torch.int16, 4: torch.int32}[tensor.element_size()]).numpy()
-            found[f"layers.{i}.{kind}"] = array.view(f"u{array.itemsize}")
+            found[f"layers.{i}.{kind}"] = from_torch(tensor[0])
     return found

@@ -131,14 +131,31 @@ def feed(
         yield at, logits
 
 
+def run_steps(
+    model: Model,
+    tokens: Sequence[int],
+    steps: Sequence[int],
+    each: Callable[[int, DynamicCache], None] | None = None,
+) -> DynamicCache:
+    """Run the model over ``tokens`` as :func:`feed` does, without probes, and return its cache on its device.
+
+    ``each`` is called after every step with the number of tokens in the cache, and the cache.
+    """
+    ids = torch.tensor([list(tokens)], device=model.network.device)
+    cache = DynamicCache(config=model.network.config)
+    with torch.inference_mode():
+        for done, _ in feed(model, ids, steps, cache):
+            if each:
+                each(done, cache)
+    return cache
+
+
 def prefill(model: Model, ids: list[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Return the keys and values ``[H, T, D]`` of every layer from one pass over ``ids``, on the model's device.
 
     No probe queries are recorded.
     """
-    cache = DynamicCache(config=model.network.config)
-    with torch.inference_mode():
-        model.logits(torch.tensor([ids], device=model.network.device), cache, logits_to_keep=1)
+    cache = run_steps(model, ids, [len(ids)])
     return [layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers]
 
 

@@ -15,7 +15,7 @@ from kvpack.formats.safetensors import TensorSpec
 from kvpack.formats.source import Capture
 from kvpack.gpu.runtime.host import AUTO_BYTES, find_gpu
 from kvpack.jobs.reader import KvpFile, keys_and_values, open_cache
-from kvpack.numerics.floats import Bits, to_torch
+from kvpack.numerics.floats import TORCH_NAMES, Bits, to_torch
 from kvpack.profiles import Profile
 
 if TYPE_CHECKING:
@@ -79,14 +79,13 @@ class Opened:
             self.source.require_whole()
         import torch
 
-        dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
         tensors: dict[str, torch.Tensor] = {}
         integers: dict[str, torch.Tensor] = {}
         alike: dict[tuple[str, tuple[int, ...]], list[str]] = {}
         for name, entry in self._layers().items():
             alike.setdefault((entry.dtype, entry.shape), []).append(name)
         for (dtype, shape), names in alike.items():  # one allocation for all tensors of one dtype and shape
-            every = torch.empty((len(names), *shape), dtype=dtypes[dtype], device=device)
+            every = torch.empty((len(names), *shape), dtype=getattr(torch, TORCH_NAMES[dtype]), device=device)
             tensors.update(zip(names, every.unbind(), strict=True))
             integers.update(zip(names, every.view(_integer(every)).unbind(), strict=True))
         tensors = {name: tensors[name] for name in self._layers()}

@@ -14,13 +14,10 @@ from kvpack.codecs.model import Cache, LanguageModel, Replay
 from kvpack.codecs.replay.sample import Sample
 from kvpack.errors import MismatchError, UnsupportedError
 from kvpack.formats.source import Capture
-from kvpack.numerics.floats import to_float32
+from kvpack.numerics.floats import TORCH_NAMES, to_float32
 
 ATTENTION = "sdpa"
 """The only attention that can be replayed."""
-
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-"""torch's names of the dtypes of keys and values."""
 
 WRONG_TOKEN = 0.01
 """The largest squared error of the first layer at a token, relative to its energy, that a machine may cause.
@@ -143,7 +140,7 @@ def _require_shapes(tensors: Sequence[TensorInfo], cache: Cache, tokens: int, dt
     for tensor in tensors:
         heads, _, dims = tensor.shape
         array = cache[tensor.name]
-        if array.shape != (heads, tokens, dims) or DTYPES.get(tensor.dtype) != dtype:
+        if array.shape != (heads, tokens, dims) or TORCH_NAMES.get(tensor.dtype) != dtype:
             raise MismatchError(
                 f"{tensor.name} has {heads} heads of {dims} elements of dtype {tensor.dtype}, "
                 f"the model computes {array.shape[0]} of {array.shape[2]} in {dtype}"

@@ -16,6 +16,9 @@ FLOAT_BITS = {"BF16": (8, 7), "F16": (5, 10), "F32": (8, 23)}
 UINT: dict[str, type[np.unsignedinteger[Any]]] = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
 """Unsigned dtype that holds the bit patterns of each dtype."""
 
+TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+"""torch's name of each dtype."""
+
 Bits = NDArray[np.unsignedinteger[Any]]
 
 _BLOCK = 1 << 16
@@ -62,5 +65,14 @@ def to_torch(bits: Bits, dtype: str) -> torch.Tensor:
     """Return a copy of BF16, F16 or F32 bit patterns as a torch tensor of that dtype in main memory."""
     import torch
 
-    dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    return torch.from_numpy(np.array(bits).view(np.dtype(f"i{bits.itemsize}"))).view(dtypes[dtype])
+    wanted: torch.dtype = getattr(torch, TORCH_NAMES[dtype])
+    return torch.from_numpy(np.array(bits).view(np.dtype(f"i{bits.itemsize}"))).view(wanted)
+
+
+def from_torch(tensor: torch.Tensor) -> Bits:
+    """Return the bit patterns of a tensor of floats, without a copy if it lies in main memory."""
+    import torch
+
+    array = tensor.cpu().view({2: torch.int16, 4: torch.int32}[tensor.element_size()]).numpy()
+    bits: Bits = array.view(f"<u{array.itemsize}")
+    return bits

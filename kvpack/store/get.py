@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kvpack.cache import PartSpec
+from kvpack.cache.metadata import parse_metadata
 from kvpack.codecs.protocol import Codec
 from kvpack.engine import CpuEngine, DecodeTask, Engine
 from kvpack.errors import FormatError, MismatchError, NotStoredError, UnsupportedError, UsageError, naming
@@ -24,7 +25,7 @@ from kvpack.kvp import Container
 from kvpack.profiles import Profile
 from kvpack.store.identity import Document, identity_of
 from kvpack.store.keys import Ids
-from kvpack.store.objects import Entry, open_object, schedule_of
+from kvpack.store.objects import Entry, open_object
 from kvpack.store.place import Store, touch
 from kvpack.store.schedule import MADE, PREFILL, joined, made_of
 from kvpack.store.trie import Step, Wanted, common, end_of, follow, nearest
@@ -62,7 +63,7 @@ class Prompt:
         tokens = token_ids(source)
         if tokens is None:
             raise FormatError("has no token ids (a tensor 'tokens' of dtype I32)")
-        schedule = schedule_of(metadata, len(tokens))
+        schedule = parse_metadata(metadata).schedule_of(len(tokens))
 
         def wanted(stop: int) -> Collection[str]:
             return MADE if any_way else (made_of(schedule, stop),)

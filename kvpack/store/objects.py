@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kvpack.cache.metadata import Schedule, parse_metadata, parse_value
+from kvpack.cache.metadata import parse_value
 from kvpack.errors import CorruptError, FormatError, UnsupportedError, naming
 from kvpack.formats.captures import layer_of
 from kvpack.formats.records import token_ids
@@ -41,12 +41,6 @@ def text_of(capture: Capture) -> Ids:
         if entry.shape[1] != len(tokens):
             raise UnsupportedError(f"{entry.name} has {entry.shape[1]} rows for {len(tokens)} tokens: cannot be cut")
     return np.array(tokens, np.int32)
-
-
-def schedule_of(metadata: Mapping[str, str], tokens: int) -> Schedule | None:
-    """Return how a text of so many tokens was made, or None if the metadata do not say it of all of them."""
-    schedule = parse_metadata(metadata).schedule
-    return schedule if schedule is not None and schedule.tokens == tokens else None
 
 
 def cut(capture: Capture, start: int, stop: int, notes: Mapping[str, Any]) -> Capture:

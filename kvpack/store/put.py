@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import BinaryIO
 
-from kvpack.cache.metadata import Schedule
+from kvpack.cache.metadata import Schedule, parse_metadata
 from kvpack.codecs.protocol import Codec, Need
 from kvpack.engine import Engine, Progress
 from kvpack.errors import FormatError, MismatchError, UsageError, naming
@@ -17,7 +17,7 @@ from kvpack.jobs.compression import CHUNK_MULTIPLE
 from kvpack.profiles import Profile
 from kvpack.store.identity import identity_of, recipe_of
 from kvpack.store.keys import Ids, object_name
-from kvpack.store.objects import cut, notes_of, open_object, schedule_of, text_of
+from kvpack.store.objects import cut, notes_of, open_object, text_of
 from kvpack.store.place import Store, publish, touch
 from kvpack.store.schedule import Piece, made_of
 from kvpack.store.trie import Step, end_of, follow, longest, nearest
@@ -102,7 +102,7 @@ class _Work:
 
     @cached_property
     def schedule(self) -> Schedule | None:
-        return schedule_of(self.capture.metadata, len(self.tokens))
+        return parse_metadata(self.capture.metadata).schedule_of(len(self.tokens))
 
     def made(self, stop: int) -> tuple[str]:
         return (made_of(self.schedule, stop),)
