@@ -10,12 +10,12 @@ from kvpack.bench.claims import Basis, Line
 from kvpack.bench.coding import can_replay, needs_model, through_file
 from kvpack.bench.recompute import network_of, recompute, token_bytes, tokens_of
 from kvpack.bench.results import REPLAY
-from kvpack.cache.metadata import parse_metadata
 from kvpack.capture import Model
 from kvpack.capture.entropy import token_bits
 from kvpack.codecs.protocol import Need
 from kvpack.codecs.recipes import codec_named
-from kvpack.errors import FormatError, MismatchError
+from kvpack.errors import FormatError, naming
+from kvpack.fidelity.model import require_weights
 from kvpack.formats.records import layer_tensors
 from kvpack.formats.source import Capture
 from kvpack.profiles import Profile
@@ -40,9 +40,8 @@ def measured_lines(
 
     """
     capture = Capture.open(path)
-    metadata = parse_metadata(capture.metadata)
-    if metadata.weights_sha256 not in (None, model.weights_sha256):
-        raise MismatchError(f"{path}: of {metadata.model_name}, and other weights than those of {model.name}")
+    with naming(str(path)):
+        require_weights(model, capture)
     count = len(tokens_of(capture))
     tensors = [capture.tensors[name] for names in layer_tensors(capture).values() for name in names.values()]
     if not tensors:

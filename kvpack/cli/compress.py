@@ -190,7 +190,8 @@ class _Models:
         with naming(capture.file.name):
             if self.loaded is None or known.dtype not in (None, self.loaded.dtype):
                 self.loaded = common.replay_model(capture.metadata, self._source, self._device)
-            require_identity(known, self.loaded.identity)
+            else:
+                require_identity(known, self.loaded.identity)
         if known.weights_sha256 is None:
             line = f"kvpack: {capture.file.name}: does not say which model made it, so this is not checked"
             common.say(line, quiet=self._quiet, to_stderr=True)

@@ -145,7 +145,7 @@ class Judge:
             FormatError: The capture has no tokens, or its needles are not as the format says.
 
         """
-        _require_weights(model, original)
+        require_weights(model, original)
         self._model = model
         self._tokens = _ints(original, "tokens")
         if len(self._tokens) < 2:
@@ -269,8 +269,13 @@ class _Steps:
             self._progress(self._done, self._total)
 
 
-def _require_weights(model: Model, source: CacheReader) -> None:
-    """Refuse a capture that names other weights than the model's."""
+def require_weights(model: Model, source: CacheReader) -> None:
+    """Refuse a capture that names other weights than the model's.
+
+    Raises:
+        MismatchError: It does.
+
+    """
     metadata = parse_metadata(source.metadata)
     theirs = metadata.weights_sha256
     if theirs and theirs != model.weights_sha256:
