@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """The command line's names of dtypes, with torch's names for them."""
 
 ATTENTION = "kvpack_probe"
+_LOAD_ERRORS = (OSError, ValueError, ImportError, KeyError, RuntimeError)
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt"),
@@ -48,11 +49,21 @@ class Identity:
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model: its identity, and transformers' model and tokenizer."""
+    """A loaded model: its identity, transformers' model, and what loads its tokenizer."""
 
     identity: Identity
     network: Any
-    tokenizer: Any
+    load_tokenizer: Callable[[], Any]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer. It is loaded when it is first needed, which takes seconds for a GGUF file.
+
+        Raises:
+            KvpackError: transformers cannot load it.
+
+        """
+        return self.load_tokenizer()
 
     @property
     def name(self) -> str:
@@ -147,15 +158,24 @@ def load_model(
     options = {"gguf_file": gguf} if gguf else {}
     if gguf:
         _draw_no_bar()
+
+    def failed(error: Exception) -> KvpackError:
+        return KvpackError(f"cannot load the model {source or EMBEDDED_FILE}: {_first_line(error)}")
+
+    def load_tokenizer() -> Any:
+        try:
+            return transformers.AutoTokenizer.from_pretrained(where, **options)
+        except _LOAD_ERRORS as error:
+            raise failed(error) from None
+
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
         network = transformers.AutoModelForCausalLM.from_pretrained(
             where, dtype=wanted, attn_implementation=ATTENTION, **options
         )
         network = network.eval().to(_device(device))
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        raise KvpackError(f"cannot load the model {source or EMBEDDED_FILE}: {_first_line(error)}") from None
-    return Model(identity or identify(source), network, tokenizer)
+    except _LOAD_ERRORS as error:
+        raise failed(error) from None
+    return Model(identity or identify(source), network, load_tokenizer)
 
 
 def _draw_no_bar() -> None:
