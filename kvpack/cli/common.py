@@ -27,10 +27,6 @@ if TYPE_CHECKING:
 
 STDIO = Path("-")
 
-Inputs = Annotated[list[Path], typer.Argument(help="Input files; - is standard input.", show_default=False)]
-Output = Annotated[
-    Path | None, typer.Option("-o", "--output", help="Output file; - is standard output.", show_default=False)
-]
 Force = Annotated[bool, typer.Option("-f", "--force", help="Overwrite existing files.")]
 Keep = Annotated[bool, typer.Option("-k", "--keep", help="Keep input files (the default).")]
 Remove = Annotated[bool, typer.Option("--rm", help="Delete each input after its output is written and verified.")]
@@ -175,22 +171,38 @@ def engine(device: str, sources: Sequence[Path], threads: int | None, quiet: boo
     return GpuEngine(found, threads)
 
 
-def check_inputs(inputs: list[Path], output: Path | None, *, keep: bool, remove: bool, as_json: bool) -> None:
-    """Refuse options that contradict each other."""
-    if as_json and (output == STDIO or (output is None and STDIO in inputs)):
+def check_streams(pairs: Sequence[tuple[Path, Path | None]], *, keep: bool, remove: bool, as_json: bool) -> None:
+    """Refuse options that contradict each other. ``pairs`` are inputs with their outputs, which may be ``-``."""
+    to_stdout = any(target == STDIO for _, target in pairs)
+    if as_json and to_stdout:
         raise UsageError("--json and the file itself cannot both go to standard output")
     if keep and remove:
         raise UsageError("--keep and --rm contradict each other")
-    if output is not None and len(inputs) > 1:
-        raise UsageError("-o names one output: give one input, or none of -o")
-    if remove and (STDIO in inputs or output == STDIO):
+    if remove and (to_stdout or any(path == STDIO for path, _ in pairs)):
         raise UsageError("--rm needs files, not standard input or output")
 
 
-def check_distinct(path: Path, target: Path) -> None:
-    """Refuse to write a file over the one it is made from."""
-    if STDIO not in (path, target) and path.exists() and target.exists() and path.samefile(target):
-        raise UsageError(f"{target}: is the input itself; name another output")
+def share(threads: int | None, jobs: int) -> int | None:
+    """Return the number of threads for each of ``jobs`` processes: what the user gave, or a share of all processors."""
+    if threads is not None or jobs == 1:
+        return threads
+    from kvpack.engine.threads import available_threads
+
+    return max(1, available_threads() // jobs)
+
+
+def device_for(device: str, jobs: int) -> str:
+    """Return the device for each of ``jobs`` processes.
+
+    Raises:
+        UsageError: There are several processes, and the user asked for a GPU.
+
+    """
+    if jobs == 1:
+        return device
+    if device not in ("auto", "cpu"):
+        raise UsageError("-j is for the CPU: on a GPU, one process codes all files together")
+    return "cpu"
 
 
 @contextmanager

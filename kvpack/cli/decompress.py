@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from kvpack.cli import common
+from kvpack.cli import batch, common
 from kvpack.errors import UsageError
-
-if TYPE_CHECKING:
-    from kvpack.profiles import Profile
 
 
 def decompress(
-    inputs: common.Inputs,
-    output: common.Output = None,
+    inputs: batch.Inputs = None,
+    output: batch.Output = None,
     layers: Annotated[
         str | None, typer.Option(help="Decompress only these layers, e.g. 3-5,8.", show_default=False, metavar="LIST")
     ] = None,
@@ -32,6 +29,10 @@ def decompress(
         typer.Option("--approximate", help="Take what replay's model computes here even if it is not bit for bit."),
     ] = False,
     test: Annotated[bool, typer.Option("-t", "--test", help="Decode and check everything, but write nothing.")] = False,
+    files_from: batch.FilesFrom = None,
+    recursive: batch.Recursive = False,
+    jobs: batch.Jobs = 1,
+    resume: batch.Resume = False,
     force: common.Force = False,
     keep: common.Keep = False,
     remove: common.Remove = False,
@@ -42,62 +43,69 @@ def decompress(
     verbose: common.Verbose = False,
     as_json: common.Json = False,
 ) -> None:
-    """Decompress .kvp files. A losslessly compressed file is restored byte for byte, and digests verify this."""
-    common.check_inputs(inputs, output, keep=keep, remove=remove, as_json=as_json and not test)
-    partial = layers is not None or tokens is not None
-    if remove and (partial or test):
+    """Decompress .kvp files. A losslessly compressed file is restored byte for byte, and digests verify this.
+
+    A bad file does not stop the others: each is reported, and the exit code is the largest. --json prints one line for
+    each file.
+    """
+    partial_cache = layers is not None or tokens is not None
+    if remove and (partial_cache or test):
         raise UsageError("--rm goes with decompressing a whole file")
+    if test and (output is not None or resume):
+        raise UsageError("-t writes nothing: it does not go with -o or --resume")
     chosen = parse_layers(layers), parse_tokens(tokens)
-    opened = common.open_profile(profile)
-    rows = []
-    for path in inputs:
-        target = _target(path, output, partial, test)
-        if target is not None:
-            common.check_distinct(path, target)
-        settings = _Settings(opened, model, approximate, remove, threads, memlimit, device)
-        rows.append(_decompress_one(path, target, settings, chosen, force, quiet))
-        row = rows[-1]
-        if remove:
-            path.unlink()
-        if not as_json:
-            what = "ok" if test else f"-> {target}"
-            kind = "approximate" if row["differing"] else "bit-exact" if row["lossless"] else "lossy"
-            common.say(f"{path} {what} ({kind})", quiet=quiet, to_stderr=target == common.STDIO)
-            if row["differing"]:
-                common.say(_distance(row), quiet=quiet, to_stderr=True)
-            left = row["left_out"]
-            if left and not quiet:
-                names = ", ".join(left if verbose or len(left) <= 3 else [*left[:3], "..."])
-                common.say(f"kvpack: left out of the selection: {len(left)} tensors ({names})", to_stderr=True)
-    if as_json:
-        common.print_json({"schema_version": 1, "files": rows})
+    items = batch.gather(inputs, files_from, recursive, (".kvp",))
+    if not test:
+        items = batch.with_targets(items, output, partial(_name_of, selection=partial_cache))
+    common.check_streams([(item.path, item.target) for item in items], remove=remove, keep=keep, as_json=as_json)
+    from kvpack.cli import workers
+    from kvpack.cli.decompressing import Decompressing, Options
+
+    options = Options(
+        layers=chosen[0],
+        tokens=chosen[1],
+        profile=profile,
+        model=model,
+        approximate=approximate,
+        output=output,
+        resume=resume,
+        force=force,
+        remove=remove,
+        threads=common.share(threads, jobs),
+        memlimit=common.parse_size(memlimit),
+        jobs=jobs,
+        device=common.device_for(device, jobs),
+        quiet=quiet,
+    )
+    outcomes = workers.run(partial(Decompressing, options), items, jobs)
+    batch.report(outcomes, partial(_show, quiet=quiet, verbose=verbose), as_json=as_json, total=len(items))
 
 
-def _target(path: Path, output: Path | None, partial: bool, test: bool) -> Path | None:
-    if test:
-        return None
-    if output is not None:
-        return output
-    if path == common.STDIO:
-        return common.STDIO
-    if partial:
+def _name_of(path: Path, *, selection: bool) -> Path:
+    """Return the name of the output of the input ``path``."""
+    if selection:
         raise UsageError("a selection needs -o: the default name is that of the whole capture")
     if path.suffix != ".kvp":
         raise UsageError(f"{path}: does not end in .kvp; name the output with -o")
     return path.with_suffix("")
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """How to decompress files."""
-
-    profile: Profile | None
-    model: str | None
-    approximate: bool
-    remove: bool
-    threads: int | None
-    memlimit: str | None
-    device: str
+def _show(outcome: batch.Outcome, *, quiet: bool, verbose: bool) -> None:
+    row = outcome.row
+    assert row is not None
+    if row["skipped"]:
+        common.say(f"{row['input']}: {row['output']} is there already", quiet=quiet)
+        return
+    what = "ok" if row["output"] is None else f"-> {row['output']}"
+    kind = "approximate" if row["differing"] else "bit-exact" if row["lossless"] else "lossy"
+    common.say(f"{row['input']} {what} ({kind})", quiet=quiet, to_stderr=row["output"] == str(common.STDIO))
+    if row["differing"]:
+        common.say(_distance(row), quiet=quiet, to_stderr=True)
+    left = row["left_out"]
+    if left:
+        names = ", ".join(left if verbose or len(left) <= 3 else [*left[:3], "..."])
+        line = f"kvpack: left out of the selection: {len(left)} tensors ({names})"
+        common.say(line, quiet=quiet, to_stderr=True)
 
 
 def _distance(row: dict[str, Any]) -> str:
@@ -106,42 +114,6 @@ def _distance(row: dict[str, Any]) -> str:
         f"kvpack: {row['input']}: this machine computes the cache otherwise than the one that wrote the file: "
         f"{row['differing']} of {row['parts']} parts differ, and {row['differing_sampled']:.0%} of the sampled elements"
     )
-
-
-def _decompress_one(
-    path: Path,
-    target: Path | None,
-    settings: _Settings,
-    chosen: tuple[frozenset[int] | None, tuple[int, int] | None],
-    force: bool,
-    quiet: bool,
-) -> dict[str, Any]:
-    from kvpack import jobs
-
-    left_out: list[str] = []
-    title = f"{'testing' if target is None else 'decompressing'} {path.name}"
-    with common.readable(path) as source, common.progress_bar(title, quiet) as progress:
-        file = jobs.KvpFile.open(source, settings.profile, str(path), approximate=settings.approximate)
-        if settings.remove and file.needs_model:
-            raise UsageError(f"{path}: --rm is refused with replay: only some machines can make this file again")
-        common.limit_memory(file, settings.memlimit)
-        common.attach_model(file, settings.model, settings.device, progress)
-        exact = all(codec.lossless for codec in file.codecs)
-        engine = common.engine(settings.device, [source], settings.threads, quiet, exact=exact)
-        if target is None:
-            jobs.check(file, engine=engine, progress=progress)
-        else:
-            with common.writable(target, force) as sink:
-                left_out = jobs.decompress(file, sink, jobs.Selection(*chosen), engine=engine, progress=progress)
-    return {
-        "input": str(path),
-        "output": None if target is None else str(target),
-        "lossless": file.lossless,
-        "left_out": left_out,
-        "parts": len(file.container.parts),
-        "differing": len(file.replay.differing) if file.replay else 0,
-        "differing_sampled": file.replay.sampled if file.replay else 0.0,
-    }
 
 
 def parse_layers(text: str | None) -> frozenset[int] | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvpack.cache.untrusted import printable
-from kvpack.cli import common
+from kvpack.cli import batch, common
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,34 +27,59 @@ LONGEST_SETTING = 24
 
 
 def inspect(
-    inputs: common.Inputs,
+    inputs: batch.Inputs = None,
     check: Annotated[bool, typer.Option("--check", help="Also verify the checksum of every stream.")] = False,
+    files_from: batch.FilesFrom = None,
+    recursive: batch.Recursive = False,
     as_json: common.Json = False,
     verbose: common.Verbose = False,
 ) -> None:
-    """Show what a capture or a .kvp file holds and how many bytes each stream takes."""
+    """Show what a capture or a .kvp file holds and how many bytes each stream takes.
+
+    A bad file does not stop the others: each is reported, and the exit code is the largest. --json prints one line for
+    each file.
+    """
+    items = batch.gather(inputs, files_from, recursive, (".kvp", ".safetensors"))
+    batch.report(_outcomes(items, check), partial(_show, verbose=verbose), as_json=as_json, total=len(items))
+
+
+@dataclass(frozen=True)
+class _Inspected(batch.Outcome):
+    """The outcome of inspecting a file, and what was found."""
+
+    report: Inspection | None = None
+
+
+def _outcomes(items: list[batch.Item], check: bool) -> Iterator[batch.Outcome]:
     from kvpack.kvp.inspection import inspect as look
 
-    reports = []
-    for path in inputs:
-        with common.readable(path) as source:
-            reports.append(look(source, check=check))
-    if as_json:
-        common.print_json({"schema_version": 1, "files": [report.to_json() for report in reports]})
-        return
+    for item in items:
+        try:
+            if item.problem is not None:
+                raise item.problem
+            with common.readable(item.path) as source:
+                report = look(source, str(item.path), check=check)
+            yield _Inspected(str(item.path), {"input": str(item.path), **report.to_json()}, report=report)
+        except Exception as error:
+            yield batch.Outcome.failed(item, error)
+
+
+def _show(outcome: batch.Outcome, *, verbose: bool) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    assert isinstance(outcome, _Inspected)
+    report = outcome.report
+    assert report is not None
     console = Console(highlight=False)
-    for report in reports:
-        facts = _facts(report)
-        width = min(max(16, *(len(name) + 1 for name, _ in facts)), WIDEST)
-        for name, value in facts:
-            console.print(Text.assemble((f"{name:<{width}}", "bold"), value), soft_wrap=True)
-        if report.streams:
-            console.print(_streams_table(report))
-        if verbose or len(report.layers) <= 4:
-            console.print(_layers_table(report))
+    facts = _facts(report)
+    width = min(max(16, *(len(name) + 1 for name, _ in facts)), WIDEST)
+    for name, value in facts:
+        console.print(Text.assemble((f"{name:<{width}}", "bold"), value), soft_wrap=True)
+    if report.streams:
+        console.print(_streams_table(report))
+    if verbose or len(report.layers) <= 4:
+        console.print(_layers_table(report))
 
 
 def _facts(report: Inspection) -> list[tuple[str, str]]:

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from kvpack import __version__
-from kvpack.cache.untrusted import printable
 from kvpack.cli.bench import bench
 from kvpack.cli.calibrate import calibrate
 from kvpack.cli.capture import capture
@@ -17,10 +16,10 @@ from kvpack.cli.claims import claims
 from kvpack.cli.compress import compress
 from kvpack.cli.decompress import decompress
 from kvpack.cli.demo import demo
+from kvpack.cli.failures import complain, describe
 from kvpack.cli.inspect import inspect
 from kvpack.cli.store import store
 from kvpack.cli.verify import verify
-from kvpack.errors import KvpackError
 
 app = typer.Typer(
     name="kvpack",
@@ -55,24 +54,13 @@ def main() -> None:
     """Run the command line; an expected failure prints one line to stderr and exits with its own code."""
     try:
         app()
-    except KvpackError as error:
-        _fail(str(error), error.exit_code)
-    except MemoryError:
-        _fail("out of memory", 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
-    except Exception as error:  # This is a bug: print one line, or a traceback on request.
-        if os.environ.get("KVPACK_DEBUG"):
-            raise
-        _fail(f"internal error: {error!r}; set KVPACK_DEBUG=1 to see where, and please report it", 1)
-
-
-def _fail(message: str, code: int) -> None:
-    sys.stderr.write(f"kvpack: {printable(' '.join(message.split()))}\n")
-    sys.exit(code)
+    except Exception as error:
+        message, code = describe(error)
+        complain(message)
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
 
 import typer
 
-from kvpack.cli import common
+from kvpack.cli import batch, common
 from kvpack.errors import CorruptError, UsageError, naming
 from kvpack.formats.output import check_output
 
 if TYPE_CHECKING:
     from kvpack.capture import Model
     from kvpack.codecs.protocol import Codec
-    from kvpack.store import Fetched, Prompt, Stored, StoreReport
+    from kvpack.store import Fetched, Prompt, StoreReport
 
 store = typer.Typer(
     name="store",
@@ -33,34 +35,47 @@ CodecName = Annotated[
 
 @store.command()
 def put(
-    inputs: common.Inputs,
     store: Directory,
+    inputs: batch.Inputs = None,
     codec: CodecName = "lossless",
     profile: common.ProfileFile = None,
     window: Annotated[int, typer.Option(help="Tokens in an object; a multiple of 128.")] = 256,
+    files_from: batch.FilesFrom = None,
+    recursive: batch.Recursive = False,
     threads: common.Threads = None,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
-    """Store captures: their keys, values and token ids. The store is made if it is not there."""
+    """Store captures: their keys, values and token ids. The store is made if it is not there.
+
+    A bad file does not stop the others: each is reported, and the exit code is the largest. --json prints one line for
+    each file.
+    """
     from kvpack.engine import CpuEngine
     from kvpack.formats.source import Capture
     from kvpack.store import Store
     from kvpack.store import put as put_one
 
+    items = batch.gather(inputs, files_from, recursive, (".safetensors",))
     chosen, opened = _codec(codec, quiet), common.open_profile(profile)
-    place = Store.create(store)
-    rows: list[dict[str, Any]] = []
-    for path in inputs:
-        with common.readable(path) as source, common.progress_bar(f"storing {path.name}", quiet) as progress:
-            capture = Capture.open(source, str(path))
-            engine = CpuEngine(threads)
-            done = put_one(place, capture, chosen, profile=opened, window=window, engine=engine, progress=progress)
-        rows.append({"input": str(path), **vars(done)})
-        if not as_json:
-            _say_stored(path, done, quiet)
-    if as_json:
-        common.print_json({"schema_version": 1, "files": rows})
+    place, engine = Store.create(store), CpuEngine(threads)
+
+    def outcomes() -> Iterator[batch.Outcome]:
+        for item in items:
+            path = item.path
+            try:
+                if item.problem is not None:
+                    raise item.problem
+                with common.readable(path) as source, common.progress_bar(f"storing {path.name}", quiet) as progress:
+                    capture = Capture.open(source, str(path))
+                    done = put_one(
+                        place, capture, chosen, profile=opened, window=window, engine=engine, progress=progress
+                    )
+                yield batch.Outcome(str(path), {"input": str(path), **vars(done)})
+            except Exception as error:
+                yield batch.Outcome.failed(item, error)
+
+    batch.report(outcomes(), partial(_say_stored, quiet=quiet), as_json=as_json, total=len(items))
 
 
 def _codec(name: str, quiet: bool) -> Codec:
@@ -74,7 +89,11 @@ def _codec(name: str, quiet: bool) -> Codec:
     return found
 
 
-def _say_stored(path: Path, done: Stored, quiet: bool) -> None:
+def _say_stored(outcome: batch.Outcome, *, quiet: bool) -> None:
+    from kvpack.store import Stored
+
+    row = dict(outcome.row or {})
+    path, done = row.pop("input"), Stored(**row)
     shared = f"{done.shared} of {done.tokens} tokens were there"
     line = f"{path}: {done.codec}, {shared}, {done.written} objects written, {done.written_bytes} bytes"
     common.say(line, quiet=quiet)

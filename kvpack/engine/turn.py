@@ -19,15 +19,18 @@ class InTurn:
         self._done = done
         self._early: dict[Ticket, Done] = {}
         self._dropped = -1
+        self._failed: dict[int, Exception] = {}
 
     def take(self, ticket: Ticket) -> Done:
         """Return the result of a ticket, or raise its error.
 
         Raises:
-            Exception: This task failed, or requesting a later task failed.
+            Exception: This task failed, or making the tasks of its job failed, or requesting a later task failed.
 
         """
         while ticket not in self._early:
+            if ticket.job in self._failed:
+                raise self._failed[ticket.job]
             if not self.pump():
                 raise RuntimeError(f"the engine gave no result for {ticket}")
         result = self._early.pop(ticket)
@@ -43,6 +46,10 @@ class InTurn:
         if result.ticket.job > self._dropped:
             self._early[result.ticket] = result
         return True
+
+    def fail(self, job: int, error: Exception) -> None:
+        """Note that a job's tasks could not all be made. The error is raised when a missing result is taken."""
+        self._failed[job] = error
 
     def drop(self, job: int) -> None:
         """Discard the results of a job and of all earlier jobs, including results that are still to come."""

@@ -4,6 +4,7 @@ from kvpack.jobs.compression import PROBES, Compressed, CompressJob, Write, comp
 from kvpack.jobs.decompression import Selection, check, decoded, decompress, differing_parts
 from kvpack.jobs.reader import KvpFile, open_cache
 from kvpack.jobs.restoring import require_restorable
+from kvpack.jobs.resume import require_compressed, require_decompressed
 
 __all__ = [
     "PROBES",
@@ -20,5 +21,7 @@ __all__ = [
     "differing_parts",
     "open_cache",
     "prepare",
+    "require_compressed",
+    "require_decompressed",
     "require_restorable",
 ]

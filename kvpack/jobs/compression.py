@@ -21,7 +21,7 @@ from kvpack.codecs.protocol import Codec, Need
 from kvpack.codecs.recipes import CODECS
 from kvpack.codecs.replay import ReplayCodec
 from kvpack.engine import CpuEngine, EncodeTask, Engine, InTurn, Progress, Ticket
-from kvpack.errors import FormatError, UsageError, naming
+from kvpack.errors import FormatError, KvpackError, UsageError, naming
 from kvpack.formats.captures import cache_spec, layer_of
 from kvpack.formats.records import preceded, token_ids
 from kvpack.formats.safetensors import Header as SourceHeader
@@ -114,12 +114,8 @@ def prepare(
     replayed = Need.MODEL in codec.traits.needs
     if origin is not None and (replayed or not codec.traits.prefix_stable):
         raise UsageError(f"{codec.name} codes tokens by what follows them: it cannot code a part of a text")
-    if chunk_tokens is None:
-        rows = -(-source.spec.rows // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
-        chunk_tokens = min(max(rows, CHUNK_MULTIPLE), 1 << 20) if replayed else CHUNK_TOKENS
-    if chunk_tokens < 1 or chunk_tokens % CHUNK_MULTIPLE or chunk_tokens > 1 << 20:
-        raise UsageError(f"chunk tokens must be a multiple of {CHUNK_MULTIPLE} up to {1 << 20}")
-    kept, dropped = _without(source.file.header, drop)
+    chunk_tokens = chunk_of(source, codec, chunk_tokens)
+    kept, dropped = without(source.file.header, drop)
     cache = cache_spec(kept, origin)
     if not codec.lossless and not any(layer_of(entry) is not None for entry in kept.tensors):
         raise FormatError(f"{source.file.name}: no layers.N.keys or layers.N.values to compress lossily")
@@ -141,6 +137,22 @@ def prepare(
     job = CompressJob(source, cache, codec, needed, chunk_tokens, context, kept, dropped)
     job.header  # noqa: B018 - computing the header checks that the blocks can be coded
     return job
+
+
+def chunk_of(source: Capture, codec: Codec, asked: int | None) -> int:
+    """Return the number of tokens in a chunk: what was asked for, or what the codec takes by default.
+
+    Raises:
+        UsageError: What was asked for is not a positive multiple of 128, or more than 2^20.
+
+    """
+    if asked is None:
+        rows = -(-source.spec.rows // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+        replayed = Need.MODEL in codec.traits.needs
+        return min(max(rows, CHUNK_MULTIPLE), 1 << 20) if replayed else CHUNK_TOKENS
+    if asked < 1 or asked % CHUNK_MULTIPLE or asked > 1 << 20:
+        raise UsageError(f"chunk tokens must be a multiple of {CHUNK_MULTIPLE} up to {1 << 20}")
+    return asked
 
 
 def _replayed(
@@ -270,10 +282,13 @@ def compress_many(jobs: Iterable[CompressJob], engine: Engine | None = None) -> 
     """Yield for each job, in order, a function that writes its file: the same bytes as :func:`compress` writes.
 
     The engine works on blocks of several jobs at once. Jobs are therefore requested ahead of time, as far ahead as the
-    engine requests tasks. If making a job fails, the error is raised after the files before it were yielded.
+    engine requests tasks. If making a job fails, the error is raised after the files before it were yielded. If making
+    a job's tasks fails, because its source cannot be read any more, the function that writes its file raises the error,
+    and the files after it are not affected.
     """
     feed = _Feed(jobs)
     results = InTurn((engine or CpuEngine()).run(feed.tasks()))
+    feed.failed = results.fail
     number = 0
     while (job := feed.job(number, results)) is not None:
         yield partial(job.write, results, number)
@@ -288,6 +303,7 @@ class _Feed:
         self._jobs = iter(jobs)
         self._made: dict[int, CompressJob] = {}
         self._error: Exception | None = None
+        self.failed: Callable[[int, Exception], None]
 
     def tasks(self) -> Iterator[EncodeTask]:
         number = 0
@@ -300,7 +316,10 @@ class _Feed:
             if job is None:
                 return
             self._made[number] = job
-            yield from job.tasks(number)
+            try:
+                yield from job.tasks(number)
+            except (KvpackError, OSError) as error:
+                self.failed(number, error)
             number += 1
 
     def job(self, number: int, results: InTurn) -> CompressJob | None:
@@ -313,7 +332,8 @@ class _Feed:
         return self._made.get(number)
 
 
-def _without(header: SourceHeader, patterns: Sequence[str]) -> tuple[SourceHeader, list[str]]:
+def without(header: SourceHeader, patterns: Sequence[str]) -> tuple[SourceHeader, list[str]]:
+    """Return a header without the tensors whose names match a pattern, and the names of these."""
     gone = [s.name for s in header.tensors if any(fnmatchcase(s.name, pattern) for pattern in patterns)]
     if not gone:
         return header, []

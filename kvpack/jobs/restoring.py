@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, cast
 
 from kvpack.engine import Engine
 from kvpack.errors import KvpackError
-from kvpack.jobs.decompression import decompress
+from kvpack.jobs.decompression import Selection, decompress
 from kvpack.jobs.reader import KvpFile
 
 
@@ -45,7 +45,9 @@ class _Comparison(io.RawIOBase):
         return len(piece)
 
 
-def require_restorable(file: KvpFile, original: Path | None, engine: Engine) -> None:
+def require_restorable(
+    file: KvpFile, original: Path | None, engine: Engine, selection: Selection | None = None
+) -> None:
     """Decompress ``file`` without storing it, and compare the result with the bytes of ``original``.
 
     ``original`` is None if the file cannot give it back bit for bit, because its codec is lossy or tensors were left
@@ -57,7 +59,7 @@ def require_restorable(file: KvpFile, original: Path | None, engine: Engine) -> 
     """
     with memoryview(b"") if original is None else _mapped(original) as view:
         comparison = _Comparison(None if original is None else view)
-        decompress(file, cast(BinaryIO, comparison), engine=engine)
+        decompress(file, cast(BinaryIO, comparison), selection, engine=engine)
         expected = file.container.source.file_size if original is None else len(view)
         if not comparison.written == comparison.end == expected:
             raise KvpackError(f"decompressing it gives {comparison.written} bytes, not {expected}")

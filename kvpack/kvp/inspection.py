@@ -12,14 +12,13 @@ from typing import Any
 
 from kvpack.cache.flops import network_of_capture
 from kvpack.cache.metadata import parse_metadata, parse_values
+from kvpack.errors import naming
 from kvpack.formats.captures import layer_of
 from kvpack.formats.safetensors import Header, TensorFile
 from kvpack.kvp import Container, PartEntry
 from kvpack.kvp.features import names_of
 from kvpack.kvp.header import FAST_TOKENS, runs_model
 from kvpack.kvp.layout import MAGIC
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -74,28 +73,31 @@ class Inspection:
     decode_flops: int | None = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Return the same as JSON types, with ``schema_version``."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        """Return the same as JSON types."""
+        return asdict(self)
 
 
-def inspect(path: Path, *, check: bool = False) -> Inspection:
-    """Inspect the file ``path``. With ``check``, also verify the checksum of every stream.
+def inspect(path: Path, name: str | None = None, *, check: bool = False) -> Inspection:
+    """Inspect the file ``path``, which the result and messages call ``name`` if that is given.
+
+    With ``check``, also verify the checksum of every stream.
 
     Raises:
         FormatError: The file is neither a valid capture nor a valid ``.kvp`` file.
         UnsupportedError: The file was written by a newer kvpack, or has a dtype that kvpack does not know.
 
     """
+    name = name or str(path)
     with path.open("rb") as file:
         start = file.read(4)
     if start == MAGIC[:4]:
-        return _inspect_container(path, Container.open(path), check)
-    header = TensorFile.open(path).header
+        return _inspect_container(Container.open(path, name), name, check)
+    header = TensorFile.open(path, name).header
     sizes = Counter({spec.name: spec.nbytes for spec in header.tensors})
     layers = _layers(header, sizes)
     kv = sum(layer.keys + layer.values for layer in layers)
     return Inspection(
-        path=str(path),
+        path=name,
         kind="capture",
         size=header.file_size,
         original_size=header.file_size,
@@ -109,7 +111,7 @@ def inspect(path: Path, *, check: bool = False) -> Inspection:
     )
 
 
-def _inspect_container(path: Path, container: Container, check: bool) -> Inspection:
+def _inspect_container(container: Container, name: str, check: bool) -> Inspection:
     sizes: Counter[str] = Counter()
     streams: Counter[str] = Counter()
     for part in container.parts:
@@ -117,13 +119,14 @@ def _inspect_container(path: Path, container: Container, check: bool) -> Inspect
             sizes[part.spec.tensor.name] += record.size
             streams[container.stream_name(record)] += record.size
         if check:
-            container.verify(part)
+            with naming(name):
+                container.verify(part)
     header = container.source
     layers = _layers(header, sizes)
     other = sum(sizes.values()) - sum(layer.keys + layer.values for layer in layers)
     replayed = runs_model(container.header.codecs[0])
     return Inspection(
-        path=str(path),
+        path=name,
         kind="kvp",
         size=container.size,
         original_size=header.file_size,

@@ -1,0 +1,202 @@
+"""Many files in one command: find them, name their outputs, go on after a bad one, and report each."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvpack.cli import common
+from kvpack.cli.failures import complain, describe
+from kvpack.errors import KvpackError, UsageError
+
+SCHEMA_VERSION = 2
+"""The version of the JSON that commands for many files print: one line for each file."""
+
+NOT_IT = "exists already, and is not what this command would write"
+"""What is said of an output that --resume does not skip."""
+
+Inputs = Annotated[
+    list[Path] | None,
+    typer.Argument(help="Input files, or folders with -r; - is standard input.", show_default=False),
+]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "-o",
+        "--output",
+        help="Output file, or a folder for all outputs: DIR/. - is standard output.",
+        show_default=False,
+    ),
+]
+FilesFrom = Annotated[
+    Path | None,
+    typer.Option("--files-from", help="Also take the files named in LIST, one on each line; - is standard input."),
+]
+Recursive = Annotated[bool, typer.Option("-r", "--recursive", help="Take all files of the right kind in folders.")]
+Jobs = Annotated[
+    int, typer.Option("-j", "--jobs", min=1, help="Files to work on at a time, each in a process of its own.")
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Skip files whose outputs are there already, after comparing them.")
+]
+
+
+@dataclass(frozen=True)
+class Item:
+    """An input file, and its output: None for commands without one.
+
+    ``name`` is the path that outputs keep below the folder of ``-o DIR/``. ``problem`` is what is wrong with the item
+    before it is opened.
+    """
+
+    path: Path
+    name: Path
+    target: Path | None = None
+    problem: KvpackError | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a file: a row for the report, an error with its exit code, or both.
+
+    Both is the case for damaged files of which a part was saved.
+    """
+
+    path: str
+    row: dict[str, Any] | None = None
+    error: str | None = None
+    exit_code: int = 0
+
+    @classmethod
+    def failed(cls, item: Item, error: Exception) -> Outcome:
+        """Return the outcome of an item that ended with an error."""
+        message, code = describe(error, str(item.path))
+        return cls(str(item.path), None, message, code)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the outcome as JSON types."""
+        found = {"schema_version": SCHEMA_VERSION, **(self.row or {"input": self.path})}
+        return found if self.error is None else {**found, "error": self.error, "exit_code": self.exit_code}
+
+
+def gather(
+    inputs: Sequence[Path] | None, listed: Path | None, recursive: bool, suffixes: tuple[str, ...]
+) -> list[Item]:
+    """Return the input files in order, each once: those named, those of a list, and those in folders.
+
+    Raises:
+        UsageError: There are no files, or the list cannot be read.
+
+    """
+    given = list(inputs or ())
+    if listed == common.STDIO and common.STDIO in given:
+        raise UsageError("standard input cannot be both the list of files and a file")
+    if listed is not None:
+        given += _names_in(listed)
+    if not given:
+        raise UsageError("no input files: name some, or give --files-from LIST")
+    found: dict[Path, Item] = {}
+    for path in given:
+        for item in _below(path, suffixes) if recursive and path.is_dir() else [_item(path)]:
+            found.setdefault(item.path, item)
+    if not found:
+        raise UsageError(f"no {' or '.join(suffixes)} files in {', '.join(map(str, given))}")
+    return list(found.values())
+
+
+def _item(path: Path) -> Item:
+    problem = KvpackError(f"{path}: is a folder; give -r to take the files in it") if path.is_dir() else None
+    return Item(path, Path(path.name), problem=problem)
+
+
+def _below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Item]:
+    """Yield the files in a folder and in the folders in it, sorted, and an item for each that cannot be read."""
+    unreadable: list[OSError] = []
+    for place, folders, names in os.walk(folder, onerror=unreadable.append):
+        folders.sort()
+        for name in sorted(names):
+            path = Path(place, name)
+            if name.endswith(suffixes):
+                yield Item(path, path.relative_to(folder))
+    for error in unreadable:
+        path = Path(error.filename)
+        yield Item(path, Path(path.name), problem=KvpackError(f"{path}: {error.strerror}"))
+
+
+def _names_in(listed: Path) -> list[Path]:
+    data = sys.stdin.buffer.read() if listed == common.STDIO else listed.read_bytes()
+    return [Path(os.fsdecode(line)) for line in data.splitlines() if line.strip()]
+
+
+def with_targets(items: Iterable[Item], output: str | None, name_of: Callable[[Path], Path]) -> list[Item]:
+    """Give each item its output: ``output``, in the folder ``output``, or beside the input by the name of ``name_of``.
+
+    Raises:
+        UsageError: Two inputs have the same output, an output is an input, or one output is given for several inputs.
+
+    """
+    items = list(items)
+    folder = Path(output) if output is not None and (output.endswith("/") or Path(output).is_dir()) else None
+    if output is not None and folder is None and len(items) > 1:
+        raise UsageError(f"-o {output}: there are {len(items)} inputs; name a folder for their outputs: -o DIR/")
+    placed = [_placed(item, output, folder, name_of) for item in items]
+    sources = {os.path.realpath(item.path) for item in items if item.path != common.STDIO}
+    taken: dict[str, Item] = {}
+    for item in placed:
+        if item.target is None or item.target == common.STDIO:
+            continue
+        real = os.path.realpath(item.target)
+        other = taken.setdefault(real, item)
+        if other is not item:
+            raise UsageError(f"{other.path} and {item.path} would both become {item.target}")
+        if real in sources:
+            raise UsageError(f"{item.target}: is itself an input; name another output")
+    return placed
+
+
+def _placed(item: Item, output: str | None, folder: Path | None, name_of: Callable[[Path], Path]) -> Item:
+    if item.problem is not None:
+        return item
+    if output is not None and folder is None:
+        return Item(item.path, item.name, Path(output))
+    if item.path == common.STDIO:
+        if folder is not None:
+            raise UsageError("standard input has no name: give its output one with -o FILE")
+        return Item(item.path, item.name, common.STDIO)
+    try:
+        return Item(item.path, item.name, folder / name_of(item.name) if folder else name_of(item.path))
+    except KvpackError as error:
+        return Item(item.path, item.name, problem=error)
+
+
+def make_folder(target: Path, output: str | None) -> None:
+    """Make the folder of an output below ``-o DIR/``, if it is not there."""
+    if output is not None and (output.endswith("/") or Path(output).is_dir()):
+        target.parent.mkdir(parents=True, exist_ok=True)
+
+
+def report(outcomes: Iterable[Outcome], show: Callable[[Outcome], None], *, as_json: bool, total: int) -> None:
+    """Show each outcome that has a row when it is known, and print its error.
+
+    After the last, exit with the largest exit code, if there were errors. With ``as_json``, one line of JSON is printed for each file, with ``error`` and ``exit_code`` where there is one.
+    """
+    failed, code = 0, 0
+    for outcome in outcomes:
+        if as_json:
+            typer.echo(json.dumps(outcome.to_json(), allow_nan=False))
+        elif outcome.row is not None:
+            show(outcome)
+        if outcome.error is not None:
+            complain(outcome.error)
+            failed, code = failed + 1, max(code, outcome.exit_code)
+    if failed and total > 1:
+        complain(f"{failed} of {total} files failed")
+    if code:
+        raise typer.Exit(code)

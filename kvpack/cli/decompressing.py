@@ -1,0 +1,112 @@
+"""What ``kvpack decompress`` does with its files: open and check them, decode and write, or only test, and remove."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvpack import jobs
+from kvpack.cli import batch, common
+from kvpack.cli.batch import Item, Outcome
+from kvpack.engine import Engine
+from kvpack.engine.memory import default_limit
+from kvpack.errors import KvpackError, UsageError
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to decompress files. The names are those of the command's options; ``memlimit`` is in bytes.
+
+    ``layers`` and ``tokens`` are the selection of :class:`kvpack.jobs.Selection`.
+    """
+
+    layers: frozenset[int] | None
+    tokens: tuple[int, int] | None
+    profile: Path | None
+    model: str | None
+    approximate: bool
+    output: str | None
+    resume: bool
+    force: bool
+    remove: bool
+    threads: int | None
+    memlimit: int | None
+    jobs: int
+    device: str
+    quiet: bool
+
+
+class Decompressing:
+    """Decompresses files, each as the options say. Files without an output are only tested."""
+
+    def __init__(self, options: Options) -> None:
+        """Open the profile."""
+        self.options = options
+        self.profile = common.open_profile(options.profile)
+        self.selection = jobs.Selection(options.layers, options.tokens)
+
+    def outcomes(self, items: Iterable[Item]) -> Iterator[Outcome]:
+        """Decompress files and yield the outcome of each, in order."""
+        for item in items:
+            try:
+                outcome = Outcome(str(item.path), self._row(item))
+            except BrokenPipeError:
+                raise
+            except Exception as error:
+                outcome = Outcome.failed(item, error)
+            yield outcome
+
+    def _row(self, item: Item) -> dict[str, Any]:
+        if item.problem is not None:
+            raise item.problem
+        options = self.options
+        title = f"{'testing' if item.target is None else 'decompressing'} {item.path.name}"
+        with common.readable(item.path) as source, common.progress_bar(title, options.quiet) as progress:
+            file = jobs.KvpFile.open(source, self.profile, str(item.path), approximate=options.approximate)
+            if options.remove and file.needs_model:
+                raise UsageError(f"{item.path}: --rm is refused with replay: only some machines can make it again")
+            file.memlimit = options.memlimit or default_limit() // options.jobs
+            common.attach_model(file, options.model, options.device, progress)
+            exact = all(codec.lossless for codec in file.codecs)
+            engine = common.engine(options.device, [source], options.threads, options.quiet, exact=exact)
+            left_out: list[str] = []
+            skipped = False
+            if item.target is None:
+                jobs.check(file, engine=engine, progress=progress)
+            elif self._is_there(item, file, engine):
+                skipped = True
+            else:
+                batch.make_folder(item.target, options.output)
+                with common.writable(item.target, options.force) as sink:
+                    left_out = jobs.decompress(file, sink, self.selection, engine=engine, progress=progress)
+        if options.remove:
+            item.path.unlink()
+        return {
+            "input": str(item.path),
+            "output": None if item.target is None else str(item.target),
+            "lossless": file.lossless,
+            "skipped": skipped,
+            "left_out": left_out,
+            "parts": len(file.container.parts),
+            "differing": len(file.replay.differing) if file.replay else 0,
+            "differing_sampled": file.replay.sampled if file.replay else 0.0,
+        }
+
+    def _is_there(self, item: Item, file: jobs.KvpFile, engine: Engine) -> bool:
+        """Return whether the output need not be written, because it is there already.
+
+        Raises:
+            KvpackError: Another file is in its place.
+
+        """
+        if not self.options.resume or item.target is None or not item.target.is_file():
+            return False
+        try:
+            jobs.require_decompressed(item.target, file, self.selection, engine)
+        except KvpackError as error:
+            if self.options.force:
+                return False
+            raise KvpackError(f"{item.target}: {batch.NOT_IT} ({error}); use -f to overwrite it") from None
+        return True

@@ -1,0 +1,135 @@
+"""Work on several files at a time, each in a process of its own, so that a process that dies takes one file with it."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from typing import Protocol
+
+from kvpack.cli.batch import Item, Outcome
+
+
+class Work(Protocol):
+    """What a command does with its files."""
+
+    def outcomes(self, items: Iterable[Item]) -> Iterator[Outcome]:
+        """Yield the outcome of each item, in order. Errors of an item are part of its outcome."""
+
+
+def run(make: Callable[[], Work], items: Sequence[Item], jobs: int) -> Iterator[Outcome]:
+    """Yield the outcome of each item, in order, with ``jobs`` processes. ``make`` makes the work in each of them.
+
+    A process is started afresh, not forked, because the one that starts it may have threads. ``make`` is pickled. With
+    one job, everything happens in this process.
+    """
+    if min(jobs, len(items)) < 2:
+        yield from make().outcomes(items)
+        return
+    pool = _Pool(make, min(jobs, len(items)))
+    try:
+        yield from pool.outcomes(items)
+    finally:
+        pool.close()
+
+
+class _Worker:
+    """A process, and the item that it works on."""
+
+    def __init__(self, make: Callable[[], Work]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, make), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.number: int | None = None
+
+    def take(self, todo: Iterator[tuple[int, Item]]) -> bool:
+        """Begin to work on the next item. Return False if there are no more."""
+        following = next(todo, None)
+        if following is not None:
+            self.number, item = following
+            with suppress(BrokenPipeError):  # It has died; the next `result` says so.
+                self.connection.send(item)
+        return following is not None
+
+    def result(self) -> Outcome | None:
+        """Return the outcome of the item. Return None if the process has died.
+
+        Raises:
+            Exception: The process could not make its work.
+
+        """
+        try:
+            found: Outcome | Exception = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            return None
+        self.number = None
+        if isinstance(found, Exception):  # It is of the options, not of this file.
+            raise found
+        return found
+
+    def died(self, item: Item) -> Outcome:
+        self.process.join()
+        code = self.process.exitcode or 0
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        return Outcome(str(item.path), None, f"{item.path}: the process that worked on it {how}", 1)
+
+
+class _Pool:
+    """A number of workers. One that dies is replaced."""
+
+    def __init__(self, make: Callable[[], Work], jobs: int) -> None:
+        self._make = make
+        self._workers = [_Worker(make) for _ in range(jobs)]
+
+    def outcomes(self, items: Sequence[Item]) -> Iterator[Outcome]:
+        todo = iter(enumerate(items))
+        early: dict[int, Outcome] = {}
+        busy = [worker for worker in self._workers if worker.take(todo)]
+        for number in range(len(items)):
+            while number not in early:
+                ready = wait([worker.connection for worker in busy])
+                for worker in [worker for worker in busy if worker.connection in ready]:
+                    at = worker.number
+                    assert at is not None
+                    outcome = worker.result()
+                    early[at] = outcome or worker.died(items[at])
+                    busy.remove(worker)
+                    following = worker if outcome else self._replaced(worker)
+                    if following.take(todo):
+                        busy.append(following)
+            yield early.pop(number)
+
+    def _replaced(self, worker: _Worker) -> _Worker:
+        self._workers.remove(worker)
+        worker.connection.close()
+        self._workers.append(_Worker(self._make))
+        return self._workers[-1]
+
+    def close(self) -> None:
+        """End the processes. One that is at work is asked to clean up first."""
+        for worker in self._workers:
+            worker.connection.close()
+            if worker.number is not None:
+                worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join()
+
+
+def _serve(connection: Connection, make: Callable[[], Work]) -> None:
+    """Work on the items that come through ``connection``, until it is closed."""
+    with suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
+        try:
+            work = make()
+        except Exception as error:
+            connection.send(error)
+            return
+        while True:
+            item: Item = connection.recv()
+            try:
+                (outcome,) = work.outcomes([item])
+            except Exception as error:
+                outcome = Outcome.failed(item, error)
+            connection.send(outcome)
