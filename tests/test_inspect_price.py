@@ -41,7 +41,7 @@ def replayed(folder: Path, **sizes: int) -> Path:
 def test_decoding_that_runs_the_model_has_a_price(cli: Cli, tmp_path: Path) -> None:
     path = replayed(tmp_path, **SIZES)
     expected = Network(30, 9, 64, 134_515_008 - 28_311_552, 49152 * 576).prefill(160)
-    (report,) = json.loads(cli("inspect", path, "--json").out)["files"]
+    report = json.loads(cli("inspect", path, "--json").out)
     assert (report["runs_model"], report["decode_flops"]) == (True, expected)
     assert expected == 2 * 106_203_456 * 160 + 4 * 30 * 9 * 64 * 160 * 161 // 2
     shown = cli("inspect", path).out
@@ -60,13 +60,13 @@ def test_the_price_of_replay(cli: Cli, tmp_path: Path) -> None:
     for coder, flops in (("fast", prefill), ("model", 2 * prefill + 2 * 256 * 32 * 90)):
         done = cli("compress", path, "-c", "replay", "-m", folder, "--token-coder", coder, "-o", packed, "-f")
         assert done.code == 0, done.err
-        (report,) = json.loads(cli("inspect", packed, "--json").out)["files"]
+        report = json.loads(cli("inspect", packed, "--json").out)
         assert (report["runs_model"], report["decode_flops"]) == (True, flops)
 
 
 def test_a_price_that_cannot_be_known_is_not_zero(cli: Cli, tmp_path: Path) -> None:
     path = replayed(tmp_path)
-    (report,) = json.loads(cli("inspect", path, "--json").out)["files"]
+    report = json.loads(cli("inspect", path, "--json").out)
     assert (report["runs_model"], report["decode_flops"]) == (True, None)
     assert "does not record how large" in cli("inspect", path).out
 
@@ -74,7 +74,7 @@ def test_a_price_that_cannot_be_known_is_not_zero(cli: Cli, tmp_path: Path) -> N
 def test_other_files_run_no_model(cli: Cli, small: Path) -> None:
     assert cli("compress", small).code == 0
     for path in (small, Path(f"{small}.kvp")):
-        (report,) = json.loads(cli("inspect", path, "--json").out)["files"]
+        report = json.loads(cli("inspect", path, "--json").out)
         assert (report["runs_model"], report["decode_flops"]) == (False, 0)
         assert "runs the model" not in cli("inspect", path).out
 

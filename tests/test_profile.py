@@ -104,7 +104,7 @@ def test_the_profile_is_asked_for_by_name(cli: Cli, tiny: Path, tmp_path: Path, 
     renamed.write_bytes(TINY.read_bytes())
     assert cli("decompress", packed, "-o", back, "-D", renamed).code == 0
     assert cli("verify", tiny, packed, "-D", TINY, "--max-nmse", 0.9).code == 0
-    report = json.loads(cli("inspect", packed, "--json").out)["files"][0]
+    report = json.loads(cli("inspect", packed, "--json").out)
     assert report["profile"]["name"] == "tiny.kvprofile"
     assert "tiny.kvprofile" in cli("inspect", packed).out
 
@@ -142,7 +142,7 @@ def test_damaged_profiles_are_one_line(cli: Cli, tiny: Path, tmp_path: Path, dam
 
 def test_codecs_without_a_profile_ignore_one(cli: Cli, small: Path) -> None:
     assert cli("compress", small, "-D", TINY).code == 0
-    assert json.loads(cli("inspect", f"{small}.kvp", "--json").out)["files"][0]["profile"] is None
+    assert json.loads(cli("inspect", f"{small}.kvp", "--json").out)["profile"] is None
     assert cli("decompress", "-t", f"{small}.kvp", "-D", TINY).code == 0
 
 

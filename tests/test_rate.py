@@ -78,7 +78,7 @@ def compressed(cli: Cli, folder: Path, tokens: int, *options: object) -> dict[st
         "-o", folder / "x.kvp",
     )  # fmt: skip
     assert done.code == 0, done.err
-    row: dict[str, Any] = json.loads(done.out)["files"][0]
+    row: dict[str, Any] = json.loads(done.out)
     return row
 
 

@@ -185,7 +185,8 @@ def make_folder(target: Path, output: str | None) -> None:
 def report(outcomes: Iterable[Outcome], show: Callable[[Outcome], None], *, as_json: bool, total: int) -> None:
     """Show each outcome that has a row when it is known, and print its error.
 
-    After the last, exit with the largest exit code, if there were errors. With ``as_json``, one line of JSON is printed for each file, with ``error`` and ``exit_code`` where there is one.
+    After the last, exit with the largest exit code, if there were errors. With ``as_json``, one line of JSON is printed
+    for each file, with ``error`` and ``exit_code`` where there is one.
     """
     failed, code = 0, 0
     for outcome in outcomes:

@@ -19,8 +19,9 @@ def describe(error: Exception, name: str | None = None) -> tuple[str, int]:
     if isinstance(error, MemoryError):
         return _named("out of memory", name), 1
     if isinstance(error, OSError):
-        text = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
-        return _named(text, name), 1
+        if error.filename:
+            return f"{error.filename}: {error.strerror}", 1
+        return _named(str(error.strerror or error), name), 1
     if os.environ.get("KVPACK_DEBUG"):
         raise error
     text = _named(f"internal error: {error!r}", name)

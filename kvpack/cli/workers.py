@@ -50,7 +50,7 @@ class _Worker:
         following = next(todo, None)
         if following is not None:
             self.number, item = following
-            with suppress(BrokenPipeError):  # It has died; the next `result` says so.
+            with suppress(ConnectionError):  # It has died; the next `result` says so.
                 self.connection.send(item)
         return following is not None
 
@@ -63,7 +63,7 @@ class _Worker:
         """
         try:
             found: Outcome | Exception = self.connection.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, ConnectionError):
             return None
         self.number = None
         if isinstance(found, Exception):  # It is of the options, not of this file.
@@ -120,7 +120,7 @@ class _Pool:
 
 def _serve(connection: Connection, make: Callable[[], Work]) -> None:
     """Work on the items that come through ``connection``, until it is closed."""
-    with suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
+    with suppress(EOFError, KeyboardInterrupt, ConnectionError):
         try:
             work = make()
         except Exception as error:
