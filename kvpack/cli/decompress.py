@@ -28,6 +28,10 @@ def decompress(
         bool,
         typer.Option("--approximate", help="Take what replay's model computes here even if it is not bit for bit."),
     ] = False,
+    salvage: Annotated[
+        bool,
+        typer.Option("--salvage", help="Write what is intact of a damaged file, with NaN where parts are missing."),
+    ] = False,
     test: Annotated[bool, typer.Option("-t", "--test", help="Decode and check everything, but write nothing.")] = False,
     files_from: batch.FilesFrom = None,
     recursive: batch.Recursive = False,
@@ -53,6 +57,8 @@ def decompress(
         raise UsageError("--rm goes with decompressing a whole file")
     if test and (output is not None or resume):
         raise UsageError("-t writes nothing: it does not go with -o or --resume")
+    if salvage and (remove or test or resume):
+        raise UsageError("--salvage does not go with --rm, -t or --resume")
     chosen = parse_layers(layers), parse_tokens(tokens)
     items = batch.gather(inputs, files_from, recursive, (".kvp",))
     if not test:
@@ -67,6 +73,7 @@ def decompress(
         profile=profile,
         model=model,
         approximate=approximate,
+        salvage=salvage,
         output=output,
         resume=resume,
         force=force,
@@ -79,6 +86,10 @@ def decompress(
     )
     outcomes = workers.run(partial(Decompressing, options), items, jobs)
     batch.report(outcomes, partial(_show, quiet=quiet, verbose=verbose), as_json=as_json, total=len(items))
+
+
+SHOWN = 5
+"""The number of damaged parts that are named unless the user asks for all."""
 
 
 def _name_of(path: Path, *, selection: bool) -> Path:
@@ -98,14 +109,35 @@ def _show(outcome: batch.Outcome, *, quiet: bool, verbose: bool) -> None:
         return
     what = "ok" if row["output"] is None else f"-> {row['output']}"
     kind = "approximate" if row["differing"] else "bit-exact" if row["lossless"] else "lossy"
+    kind = "salvaged" if row["missing"] else kind
     common.say(f"{row['input']} {what} ({kind})", quiet=quiet, to_stderr=row["output"] == str(common.STDIO))
     if row["differing"]:
         common.say(_distance(row), quiet=quiet, to_stderr=True)
+    _say_missing(row, quiet, verbose)
     left = row["left_out"]
     if left:
         names = ", ".join(left if verbose or len(left) <= 3 else [*left[:3], "..."])
-        line = f"kvpack: left out of the selection: {len(left)} tensors ({names})"
+        of_what = "" if row["missing"] else " of the selection"
+        line = f"kvpack: left out{of_what}: {len(left)} tensors ({names})"
         common.say(line, quiet=quiet, to_stderr=True)
+
+
+def _say_missing(row: dict[str, Any], quiet: bool, verbose: bool) -> None:
+    """Say what is damaged in a file that was salvaged, and which tokens are whole."""
+    for what in row["repaired"]:
+        common.say(f"kvpack: {row['input']}: its {what} is damaged, and was made anew", quiet=quiet, to_stderr=True)
+    damages = row["missing"] if verbose else row["missing"][:SHOWN]
+    for damage in damages:
+        first, *others = damage["parts"]
+        more = f" and {len(others)} parts coded with it" if others else ""
+        reason = damage["reason"].removeprefix(f"{first}: ")
+        common.say(f"kvpack: missing: {first}{more}: {reason}", quiet=quiet, to_stderr=True)
+    if len(damages) < len(row["missing"]):
+        line = f"kvpack: {len(row['missing']) - len(damages)} more are missing; -v names them"
+        common.say(line, quiet=quiet, to_stderr=True)
+    if row["missing"] and row["whole_tokens"]:
+        line = f"kvpack: every layer is whole up to token {row['whole_tokens']}: --tokens 0:{row['whole_tokens']} gives"
+        common.say(f"{line} these rows alone", quiet=quiet, to_stderr=True)
 
 
 def _distance(row: dict[str, Any]) -> str:

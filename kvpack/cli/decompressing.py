@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from kvpack.cli import batch, common
 from kvpack.cli.batch import Item, Outcome
 from kvpack.engine import Engine
 from kvpack.engine.memory import default_limit
-from kvpack.errors import KvpackError, UsageError
+from kvpack.errors import CorruptError, KvpackError, UsageError
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Options:
     profile: Path | None
     model: str | None
     approximate: bool
+    salvage: bool
     output: str | None
     resume: bool
     force: bool
@@ -51,12 +52,20 @@ class Decompressing:
         """Decompress files and yield the outcome of each, in order."""
         for item in items:
             try:
-                outcome = Outcome(str(item.path), self._row(item))
+                outcome = self._outcome(item)
             except BrokenPipeError:
                 raise
             except Exception as error:
                 outcome = Outcome.failed(item, error)
             yield outcome
+
+    def _outcome(self, item: Item) -> Outcome:
+        row = self._row(item)
+        if not row["missing"]:
+            return Outcome(str(item.path), row)
+        parts = len({label for damage in row["missing"] for label in damage["parts"]})
+        error = f"{item.path}: salvaged without {parts} of {row['parts']} parts, which are damaged"
+        return Outcome(str(item.path), row, error, CorruptError.exit_code)
 
     def _row(self, item: Item) -> dict[str, Any]:
         if item.problem is not None:
@@ -64,7 +73,9 @@ class Decompressing:
         options = self.options
         title = f"{'testing' if item.target is None else 'decompressing'} {item.path.name}"
         with common.readable(item.path) as source, common.progress_bar(title, options.quiet) as progress:
-            file = jobs.KvpFile.open(source, self.profile, str(item.path), approximate=options.approximate)
+            file = jobs.KvpFile.open(
+                source, self.profile, str(item.path), approximate=options.approximate, damaged=options.salvage
+            )
             if options.remove and file.needs_model:
                 raise UsageError(f"{item.path}: --rm is refused with replay: only some machines can make it again")
             file.memlimit = options.memlimit or default_limit() // options.jobs
@@ -72,7 +83,7 @@ class Decompressing:
             exact = all(codec.lossless for codec in file.codecs)
             engine = common.engine(options.device, [source], options.threads, options.quiet, exact=exact)
             left_out: list[str] = []
-            skipped = False
+            skipped, saved = False, None
             if item.target is None:
                 jobs.check(file, engine=engine, progress=progress)
             elif self._is_there(item, file, engine):
@@ -80,7 +91,11 @@ class Decompressing:
             else:
                 batch.make_folder(item.target, options.output)
                 with common.writable(item.target, options.force) as sink:
-                    left_out = jobs.decompress(file, sink, self.selection, engine=engine, progress=progress)
+                    if options.salvage:
+                        saved = jobs.salvage(file, sink, self.selection, engine=engine, progress=progress)
+                        left_out = saved.left_out
+                    else:
+                        left_out = jobs.decompress(file, sink, self.selection, engine=engine, progress=progress)
         if options.remove:
             item.path.unlink()
         return {
@@ -89,6 +104,9 @@ class Decompressing:
             "lossless": file.lossless,
             "skipped": skipped,
             "left_out": left_out,
+            "repaired": file.container.damage,
+            "missing": [asdict(damage) for damage in saved.damage] if saved else [],
+            "whole_tokens": saved.whole if saved else None,
             "parts": len(file.container.parts),
             "differing": len(file.replay.differing) if file.replay else 0,
             "differing_sampled": file.replay.sampled if file.replay else 0.0,

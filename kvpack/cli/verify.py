@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,16 +11,19 @@ import typer
 
 from kvpack.cache.untrusted import printable
 from kvpack.cli import common
-from kvpack.errors import MismatchError, QualityError, UsageError
+from kvpack.errors import CorruptError, MismatchError, QualityError, UsageError
 
 if TYPE_CHECKING:
     from kvpack.fidelity import Attention, Reconstruction, Report
     from kvpack.fidelity.model import ModelReport
+    from kvpack.jobs import Integrity
 
 
 def verify(
-    original: Annotated[Path, typer.Argument(help="The capture that was compressed.", show_default=False)],
-    file: Annotated[Path, typer.Argument(help="The .kvp file, or another capture.", show_default=False)],
+    original: Annotated[
+        Path, typer.Argument(help="The capture that was compressed; or alone, a file to check.", show_default=False)
+    ],
+    file: Annotated[Path | None, typer.Argument(help="The .kvp file, or another capture.", show_default=False)] = None,
     max_nmse: Annotated[float | None, typer.Option(help="Fail above this NMSE.", show_default=False)] = None,
     max_attn_err: Annotated[
         float | None, typer.Option(help="Fail above this relative error of attention outputs.", show_default=False)
@@ -60,13 +64,24 @@ def verify(
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
-    """Measure what compression lost: the reconstruction error, and the attention error at the capture's probe queries.
+    """Measure what compression lost, or with one file alone, check that it is as it was written.
+
+    With ORIGINAL and FILE: the reconstruction error, and the attention error at the capture's probe queries.
 
     With --model, also compare the model's predictions from both caches: next-token KL, perplexity, greedy generation
     and needles.
 
+    With one file alone, every checksum is compared, and the digests of what is stored losslessly. The exit code is 4 if
+    anything is damaged, and each damaged part is named.
+
     The exit code is 3 if a threshold is not met, and 5 if FILE was not made from ORIGINAL.
     """
+    if file is None:
+        limits = (max_nmse, max_attn_err, max_kl, min_top1, max_ppl_increase)
+        if bit_exact or model is not None or any(limit is not None for limit in limits):
+            raise UsageError("thresholds and --model compare two files: kvpack verify ORIGINAL FILE")
+        _check_alone(original, profile, replay_model, device, memlimit, quiet, as_json)
+        return
     from kvpack.fidelity import check, compare
     from kvpack.formats.source import Capture
     from kvpack.jobs import KvpFile, differing_parts, open_cache
@@ -102,6 +117,53 @@ def verify(
             _print_model(judged)
     if failures:
         raise QualityError(f"{file}: {'; '.join(failures)}")
+
+
+def _check_alone(
+    path: Path,
+    profile: Path | None,
+    replay_model: str | None,
+    device: str,
+    memlimit: str | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Check one file by what it says of itself."""
+    from kvpack.jobs import Integrity, KvpFile, examine, open_cache
+
+    found = Integrity()
+    opened = open_cache(path, common.open_profile(profile))
+    if isinstance(opened, KvpFile):
+        common.limit_memory(opened, memlimit)
+        if replay_model is not None:
+            common.attach_model(opened, replay_model, device)
+        with common.progress_bar("checking", quiet) as progress:
+            found = examine(opened, progress=progress)
+    if as_json:
+        kind = "kvp" if isinstance(opened, KvpFile) else "capture"
+        common.print_json({"schema_version": 1, "file": str(path), "kind": kind, **asdict(found)})
+    elif isinstance(opened, KvpFile):
+        for damage in found.damage:
+            more = f" (and {len(damage.parts) - 1} parts coded with it)" if len(damage.parts) > 1 else ""
+            common.say(f"kvpack: {path}: {damage.reason}{more}", to_stderr=True)
+        common.say(f"{path}: {_examined(found)}", quiet=quiet)
+    else:
+        common.say(f"{path}: header and size are right; a capture has no checksums of its data", quiet=quiet)
+    if found.damage:
+        parts = sum(len(damage.parts) for damage in found.damage)
+        raise CorruptError(f"{path}: {parts} parts are damaged; decompress --salvage gives the others")
+
+
+def _examined(found: Integrity) -> str:
+    """Say what was verified of a file."""
+    said = [f"{found.checksums} checksums compared"]
+    if found.exact:
+        said.append(f"{found.exact} parts have the digest of the original")
+    if found.lossy:
+        said.append(f"{found.lossy} lossy parts decode")
+    if found.undecoded:
+        said.append(f"{found.undecoded} parts were not decoded, for want of {found.lacking or 'intact token ids'}")
+    return ", ".join(said)
 
 
 def _print(report: Report) -> None:

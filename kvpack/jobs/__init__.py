@@ -2,6 +2,7 @@
 
 from kvpack.jobs.compression import PROBES, Compressed, CompressJob, Write, compress, compress_many, prepare
 from kvpack.jobs.decompression import Selection, check, decoded, decompress, differing_parts
+from kvpack.jobs.integrity import Damage, Integrity, Salvaged, examine, salvage
 from kvpack.jobs.reader import KvpFile, open_cache
 from kvpack.jobs.restoring import require_restorable
 from kvpack.jobs.resume import require_compressed, require_decompressed
@@ -10,7 +11,10 @@ __all__ = [
     "PROBES",
     "CompressJob",
     "Compressed",
+    "Damage",
+    "Integrity",
     "KvpFile",
+    "Salvaged",
     "Selection",
     "Write",
     "check",
@@ -19,9 +23,11 @@ __all__ = [
     "decoded",
     "decompress",
     "differing_parts",
+    "examine",
     "open_cache",
     "prepare",
     "require_compressed",
     "require_decompressed",
     "require_restorable",
+    "salvage",
 ]

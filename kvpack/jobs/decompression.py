@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import BinaryIO, cast
@@ -12,7 +12,7 @@ from typing import BinaryIO, cast
 import numpy as np
 
 from kvpack.cache import PartSpec
-from kvpack.engine import CpuEngine, DecodeTask, Engine, InTurn, Progress
+from kvpack.engine import CpuEngine, DecodeTask, Done, Engine, InTurn, Progress
 from kvpack.errors import UsageError, naming
 from kvpack.formats.captures import layer_of
 from kvpack.formats.safetensors import Header, TensorSpec, build_header
@@ -20,7 +20,7 @@ from kvpack.formats.sink import SafetensorsSink, as_bytes
 from kvpack.formats.source import Capture
 from kvpack.jobs.reader import KvpFile
 from kvpack.numerics.checksum import checksum
-from kvpack.numerics.floats import Bits
+from kvpack.numerics.floats import NAN, Bits
 
 
 @dataclass(frozen=True)
@@ -87,56 +87,82 @@ def decompress(
     with naming(file.name):
         file.require_whole()
         chosen = (selection or Selection()).of(file.tensors)
-        work = _Work(file, chosen, engine or CpuEngine(), progress)
-        if output.seekable() and "a" not in str(getattr(output, "mode", "")):  # what is appended has no position
-            work.by_position(output)
-        elif file.by_tensor and 2 * max((entry.nbytes for entry in work.header.tensors), default=0) <= file.memlimit:
-            work.by_tensor(output)
-        else:
-            with tempfile.TemporaryFile(prefix="kvpack-spool-") as spool:
-                work.by_position(cast(BinaryIO, spool))
-                spool.seek(0)
-                shutil.copyfileobj(spool, output, 1 << 20)
+        Work(file, chosen, engine or CpuEngine(), progress).write(output)
     return [name for name in file.tensors if name not in chosen]
 
 
-class _Work:
-    """The decompression of one file."""
+class Work:
+    """The decompression of one file: of the tensors ``chosen``, each whole or a range of rows.
+
+    Parts with a label in ``lost`` are not decoded, but written as NaN, or as zeros where the dtype has no NaN, and
+    ``metadata`` is added to that of the result.
+    """
 
     def __init__(
-        self, file: KvpFile, chosen: Mapping[str, slice | None], engine: Engine, progress: Progress | None
+        self,
+        file: KvpFile,
+        chosen: Mapping[str, slice | None],
+        engine: Engine,
+        progress: Progress | None,
+        *,
+        lost: Container[str] = (),
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
-        self.file, self.chosen, self.engine, self.progress = file, chosen, engine, progress
-        whole = len(chosen) == len(file.tensors) and not any(chosen.values())
-        self.header = file.container.source if whole else _cut_header(file, chosen)
+        """Prepare the result's header."""
+        self.file, self.chosen, self.engine, self.progress, self.lost = file, chosen, engine, progress, lost
+        whole = len(chosen) == len(file.tensors) and not any(chosen.values()) and metadata is None
+        self.header = file.container.source if whole else _cut_header(file, chosen, metadata or {})
         self.total = sum(entry.nbytes for entry in self.header.tensors)
         self.done = 0
 
-    def rows(self, part: PartSpec) -> tuple[int, int]:
+    def write(self, output: BinaryIO) -> None:
+        """Decode, and write the capture to ``output``."""
+        if output.seekable() and "a" not in str(getattr(output, "mode", "")):  # what is appended has no position
+            self._by_position(output)
+        elif self._fits_by_tensor():
+            self._by_tensor(output)
+        else:
+            with tempfile.TemporaryFile(prefix="kvpack-spool-") as spool:
+                self._by_position(cast(BinaryIO, spool))
+                spool.seek(0)
+                shutil.copyfileobj(spool, output, 1 << 20)
+
+    def _fits_by_tensor(self) -> bool:
+        largest = max((entry.nbytes for entry in self.header.tensors), default=0)
+        return self.file.by_tensor and not self.lost and 2 * largest <= self.file.memlimit
+
+    def _rows(self, part: PartSpec) -> tuple[int, int]:
         """Return the selected range of rows of the part's tensor."""
         start, stop, _ = (self.chosen[part.tensor.name] or slice(None)).indices(part.tensor.rows)
         return start, stop
 
-    def wanted(self, part: PartSpec) -> bool:
+    def selected(self, part: PartSpec) -> bool:
+        """Return whether something of the part belongs into the result."""
         if part.tensor.name not in self.chosen:
             return False
-        start, stop = self.rows(part)
+        start, stop = self._rows(part)
         return part.tensor.layer is None or (part.first < stop and start < part.first + part.tokens)
 
-    def step(self, size: int) -> None:
+    def _wanted(self, part: PartSpec) -> bool:
+        return self.selected(part) and part.label not in self.lost
+
+    def _step(self, size: int) -> None:
         self.done += size
         if self.progress:
             self.progress(self.done, self.total)
 
-    def by_position(self, output: BinaryIO) -> None:
+    def _by_position(self, output: BinaryIO) -> None:
         """Write each block to its place as soon as it is decoded."""
         cut = next((cut for cut in self.chosen.values() if cut is not None), None)
         sink = SafetensorsSink(output, self.header, cut.start if cut else 0)
         with closing(sink):
-            for task, arrays in decoded(self.engine, self.file.tasks(self.wanted)):
+            for task, arrays in decoded(self.engine, self.file.tasks(self._wanted)):
                 for part, bits in zip(task.block.parts, arrays, strict=True):
-                    if self.wanted(part):
-                        self.step(sink.write(part, self._cut_other(part, bits)))
+                    if self._wanted(part):
+                        self._step(sink.write(part, self._cut_other(part, bits)))
+            for entry in self.file.container.parts if self.lost else ():
+                if self.selected(entry.spec) and entry.spec.label in self.lost:
+                    self._step(sink.write(entry.spec, self._cut_other(entry.spec, _blank(entry.spec))))
             sink.finish()
 
     def _cut_other(self, part: PartSpec, bits: Bits) -> Bits:
@@ -144,11 +170,11 @@ class _Work:
         cut = self.chosen[part.tensor.name]
         return bits if cut is None or part.tensor.layer is not None else bits.reshape(-1)[cut]
 
-    def by_tensor(self, output: BinaryIO) -> None:
+    def _by_tensor(self, output: BinaryIO) -> None:
         """Write one tensor after another, with one tensor in memory at a time."""
         output.write(len(self.header.raw).to_bytes(8, "little") + self.header.raw)
         tasks: dict[str, list[DecodeTask]] = {entry.name: [] for entry in self.header.tensors}
-        for task in self.file.tasks(self.wanted):
+        for task in self.file.tasks(self._wanted):
             tasks[task.block.parts[0].tensor.name].append(task)
         results = InTurn(self.engine.run(task for some in tasks.values() for task in some))
         for name, some in tasks.items():
@@ -156,17 +182,25 @@ class _Work:
             if pieces:
                 bits = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
                 output.write(as_bytes(bits))
-                self.step(self.file.tensors[name].nbytes)
+                self._step(self.file.tensors[name].nbytes)
 
     def _piece(self, part: PartSpec, bits: Bits) -> Bits:
         if part.tensor.layer is None:
             return self._cut_other(part, bits)
-        start, stop = self.rows(part)
+        start, stop = self._rows(part)
         return bits[:, max(start - part.first, 0) : stop - part.first]
 
 
 def decoded(engine: Engine, tasks: Iterator[DecodeTask]) -> Iterator[tuple[DecodeTask, tuple[Bits, ...]]]:
     """Yield each task with its decoded parts, in any order, for callers that have a place for each block."""
+    for task, result in results(engine, tasks):
+        if result.error is not None:
+            raise result.error
+        yield task, result.arrays
+
+
+def results(engine: Engine, tasks: Iterator[DecodeTask]) -> Iterator[tuple[DecodeTask, Done]]:
+    """Yield each task with its result, in any order."""
     asked: dict[object, DecodeTask] = {}
 
     def noted() -> Iterator[DecodeTask]:
@@ -175,12 +209,16 @@ def decoded(engine: Engine, tasks: Iterator[DecodeTask]) -> Iterator[tuple[Decod
             yield task
 
     for result in engine.run(noted()):
-        if result.error is not None:
-            raise result.error
-        yield asked.pop(result.ticket), result.arrays
+        yield asked.pop(result.ticket), result
 
 
-def _cut_header(file: KvpFile, chosen: Mapping[str, slice | None]) -> Header:
+def _blank(part: PartSpec) -> Bits:
+    """Return rows of NaN ``[H, T, D]`` in a part's dtype, or of zeros if that has no NaN. They take no memory."""
+    pattern: Bits = np.array(NAN.get(part.tensor.dtype, 0), f"<u{part.tensor.itemsize}")
+    return np.broadcast_to(pattern, part.shape)
+
+
+def _cut_header(file: KvpFile, chosen: Mapping[str, slice | None], metadata: Mapping[str, str]) -> Header:
     """Return the safetensors header for the result of :meth:`Selection.of`."""
     entries = []
     for name, cut in chosen.items():
@@ -191,7 +229,7 @@ def _cut_header(file: KvpFile, chosen: Mapping[str, slice | None]) -> Header:
             start, stop, _ = cut.indices(shape[axis])
             shape[axis] = stop - start
         entries.append((name, spec.dtype, shape))
-    return build_header(entries, file.metadata)
+    return build_header(entries, {**file.metadata, **metadata})
 
 
 def check(file: KvpFile, *, engine: Engine | None = None, progress: Progress | None = None) -> None:

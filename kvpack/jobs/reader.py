@@ -101,10 +101,15 @@ class KvpFile:
         *,
         model: LanguageModel | None = None,
         approximate: bool = False,
+        damaged: bool = False,
     ) -> KvpFile:
-        """Open ``path``. Messages call it ``name`` if that is given. The other arguments are the constructor's."""
+        """Open ``path``. Messages call it ``name`` if that is given.
+
+        With ``damaged``, a damaged prologue or footer does not keep the file from being opened, if it can be made anew.
+        The other arguments are the constructor's.
+        """
         name = name or str(path)
-        container = Container.open(path, name)
+        container = Container.open(path, name, damaged=damaged)
         with naming(name):
             return cls(container, profile, name, model=model, approximate=approximate)
 
@@ -156,6 +161,12 @@ class KvpFile:
         return replay.run(
             self.spec, self.metadata, tokens, self.model, sample=codec.sample, approximate=self._approximate
         )[0]
+
+    def lacks(self, codec: Codec) -> str | None:
+        """Return what decoding by a codec of this file lacks here, ``a profile`` or ``a model``, or None."""
+        if Need.PROFILE in codec.traits.needs and self.profile is None:
+            return "a profile"
+        return "a model" if Need.MODEL in codec.traits.needs and self.model is None else None
 
     def require_whole(self) -> None:
         """Check that the file begins where its text does.

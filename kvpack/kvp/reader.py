@@ -28,6 +28,7 @@ from kvpack.kvp.layout import (
     unpack_index,
     unpack_prologue,
 )
+from kvpack.kvp.recovery import Ends, recover
 
 
 class Container:
@@ -39,8 +40,10 @@ class Container:
     ``view`` is the whole file.
     """
 
-    def __init__(self, view: memoryview) -> None:
+    def __init__(self, view: memoryview, ends: Ends | None = None) -> None:
         """Check everything in the file's bytes ``view`` except the streams.
+
+        ``ends`` are a prologue and a footer to take instead of the file's own (:mod:`kvpack.kvp.recovery`).
 
         Raises:
             FormatError: The file is not a ``.kvp`` file, or it breaks the format.
@@ -50,13 +53,13 @@ class Container:
 
         """
         self.view = view
-        size = len(view)
-        prologue = bytes(view[: PROLOGUE.size])
+        self.damage: list[str] = []
+        prologue, footer, size = ends or Ends(bytes(view[: PROLOGUE.size]), bytes(view[-FOOTER.size :]), len(view))
         self.version, self.critical, length, crc = unpack_prologue(prologue)
         start = PROLOGUE.size + length
         if start + FOOTER.size > size:
             raise TruncatedError("truncated: the file ends within its header")
-        offset, index_length, index_crc = unpack_footer(bytes(view[-FOOTER.size :]), size, prologue)
+        offset, index_length, index_crc = unpack_footer(footer, size, prologue)
         if offset < start or length > MAX_HEADER:
             raise FormatError("header and index overlap, or the header is too long")
         raw_header = self._checked(PROLOGUE.size, length, crc, "header")
@@ -80,13 +83,22 @@ class Container:
             self._check_part(part)
 
     @classmethod
-    def open(cls, path: Path, name: str | None = None) -> Container:
-        """Map ``path`` into memory. Errors are those of the constructor, with ``name`` or the path in the message."""
+    def open(cls, path: Path, name: str | None = None, *, damaged: bool = False) -> Container:
+        """Map ``path`` into memory. Errors are those of the constructor, with ``name`` or the path in the message.
+
+        With ``damaged``, a damaged prologue or footer is made anew if that is possible (:mod:`kvpack.kvp.recovery`).
+        :attr:`damage` then names them.
+        """
         with path.open("rb") as file:
             empty = not file.seek(0, 2)
             view = memoryview(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         with naming(name or str(path)):
-            return cls(view)
+            if not damaged:
+                return cls(view)
+            ends, damage = recover(view)
+            found = cls(view, ends)
+        found.damage = damage
+        return found
 
     def _checked(self, offset: int, length: int, crc: int, what: str) -> bytes:
         raw = bytes(self.view[offset : offset + length])

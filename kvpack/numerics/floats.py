@@ -16,6 +16,18 @@ FLOAT_BITS = {"BF16": (8, 7), "F16": (5, 10), "F32": (8, 23)}
 UINT: dict[str, type[np.unsignedinteger[Any]]] = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
 """Unsigned dtype that holds the bit patterns of each dtype."""
 
+NAN = {
+    "BF16": 0x7FC0,
+    "F16": 0x7E00,
+    "F32": 0x7FC00000,
+    "F64": 0x7FF8000000000000,
+    "F8_E4M3": 0x7F,
+    "F8_E5M2": 0x7E,
+    "F8_E4M3FNUZ": 0x80,
+    "F8_E5M2FNUZ": 0x80,
+}
+"""The bit pattern of a NaN of each dtype that has one."""
+
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """torch's name of each dtype."""
 
