@@ -258,6 +258,11 @@ def progress_bar(title: str, quiet: bool) -> Iterator[Callable[[int, int], None]
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def counted(number: int, what: str) -> str:
+    """Return a number with its noun: ``1 part``, ``2 parts``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def say(message: str, *, quiet: bool = False, to_stderr: bool = False) -> None:
     """Print a result line on stdout, or a remark on stderr, with control characters escaped."""
     if not quiet:

@@ -129,7 +129,7 @@ def _say_missing(row: dict[str, Any], quiet: bool, verbose: bool) -> None:
     damages = row["missing"] if verbose else row["missing"][:SHOWN]
     for damage in damages:
         first, *others = damage["parts"]
-        more = f" and {len(others)} parts coded with it" if others else ""
+        more = f" and {common.counted(len(others), 'part')} coded with it" if others else ""
         reason = damage["reason"].removeprefix(f"{first}: ")
         common.say(f"kvpack: missing: {first}{more}: {reason}", quiet=quiet, to_stderr=True)
     if len(damages) < len(row["missing"]):

@@ -64,7 +64,7 @@ class Decompressing:
         if not row["missing"]:
             return Outcome(str(item.path), row)
         parts = len({label for damage in row["missing"] for label in damage["parts"]})
-        error = f"{item.path}: salvaged without {parts} of {row['parts']} parts, which are damaged"
+        error = f"{item.path}: {parts} of {row['parts']} parts are damaged, and missing in what was salvaged"
         return Outcome(str(item.path), row, error, CorruptError.exit_code)
 
     def _row(self, item: Item) -> dict[str, Any]:

@@ -64,17 +64,13 @@ def verify(
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
-    """Measure what compression lost, or with one file alone, check that it is as it was written.
-
-    With ORIGINAL and FILE: the reconstruction error, and the attention error at the capture's probe queries.
+    """Measure what compression lost: the reconstruction error, and the attention error at the capture's probe queries.
 
     With --model, also compare the model's predictions from both caches: next-token KL, perplexity, greedy generation
-    and needles.
+    and needles. The exit code is 3 if a threshold is not met, and 5 if FILE was not made from ORIGINAL.
 
-    With one file alone, every checksum is compared, and the digests of what is stored losslessly. The exit code is 4 if
-    anything is damaged, and each damaged part is named.
-
-    The exit code is 3 if a threshold is not met, and 5 if FILE was not made from ORIGINAL.
+    With one file alone, check that it is as it was written: every checksum, and the digests of what is stored
+    losslessly. The exit code is 4 if not, and each damaged part is named.
     """
     if file is None:
         limits = (max_nmse, max_attn_err, max_kl, min_top1, max_ppl_increase)
@@ -144,25 +140,28 @@ def _check_alone(
         common.print_json({"schema_version": 1, "file": str(path), "kind": kind, **asdict(found)})
     elif isinstance(opened, KvpFile):
         for damage in found.damage:
-            more = f" (and {len(damage.parts) - 1} parts coded with it)" if len(damage.parts) > 1 else ""
+            others = common.counted(len(damage.parts) - 1, "part")
+            more = f" (and {others} coded with it)" if len(damage.parts) > 1 else ""
             common.say(f"kvpack: {path}: {damage.reason}{more}", to_stderr=True)
         common.say(f"{path}: {_examined(found)}", quiet=quiet)
     else:
         common.say(f"{path}: header and size are right; a capture has no checksums of its data", quiet=quiet)
     if found.damage:
         parts = sum(len(damage.parts) for damage in found.damage)
-        raise CorruptError(f"{path}: {parts} parts are damaged; decompress --salvage gives the others")
+        lost = "1 part is" if parts == 1 else f"{parts} parts are"
+        raise CorruptError(f"{path}: {lost} damaged; decompress --salvage gives the others")
 
 
 def _examined(found: Integrity) -> str:
     """Say what was verified of a file."""
-    said = [f"{found.checksums} checksums compared"]
+    said = [f"compared {common.counted(found.checksums, 'checksum')}"]
     if found.exact:
-        said.append(f"{found.exact} parts have the digest of the original")
+        said.append(f"the digests of {common.counted(found.exact, 'part')} are those of the original")
     if found.lossy:
-        said.append(f"{found.lossy} lossy parts decode")
+        said.append(f"decoded {common.counted(found.lossy, 'lossy part')}")
     if found.undecoded:
-        said.append(f"{found.undecoded} parts were not decoded, for want of {found.lacking or 'intact token ids'}")
+        what = found.lacking or "intact token ids"
+        said.append(f"did not decode {common.counted(found.undecoded, 'part')} for want of {what}")
     return ", ".join(said)
 
 
