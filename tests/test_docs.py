@@ -112,7 +112,7 @@ def test_commands_that_do_not_parse_are_found() -> None:
         "kvpack compress x --no-such-option",
         "kvpack nonsense x",
         "kvpack --nonsense",
-        "kvpack verify x",
+        "kvpack verify",
         "kvpack store pot",
     ):
         assert problem(wrong, True), wrong
