@@ -79,4 +79,6 @@ def naming(name: str | None) -> Iterator[None]:
     except KvpackError as error:
         if name is None:
             raise
+        if str(error).startswith(f"{name}: "):
+            raise
         raise type(error)(f"{name}: {error}") from None

@@ -13,6 +13,7 @@ from typing import Any
 from kvpack.cache.flops import network_of_capture
 from kvpack.cache.metadata import parse_metadata, parse_values
 from kvpack.formats.captures import layer_of
+from kvpack.formats.input import InputFile
 from kvpack.formats.safetensors import Header, TensorFile
 from kvpack.kvp import Container, PartEntry
 from kvpack.kvp.features import names_of
@@ -86,11 +87,10 @@ def inspect(path: Path, *, check: bool = False) -> Inspection:
         UnsupportedError: The file was written by a newer kvpack, or has a dtype that kvpack does not know.
 
     """
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start == MAGIC[:4]:
-        return _inspect_container(path, Container.open(path), check)
-    header = TensorFile.open(path).header
+    file = InputFile(path)
+    if bytes(file.read(0, min(4, file.size))) == MAGIC[:4]:
+        return _inspect_container(path, Container.of(file), check)
+    header = TensorFile.of(file).header
     sizes = Counter({spec.name: spec.nbytes for spec in header.tensors})
     layers = _layers(header, sizes)
     kv = sum(layer.keys + layer.values for layer in layers)
