@@ -12,7 +12,7 @@ import typer
 
 from kvpack.cli import common
 from kvpack.errors import KvpackError, UsageError, naming
-from kvpack.formats.output import check_output, sync_folder
+from kvpack.formats.output import sync_folder
 
 if TYPE_CHECKING:
     from kvpack.capture import ReplayModel
@@ -140,7 +140,8 @@ def compress(
         exact = goal is None and named.lossless
         engine = common.engine(device, [file.source for file in files], threads, quiet, exact=exact)
         models = _Models(model, device, quiet) if isinstance(named, ReplayCodec) else None
-        settings = _Settings(goal or named, opened, models, chunk_tokens, patterns)
+        read = [profile, common.model_files(model) if models else None]
+        settings = _Settings(goal or named, opened, models, chunk_tokens, patterns, read)
         jobs = (file.prepare(settings, engine, force) for file in files)
         for file, write in zip(files, compress_many(jobs, engine), strict=True):
             rows.append(_written(file, write, models, force, quiet))
@@ -207,6 +208,7 @@ class _Settings:
     models: _Models | None
     chunk_tokens: int | None
     drop: list[str]
+    read: list[Path | str | None]
 
 
 @dataclass(frozen=True)
@@ -223,9 +225,7 @@ class _File:
         from kvpack.formats.source import Capture
         from kvpack.jobs.rate import Goal, choose
 
-        common.check_distinct(self.path, self.target)
-        if self.target != common.STDIO:
-            check_output(self.target, force=force)
+        common.check_target(self.target, [self.path, *settings.read], force=force)
         capture = Capture.open(self.source, str(self.path))
         codec, profile = settings.wanted, settings.profile
         tokens, drop = settings.chunk_tokens, settings.drop
@@ -238,7 +238,7 @@ class _File:
 def _written(file: _File, write: Write, models: _Models | None, force: bool, quiet: bool) -> dict[str, Any]:
     with (
         common.progress_bar(f"compressing {file.path.name}", quiet) as progress,
-        common.writable(file.target, force) as sink,
+        common.writable(file.target, force, [file.path]) as sink,
     ):
         if models is not None and models.loaded is not None:
             models.loaded.progress = progress

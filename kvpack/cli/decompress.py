@@ -53,7 +53,7 @@ def decompress(
     for path in inputs:
         target = _target(path, output, partial, test)
         if target is not None:
-            common.check_distinct(path, target)
+            common.check_target(target, [path, profile, common.model_files(model)], force=force)
         settings = _Settings(opened, model, approximate, remove, threads, memlimit, device)
         rows.append(_decompress_one(path, target, settings, chosen, force, quiet))
         row = rows[-1]
@@ -131,7 +131,7 @@ def _decompress_one(
         if target is None:
             jobs.check(file, engine=engine, progress=progress)
         else:
-            with common.writable(target, force) as sink:
+            with common.writable(target, force, [path]) as sink:
                 left_out = jobs.decompress(file, sink, jobs.Selection(*chosen), engine=engine, progress=progress)
     return {
         "input": str(path),

@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
 
 from kvpack import __version__
 from kvpack.cache.untrusted import printable
+from kvpack.cli import common
 from kvpack.cli.bench import bench
 from kvpack.cli.calibrate import calibrate
 from kvpack.cli.capture import capture
 from kvpack.cli.claims import claims
+from kvpack.cli.clean import clean
 from kvpack.cli.compress import compress
 from kvpack.cli.decompress import decompress
 from kvpack.cli.demo import demo
 from kvpack.cli.inspect import inspect
+from kvpack.cli.stopping import Stopped, stoppable
 from kvpack.cli.store import store
 from kvpack.cli.verify import verify
-from kvpack.errors import KvpackError
+from kvpack.errors import EXIT_CODES, KvpackError
+from kvpack.formats.temporary import discard_all
 
 app = typer.Typer(
     name="kvpack",
     help="Compress saved KV caches of language models and measure what was lost.",
-    epilog="Exit codes: 0 success, 1 error, 2 wrong usage, 3 quality below a threshold, 4 corrupt or truncated input, "
-    "5 wrong model, profile or original, 6 needs a newer kvpack or an unsupported model, 7 not in the store.",
+    epilog=f"Exit codes: {', '.join(f'{code} {meaning}' for code, meaning in EXIT_CODES.items())}.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (capture, compress, decompress, verify, inspect, calibrate, bench, demo, claims):
+for command in (capture, compress, decompress, verify, inspect, calibrate, bench, demo, claims, clean):
     app.command()(command)
 app.add_typer(store)
 
@@ -54,13 +58,17 @@ def _main(
 def main() -> None:
     """Run the command line; an expected failure prints one line to stderr and exits with its own code."""
     try:
-        app()
+        with stoppable():
+            _run()
+    except Stopped as stopped:
+        discard_all()  # in case the signal came while one was made or removed
+        _fail(str(stopped), stopped.code)
     except KvpackError as error:
         _fail(str(error), error.exit_code)
     except MemoryError:
         _fail("out of memory", 1)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_output()
         sys.exit(1)
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
@@ -68,6 +76,26 @@ def main() -> None:
         if os.environ.get("KVPACK_DEBUG"):
             raise
         _fail(f"internal error: {error!r}; set KVPACK_DEBUG=1 to see where, and please report it", 1)
+
+
+def _run() -> None:
+    """Run the command, and find out whether what it printed has arrived."""
+    try:
+        app()
+    except SystemExit:
+        try:
+            with common.naming_system("standard output"):
+                sys.stdout.flush()
+        except OSError:
+            _let_go_of_output()
+            raise
+        raise
+
+
+def _let_go_of_output() -> None:
+    """Let nothing that could not be written to standard output be tried again when Python ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> None:

@@ -7,6 +7,7 @@ range by range, into memory of their own. This module uses only the standard lib
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 import threading
@@ -18,6 +19,9 @@ from kvpack.errors import KvpackError, TruncatedError
 
 ONCE = 1 << 30
 """The most bytes that the system is asked for at a time."""
+
+
+_HASHED = 1 << 20
 
 
 class Source(Protocol):
@@ -99,6 +103,13 @@ class InputFile:
         while len(room):
             count = self._fill(room[:ONCE], start)
             start, room = start + count, room[count:]
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the whole file in hexadecimal digits. The errors are those of :meth:`read`."""
+        digest = hashlib.sha256()
+        for at in range(0, self.size, _HASHED):
+            digest.update(self.read(at, min(at + _HASHED, self.size)))
+        return digest.hexdigest()
 
     def _some(self, count: int, at: int) -> bytes:
         """Read at most ``count`` bytes, and at least one if ``count`` is not 0."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from kvpack.formats.captures import layer_of
 from kvpack.formats.safetensors import Header, TensorSpec, build_header
 from kvpack.formats.sink import SafetensorsSink, as_bytes
 from kvpack.formats.source import Capture
+from kvpack.formats.temporary import scratch
 from kvpack.jobs.reader import KvpFile
 from kvpack.numerics.checksum import checksum
 from kvpack.numerics.floats import Bits
@@ -76,7 +76,7 @@ def decompress(
 
     A seekable output is written window by window. A pipe is written tensor by tensor. If the codec codes all layers
     together, or a tensor would take more memory than the file's ``memlimit``, decoded data then waits in a temporary
-    file of the capture's size (``kvpack-spool-*``).
+    file of the capture's size, which has no name.
 
     Raises:
         UsageError: The selection reaches outside the cache.
@@ -93,8 +93,8 @@ def decompress(
         elif file.by_tensor and 2 * max((entry.nbytes for entry in work.header.tensors), default=0) <= file.memlimit:
             work.by_tensor(output)
         else:
-            with tempfile.TemporaryFile(prefix="kvpack-spool-") as spool:
-                work.by_position(cast(BinaryIO, spool))
+            with scratch() as (spool, _):
+                work.by_position(spool)
                 spool.seek(0)
                 shutil.copyfileobj(spool, output, 1 << 20)
     return [name for name in file.tensors if name not in chosen]
