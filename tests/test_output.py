@@ -33,13 +33,23 @@ def test_a_file_has_the_mode_of_any_new_file(tmp_path: Path, umask: int) -> None
     assert mode(tmp_path / "x") == mode(tmp_path / "other") == 0o666 & ~umask
 
 
-def test_overwriting_keeps_nothing_of_the_old_mode(tmp_path: Path, umask: int) -> None:
+@pytest.mark.parametrize("given", [None, 0o600, 0o640, 0o444, 0o666], ids=str)
+def test_what_is_overwritten_is_never_made_wider(tmp_path: Path, umask: int, given: int | None) -> None:
     path = tmp_path / "x"
     path.touch()
     path.chmod(0o640)
-    with atomic_output(path, force=True) as file:
+    with atomic_output(path, force=True, mode=given) as file:
         file.write(b"new")
-    assert (path.read_bytes(), mode(path)) == (b"new", 0o666 & ~umask)
+    assert (path.read_bytes(), mode(path)) == (b"new", (0o666 & ~umask if given is None else given) & 0o640)
+
+
+@pytest.mark.parametrize("given", [0o600, 0o640, 0o444, 0o666, 0o4755], ids=oct)
+@pytest.mark.usefixtures("umask")
+def test_a_file_has_the_mode_that_it_is_given(tmp_path: Path, given: int) -> None:
+    with atomic_output(tmp_path / "x", mode=given) as file:
+        assert mode(next(tmp_path.iterdir())) & 0o077 == 0
+        file.write(b"x")
+    assert mode(tmp_path / "x") == given & 0o777
 
 
 def test_the_umask_is_never_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +121,7 @@ def test_threads_may_write_the_same_file(tmp_path: Path) -> None:
 
 def test_a_name_that_is_taken_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = iter(["taken", "free"])
-    monkeypatch.setattr("kvpack.formats.output.secrets.token_hex", lambda _: next(names))
+    monkeypatch.setattr("kvpack.formats.temporary.secrets.token_hex", lambda _: next(names))
     (tmp_path / ".x.taken.tmp").write_bytes(b"another's")
     with atomic_output(tmp_path / "x") as file:
         file.write(b"mine")

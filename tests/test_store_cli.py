@@ -36,7 +36,7 @@ def capture(tmp_path: Path) -> Path:
 
 
 def written(path: Path, capture: Capture) -> Path:
-    path.write_bytes(capture.file.view)
+    path.write_bytes(capture.file.source.read(0, capture.file.source.size))
     return path
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from kvpack.cache.flops import Network, network_of_config
 from kvpack.errors import FormatError
+from kvpack.formats.input import read_file
 
 PAPER_TOKEN_BITS = 4.3
 """Bits per token that arXiv 2604.15356 assumes for its headline ratio (3.3 to 4.3)."""
@@ -61,7 +62,7 @@ def read_config(path: Path) -> tuple[Shape, Network | None]:
 
     """
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(read_file(path))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise FormatError(f"{path}: not a JSON file ({error})") from None
     if not isinstance(config, dict):

@@ -11,6 +11,7 @@ from kvpack.cache.metadata import parse_metadata
 from kvpack.capture import Model, ReplayModel
 from kvpack.codecs.protocol import Codec, Need
 from kvpack.formats.source import Capture
+from kvpack.formats.temporary import scratch
 from kvpack.jobs.reader import KvpFile
 from kvpack.kvp.inspection import inspect
 from kvpack.profiles import Profile
@@ -43,21 +44,21 @@ def can_replay(path: Path, model: Model | None) -> bool:
     return model is not None and metadata.schedule is not None and metadata.dtype in (model.dtype, None)
 
 
-def through_file(path: Path, codec: Codec, folder: Path, profile: Profile | None, model: Model | None) -> Coded:
-    """Compress the capture ``path`` without probes and decompress it again, to files in ``folder``.
+def through_file(path: Path, codec: Codec, profile: Profile | None, model: Model | None) -> Coded:
+    """Compress the capture ``path`` without probes and decompress it again, to temporary files that have no name.
 
     The errors are those of :func:`kvpack.jobs.compress` and :func:`kvpack.jobs.decompress`.
     """
-    packed, back = folder / "x.kvp", folder / "x.safetensors"
     runs = ReplayModel(model) if model is not None and needs_model(codec) else None
     seconds: list[tuple[float, float]] = []
     for _ in range(2):
-        start = time.perf_counter()
-        with packed.open("wb") as sink:
-            jobs.compress(path, sink, codec, profile=profile, drop=jobs.PROBES, model=runs)
-        middle = time.perf_counter()
-        with back.open("wb") as sink:
-            jobs.decompress(KvpFile.open(packed, profile, model=runs), sink)
-        seconds.append((middle - start, time.perf_counter() - middle))
-    look = inspect(packed)
-    return Coded(Capture.open(back), look.size, look.ratio, look.bits_per_element or 0.0, *seconds[-1])
+        with scratch() as (packing, packed), scratch() as (unpacking, back):
+            start = time.perf_counter()
+            jobs.compress(path, packing, codec, profile=profile, drop=jobs.PROBES, model=runs)
+            packing.flush()
+            middle = time.perf_counter()
+            jobs.decompress(KvpFile.open(packed, profile, model=runs), unpacking)
+            unpacking.flush()
+            seconds.append((middle - start, time.perf_counter() - middle))
+            look, cache = inspect(packed), Capture.open(back)
+    return Coded(cache, look.size, look.ratio, look.bits_per_element or 0.0, *seconds[-1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,14 +62,13 @@ def measured_lines(
         basis.line("raw", raw, "measured"),
         basis.line(f"TurboQuant, {turboquant_bits:g} bits an element", basis.turboquant_bits, "computed"),
     ]
-    with tempfile.TemporaryDirectory(prefix="kvpack-claims-") as folder:
-        for done, codec in enumerate(codecs):
-            bits = 8 * through_file(path, codec, Path(folder), profile, model).size / count
-            if needs_model(codec):
-                table.append(basis.replay(codec.name, bits, "measured", prefill, seconds))
-            else:
-                table.append(basis.line(codec.name, bits, "measured"))
-            _report(progress, done + 2, steps)
+    for done, codec in enumerate(codecs):
+        bits = 8 * through_file(path, codec, profile, model).size / count
+        if needs_model(codec):
+            table.append(basis.replay(codec.name, bits, "measured", prefill, seconds))
+        else:
+            table.append(basis.line(codec.name, bits, "measured"))
+        _report(progress, done + 2, steps)
     bits = 8 * token_bytes(capture) / count
     table.append(basis.replay("tokens as 32-bit integers, replayed", bits, "measured", prefill, seconds))
     entropy, _ = token_bits(model, tokens_of(capture))

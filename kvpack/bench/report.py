@@ -9,6 +9,7 @@ from typing import Any
 from kvpack.bench.links import show_speed, with_links
 from kvpack.bench.results import RECOMPUTE, TOKEN_ENTROPY, Interval, Results, Summary, summarize
 from kvpack.errors import KvpackError
+from kvpack.formats.output import atomic_output
 
 COLUMNS: dict[str, tuple[str, str | Callable[[float], str]]] = {
     "bits": ("bits/elem", "{:#.4g}"),
@@ -132,7 +133,7 @@ PANELS = (
 )
 
 
-def plot(results: Results, path: Path) -> None:
+def plot(results: Results, path: Path, mode: int | None = None) -> None:
     """Draw each of :data:`PANELS` against bits per element to ``path``, with one line for each codec family.
 
     Raises:
@@ -191,6 +192,7 @@ def plot(results: Results, path: Path) -> None:
             )
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     try:
-        figure.savefig(path)
+        with atomic_output(path, force=True, mode=mode) as sink:
+            figure.savefig(sink, format=path.suffix[1:] or None)
     except ValueError as error:
         raise KvpackError(f"{path}: {error}") from None

@@ -15,6 +15,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from kvpack.errors import FormatError, UsageError
+from kvpack.formats.input import read_file
 from kvpack.formats.output import atomic_output
 
 SCHEMA_VERSION = 3
@@ -94,9 +95,9 @@ class Results:
             "rows": [asdict(row) for row in self.rows],
         }
 
-    def write(self, path: Path) -> None:
-        """Write the file, whole or not at all."""
-        with atomic_output(path, force=True) as sink:
+    def write(self, path: Path, mode: int | None = None) -> None:
+        """Write the file, whole or not at all, with the permissions ``mode`` or those of any new file."""
+        with atomic_output(path, force=True, mode=mode) as sink:
             sink.write(json.dumps(self.to_json(), indent=1).encode() + b"\n")
 
     @classmethod
@@ -108,11 +109,11 @@ class Results:
 
         """
         try:
-            document = json.loads(path.read_bytes())
+            document = json.loads(read_file(path))
             if document["schema_version"] not in READABLE:
                 raise FormatError(f"{path}: results of schema {document['schema_version']}, not {SCHEMA_VERSION}")
             return cls(document["setting"], document["machine"], [_row(row) for row in document["rows"]])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FormatError(f"{path}: not the results of kvpack bench ({error})") from None
 
     def resume(self, path: Path) -> None:

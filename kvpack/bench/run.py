@@ -6,11 +6,9 @@ fidelity (``jobs.PROBES``) are dropped, so that they do not affect the ratio.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -32,6 +30,7 @@ from kvpack.codecs.protocol import Codec
 from kvpack.errors import CorruptError
 from kvpack.fidelity import CacheReader, compare
 from kvpack.fidelity.model import Judge
+from kvpack.formats.input import InputFile
 from kvpack.formats.records import layer_tensors
 from kvpack.formats.source import Capture
 from kvpack.profiles import Profile
@@ -69,8 +68,7 @@ def plan(captures: Sequence[Path], codecs: Sequence[Codec], seeds: int, extras: 
     """Return the tasks document by document: all codecs, those with randomness with several seeds, then the extras."""
     tasks = []
     for path in captures:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = InputFile(path).sha256()
         for codec in codecs:
             tasks += [Task(path, digest, codec, seed) for seed in range(seeds if codec.seeded else 1)]
         tasks += [Task(path, digest, extra) for extra in extras]
@@ -126,29 +124,26 @@ def measure(
     """
     done = {row.key for row in results.rows}
     bench: _Bench | None = None
-    with tempfile.TemporaryDirectory(prefix="kvpack-bench-") as folder:
-        for i, task in enumerate(tasks):
-            if task.key not in done:
-                if bench is None or bench.path != task.path:
-                    capture = Capture.open(task.path)
-                    judge = Judge(model, capture) if model else None
-                    bench = _Bench(task.path, capture, model, judge, profile, Path(folder))
-                results.rows.append(bench.row(task))
-                yield results.rows[-1]
-            if progress:
-                progress(i + 1, len(tasks))
+    for i, task in enumerate(tasks):
+        if task.key not in done:
+            if bench is None or bench.path != task.path:
+                capture = Capture.open(task.path)
+                bench = _Bench(task.path, capture, model, Judge(model, capture) if model else None, profile)
+            results.rows.append(bench.row(task))
+            yield results.rows[-1]
+        if progress:
+            progress(i + 1, len(tasks))
 
 
 @dataclass(frozen=True)
 class _Bench:
-    """One capture with its judge and a folder for files."""
+    """One capture with its judge."""
 
     path: Path
     capture: Capture
     model: Model | None
     judge: Judge | None
     profile: Profile | None
-    folder: Path
 
     def row(self, task: Task) -> Row:
         subject = task.subject
@@ -166,7 +161,7 @@ class _Bench:
         return self._codec(task, subject)
 
     def _codec(self, task: Task, codec: Codec) -> Row:
-        coded = through_file(task.path, codec.with_seed(task.seed), self.folder, self.profile, self.model)
+        coded = through_file(task.path, codec.with_seed(task.seed), self.profile, self.model)
         if codec.lossless:
             self._require_same(codec, coded.cache)
         flops = 0

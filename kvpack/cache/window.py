@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kvpack.cache.spec import WindowSpec
@@ -11,12 +12,21 @@ if TYPE_CHECKING:
     from kvpack.numerics.floats import Bits
 
 
-@dataclass(frozen=True, eq=False)
 class Window:
-    """A window, or a block of it, with its bit patterns: strided views ``[H, T, D]`` of unsigned integers."""
+    """A window, or a block of it, with its bit patterns, which may be read only when they are needed."""
 
-    spec: WindowSpec
-    arrays: tuple[Bits, ...]
+    def __init__(self, spec: WindowSpec, data: tuple[Bits, ...] | Callable[[], tuple[Bits, ...]]) -> None:
+        """Take an array ``[H, T, D]`` of unsigned integers for each part, or a function that reads them."""
+        self.spec, self._data = spec, data
+
+    def load(self) -> tuple[Bits, ...]:
+        """Return the arrays, and keep none that had to be read."""
+        return self._data() if callable(self._data) else self._data
+
+    @cached_property
+    def arrays(self) -> tuple[Bits, ...]:
+        """Return the arrays, which are read once."""
+        return self.load()
 
     def take(self, which: slice) -> Window:
         """Return a window of a run of neighbouring parts."""

@@ -9,7 +9,6 @@ import typer
 
 from kvpack.cli import common
 from kvpack.errors import UsageError
-from kvpack.formats.output import check_output
 
 if TYPE_CHECKING:
     from kvpack.bench.results import Results
@@ -61,9 +60,11 @@ def bench(
     if speed:
         _speed(captures, gib, common.open_profile(profile), as_json=as_json)
         return
-    for path in (report, plot):
+    read = [*captures, profile, common.model_files(model)]
+    for path, others in ((output, [report, plot]), (report, [plot]), (plot, [])):
         if path is not None:
-            check_output(path, force=True)
+            common.check_target(path, read, force=True)
+            common.check_different(path, others)
     from kvpack.bench import report as pages
     from kvpack.bench import run
     from kvpack.bench.bounds import BOUNDS
@@ -102,15 +103,16 @@ def bench(
         results.resume(output)
     with common.progress_bar("benching", quiet) as progress:
         for row in run.measure(tasks, judge, opened, results, progress):
-            results.write(output)
+            results.write(output, common.permissions(captures))
             if progress is None:
                 common.say(f"{row.document} {row.codec} seed {row.seed}: {row.bits_per_element:.3f} bits", quiet=quiet)
     wanted = {task.key for task in tasks}
     shown = Results(results.setting, results.machine, [row for row in results.rows if row.key in wanted])
     if report is not None:
-        report.write_text(pages.markdown(shown))
+        with common.writable(report, True, captures) as sink:
+            sink.write(pages.markdown(shown).encode())
     if plot is not None:
-        pages.plot(shown, plot)
+        pages.plot(shown, plot, common.permissions(captures))
     if as_json:
         common.print_json(shown.to_json())
     elif not quiet:

@@ -11,7 +11,6 @@ from kvpack import __version__
 from kvpack.cli import common
 from kvpack.cli.capture import read_text
 from kvpack.errors import KvpackError, UsageError
-from kvpack.formats.output import atomic_output, check_output
 
 
 def calibrate(
@@ -45,7 +44,7 @@ def calibrate(
     results are kept in OUTPUT.partial until the command is done; the same command resumes from them.
     """
     contents = [(str(path), read_text(path)) for path in text]
-    check_output(output, force=force)
+    common.check_target(output, [*text, common.model_files(model)], force=force)
     from kvpack import calibration
     from kvpack.capture import load_model
     from kvpack.profiles import write_profile
@@ -66,7 +65,7 @@ def calibrate(
         arrays = calibration.calibrate(loaded, sample, sections, fisher, remark, work)
     except (MemoryError, RuntimeError) as error:
         raise KvpackError(f"not enough memory to calibrate: use fewer --tokens ({error})") from None
-    with atomic_output(output, force=force) as sink:
+    with common.writable(output, force, text) as sink:
         size = write_profile(arrays, calibration.metadata(loaded, sample, options), sink)
     work.remove()
     count = sum(document["sequences"] for document in sample.documents)

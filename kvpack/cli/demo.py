@@ -36,6 +36,7 @@ def demo(
     from kvpack.bench import demo as work
 
     folder.mkdir(parents=True, exist_ok=True)
+    common.remark_leftovers(folder)
     capture = folder / "capture.safetensors"
     if not capture.exists():
         with common.progress_bar("capturing SmolLM2-135M", quiet) as progress:
@@ -60,7 +61,8 @@ def demo(
     console.print(f"  kvpack inspect {folder / 'lossless.kvp'}", markup=False)
     console.print(f"  kvpack verify {capture} {folder / 'turboquant-4.kvp'}", markup=False)
     if svg is not None:
-        console.save_svg(str(svg), title="kvpack demo")
+        with common.writable(svg, True) as sink:
+            sink.write(console.export_svg(title="kvpack demo").encode())
 
 
 def _table(rows: list[Row]) -> Table:

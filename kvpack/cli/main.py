@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
 
 from kvpack import __version__
+from kvpack.cli import common
 from kvpack.cli.bench import bench
 from kvpack.cli.calibrate import calibrate
 from kvpack.cli.capture import capture
 from kvpack.cli.claims import claims
+from kvpack.cli.clean import clean
 from kvpack.cli.compress import compress
 from kvpack.cli.decompress import decompress
 from kvpack.cli.demo import demo
 from kvpack.cli.failures import complain, describe
 from kvpack.cli.inspect import inspect
+from kvpack.cli.stopping import Stopped, stoppable
 from kvpack.cli.store import store
 from kvpack.cli.verify import verify
+from kvpack.errors import EXIT_CODES
+from kvpack.formats.temporary import discard_all
 
 app = typer.Typer(
     name="kvpack",
     help="Compress saved KV caches of language models and measure what was lost.",
-    epilog="Exit codes: 0 success, 1 error, 2 wrong usage, 3 quality below a threshold, 4 corrupt or truncated input, "
-    "5 wrong model, profile or original, 6 needs a newer kvpack or an unsupported model, 7 not in the store.",
+    epilog=f"Exit codes: {', '.join(f'{code} {meaning}' for code, meaning in EXIT_CODES.items())}.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (capture, compress, decompress, verify, inspect, calibrate, bench, demo, claims):
+for command in (capture, compress, decompress, verify, inspect, calibrate, bench, demo, claims, clean):
     app.command()(command)
 app.add_typer(store)
 
@@ -53,14 +58,39 @@ def _main(
 def main() -> None:
     """Run the command line; an expected failure prints one line to stderr and exits with its own code."""
     try:
-        app()
+        with stoppable():
+            _run()
+    except Stopped as stopped:
+        discard_all()  # in case the signal came while one was made or removed
+        complain(str(stopped))
+        sys.exit(stopped.code)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_output()
         sys.exit(1)
     except Exception as error:
         message, code = describe(error)
         complain(message)
         sys.exit(code)
+
+
+def _run() -> None:
+    """Run the command, and find out whether what it printed has arrived."""
+    try:
+        app()
+    except SystemExit:
+        try:
+            with common.naming_system("standard output"):
+                sys.stdout.flush()
+        except OSError:
+            _let_go_of_output()
+            raise
+        raise
+
+
+def _let_go_of_output() -> None:
+    """Let nothing that could not be written to standard output be tried again when Python ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvpack.cli import batch, common
 from kvpack.errors import CorruptError, UsageError, naming
-from kvpack.formats.output import check_output
+from kvpack.formats.input import read_file
+from kvpack.formats.output import restrict
+from kvpack.formats.temporary import scratch
 
 if TYPE_CHECKING:
     from kvpack.capture import Model
@@ -59,6 +60,7 @@ def put(
     items = batch.gather(inputs, files_from, recursive, (".safetensors",))
     chosen, opened = _codec(codec, quiet), common.open_profile(profile)
     place, engine = Store.create(store), CpuEngine(threads)
+    common.remark_leftovers(store)
 
     def outcomes() -> Iterator[batch.Outcome]:
         for item in items:
@@ -154,8 +156,8 @@ def get(
         raise UsageError("give one prompt: a capture or .kvp file, or --text, or --tokens")
     if model is not None and prompt is not None:
         raise UsageError("--model goes with --text or --tokens: a capture names its model itself")
-    if output != common.STDIO:
-        check_output(output, force=force)
+    given = tokens if tokens is not None and not _words(tokens) else None
+    common.check_target(output, [prompt, text, given, profile, model, store], force=force)
     from kvpack.engine import CpuEngine
     from kvpack.store import Store
     from kvpack.store import get as get_one
@@ -163,12 +165,14 @@ def get(
     place = Store(store)
     wanted = _prompt(prompt, text, tokens, model, made == "any")
     chosen, opened = _codec(codec, quiet), common.open_profile(profile)
-    with common.writable(output, force) as sink, tempfile.TemporaryFile(prefix="kvpack-spool-") as spool:
-        target = sink if output != common.STDIO else cast(BinaryIO, spool)
+    with common.writable(output, force) as sink, scratch() as (spool, _):
+        target = sink if output != common.STDIO else spool
         done = get_one(place, wanted, chosen, target, profile=opened, kind=kind, engine=CpuEngine(threads))
         if output == common.STDIO:
             spool.seek(0)
             shutil.copyfileobj(spool, sink, 1 << 20)
+        else:
+            restrict(sink, done.mode)
     _say_fetched(output, done, quiet, as_json)
 
 
@@ -176,7 +180,8 @@ def _say_fetched(output: Path, done: Fetched, quiet: bool, as_json: bool) -> Non
     for note in done.notes:
         common.say(f"kvpack: {note}", quiet=quiet, to_stderr=True)
     if as_json:
-        common.print_json({"schema_version": 1, "output": str(output), **vars(done)})
+        facts = {name: value for name, value in vars(done).items() if name != "mode"}
+        common.print_json({"schema_version": 1, "output": str(output), **facts})
         return
     exact = "bit-exact" if done.lossless else "lossy"
     line = f"{output}: {done.held} of the prompt's {done.tokens} tokens, {done.objects} objects, {done.codec} ({exact})"
@@ -217,12 +222,19 @@ def parse_ids(given: str) -> list[int]:
 
     """
     listed = given
-    if not _words(given) and Path(given).is_file():
-        listed = Path(given).read_text(errors="replace").strip().strip("[]")
+    if not _words(given) and _is_file(given):
+        listed = read_file(Path(given)).decode(errors="replace").strip().strip("[]")
     words = _words(listed)
     if not words or max(map(int, words)) >= 1 << 31:
         raise UsageError(f"--tokens takes token ids like 1,2,3, or a file of them, not {given!r}")
     return [int(word) for word in words]
+
+
+def _is_file(given: str) -> bool:
+    try:
+        return Path(given).is_file()
+    except OSError:  # It is too long for a name.
+        return False
 
 
 def _words(text: str) -> list[str]:

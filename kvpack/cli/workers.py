@@ -8,7 +8,10 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Protocol
 
+from kvpack.cli import common
 from kvpack.cli.batch import Item, Outcome
+from kvpack.cli.stopping import Stopped, stoppable
+from kvpack.formats.temporary import discard_all
 
 
 class Work(Protocol):
@@ -27,6 +30,8 @@ def run(make: Callable[[], Work], items: Sequence[Item], jobs: int) -> Iterator[
     if min(jobs, len(items)) < 2:
         yield from make().outcomes(items)
         return
+    for folder in dict.fromkeys(item.target.parent for item in items if item.target is not None):
+        common.remark_leftovers(folder)
     pool = _Pool(make, min(jobs, len(items)))
     try:
         yield from pool.outcomes(items)
@@ -120,16 +125,25 @@ class _Pool:
 
 def _serve(connection: Connection, make: Callable[[], Work]) -> None:
     """Work on the items that come through ``connection``, until it is closed."""
-    with suppress(EOFError, KeyboardInterrupt, ConnectionError):
+    try:
+        with stoppable():
+            _work(connection, make)
+    except Stopped:
+        discard_all()
+    except (EOFError, ConnectionError):  # The command has what it wanted, or has ended.
+        pass
+
+
+def _work(connection: Connection, make: Callable[[], Work]) -> None:
+    try:
+        work = make()
+    except Exception as error:
+        connection.send(error)
+        return
+    while True:
+        item: Item = connection.recv()
         try:
-            work = make()
+            (outcome,) = work.outcomes([item])
         except Exception as error:
-            connection.send(error)
-            return
-        while True:
-            item: Item = connection.recv()
-            try:
-                (outcome,) = work.outcomes([item])
-            except Exception as error:
-                outcome = Outcome.failed(item, error)
-            connection.send(outcome)
+            outcome = Outcome.failed(item, error)
+        connection.send(outcome)

@@ -1,7 +1,7 @@
 """Read and write safetensors files as bit patterns, without numpy and without torch.
 
 The package ``safetensors`` gives tensors to numpy or torch and so converts their dtypes, and it does not expose the
-header's own bytes. A compressor needs both: the file's bytes as they are, through a memory map, and the header
+header's own bytes. A compressor needs both: the file's bytes as they are, and the header
 verbatim, so that the file can be restored byte for byte. The tests compare this module with the package.
 
 The format is described at https://github.com/huggingface/safetensors#format.
@@ -10,7 +10,6 @@ The format is described at https://github.com/huggingface/safetensors#format.
 from __future__ import annotations
 
 import json
-import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +19,7 @@ from typing import Any
 
 from kvpack.cache.untrusted import MAX_VALUES, parse_json
 from kvpack.errors import FormatError, TruncatedError, UnsupportedError
+from kvpack.formats.input import InputFile, Source, source_of
 
 MAX_HEADER = 100_000_000
 """The longest header in bytes that the safetensors library itself accepts."""
@@ -197,45 +197,48 @@ def build_header(tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: Ma
 
 
 class TensorFile:
-    """A safetensors file that is mapped into memory for reading.
+    """A safetensors file that is open for reading.
 
-    ``view`` is a ``memoryview`` of the whole file. ``data(spec)`` returns the bytes of a tensor, which are
-    little-endian and row-major.
+    ``source`` gives its bytes by position. ``data(spec)`` returns the bytes of a tensor, which are little-endian and
+    row-major.
     """
 
-    def __init__(self, name: str, header: Header, view: memoryview) -> None:
-        """Wrap a mapped file, for :meth:`open`. Messages call the file ``name``."""
-        self.name, self.header, self.view = name, header, view
+    def __init__(self, name: str, header: Header, source: Source | memoryview) -> None:
+        """Wrap an open file, for :meth:`open`, or the bytes of one. Messages call the file ``name``."""
+        self.name, self.header, self.source = name, header, source_of(source)
 
     @classmethod
     def open(cls, path: Path, name: str | None = None) -> TensorFile:
-        """Map and validate ``path``. Messages call it ``name`` if that is given.
+        """Open and validate ``path``. Messages call it ``name`` if that is given.
 
         Raises:
             OSError: The file cannot be read.
+            KvpackError: It is not a regular file.
             TruncatedError: The file ends before its tensors do.
             FormatError: The file is not a safetensors file, or it breaks the format.
             UnsupportedError: A tensor has a dtype that kvpack does not know.
 
         """
-        name = name or str(path)
-        with path.open("rb") as file:
-            file.seek(0, 2)
-            size = file.tell()
-            if size < 8:
-                raise FormatError(f"{name}: not a safetensors file (only {size} bytes)")
-            view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        length = int.from_bytes(view[:8], "little")
-        if length > MAX_HEADER or not bytes(view[8:9]) == b"{":
+        return cls.of(InputFile(path, name))
+
+    @classmethod
+    def of(cls, file: InputFile) -> TensorFile:
+        """Validate a file that is open already. The errors are those of :meth:`open`."""
+        name, size = file.name, file.size
+        if size < 8:
+            raise FormatError(f"{name}: not a safetensors file (only {size} bytes)")
+        start = file.read(0, min(9, size))
+        length = int.from_bytes(start[:8], "little")
+        if length > MAX_HEADER or bytes(start[8:]) != b"{":
             raise FormatError(f"{name}: not a safetensors file")
         if 8 + length > size:
             raise TruncatedError(f"{name}: truncated: its header says {length} bytes, the file has {size - 8}")
-        header = parse_header(bytes(view[8 : 8 + length]), name)
+        header = parse_header(bytes(file.read(8, 8 + length)), name)
         if header.file_size > size:
             raise TruncatedError(f"{name}: truncated: {header.file_size} bytes expected, {size} found")
         if header.file_size < size:
             raise FormatError(f"{name}: {size - header.file_size} bytes of unknown data after the last tensor")
-        return cls(name, header, view)
+        return cls(name, header, file)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -248,6 +251,6 @@ class TensorFile:
         return {spec.name: spec for spec in self.header.tensors}
 
     def data(self, spec: TensorSpec) -> memoryview:
-        """Return the tensor's bytes without copying them."""
+        """Read the tensor's bytes. Those of a file in memory are a view."""
         base = self.header.data_start
-        return self.view[base + spec.start : base + spec.stop]
+        return self.source.read(base + spec.start, base + spec.stop)

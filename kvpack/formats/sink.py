@@ -12,6 +12,7 @@ import numpy as np
 from kvpack.cache import PartSpec
 from kvpack.errors import FormatError
 from kvpack.formats.captures import layer_of
+from kvpack.formats.output import no_space
 from kvpack.formats.safetensors import Header
 from kvpack.numerics.checksum import PIECE
 from kvpack.numerics.floats import Bits
@@ -81,7 +82,11 @@ class SafetensorsSink:
     def _wait(self) -> None:
         write, size = self._writes.popleft()
         self._pending -= size
-        write.result()
+        try:
+            write.result()
+        except OSError as error:
+            assert self._descriptor is not None
+            raise no_space(error, self._descriptor, str(self._header.file_size)) from None
 
     def finish(self) -> None:
         """Wait until everything is written, and move the output's position to the end of the file."""

@@ -1,4 +1,4 @@
-"""Read captures as windows of bit patterns, which are views of the mapped file."""
+"""Read captures as windows of bit patterns, no more of the file at a time than a window."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from kvpack.cache import PartSpec, Window, WindowSpec, windows
 from kvpack.errors import UnsupportedError
 from kvpack.formats.captures import cache_spec, layer_of
+from kvpack.formats.input import Memory
 from kvpack.formats.safetensors import TensorFile, TensorSpec, build_header
 from kvpack.numerics.floats import Bits
 
@@ -42,7 +43,7 @@ class Capture:
 
     @classmethod
     def open(cls, path: Path, name: str | None = None) -> Capture:
-        """Map and check ``path``, as :meth:`kvpack.formats.safetensors.TensorFile.open` does."""
+        """Open and check ``path``, as :meth:`kvpack.formats.safetensors.TensorFile.open` does."""
         return cls(TensorFile.open(path, name))
 
     @classmethod
@@ -58,30 +59,48 @@ class Capture:
         return cls(file)
 
     def read(self, name: str, rows: slice | None = None) -> Bits:
-        """Return a tensor's bit patterns in its shape, or a range of rows of keys or values, without copying.
+        """Read a tensor's bit patterns in its shape, or a range of rows of keys or values.
+
+        Arrays cannot be written, unless the capture is in memory. The errors are those of
+        :meth:`kvpack.formats.input.Source.read`, and:
 
         Raises:
             KeyError: The capture has no such tensor.
 
         """
         entry = self.tensors[name]
+        if rows is not None and layer_of(entry) is not None:
+            start, stop, step = rows.indices(entry.shape[1])
+            if step == 1:
+                return self._rows(entry, (entry.shape[0], entry.shape[1], entry.shape[2]), start, max(start, stop))
         bits = in_shape(np.frombuffer(self.file.data(entry), f"<u{entry.itemsize}"), entry)
-        if rows is None:
-            return bits
-        return bits[:, rows] if layer_of(entry) is not None else bits[..., rows]
+        return bits if rows is None else bits[..., rows]
 
     def part(self, part: PartSpec) -> Bits:
-        """Return a part's bit patterns as a view ``[H, T, D]``."""
-        entry = self.tensors[part.tensor.name]
-        bits: Bits = np.frombuffer(self.file.data(entry), f"<u{entry.itemsize}").reshape(part.tensor.shape)
-        return bits[:, part.first : part.first + part.tokens]
+        """Read a part's bit patterns ``[H, T, D]``. Errors are those of :meth:`kvpack.formats.input.Source.read`."""
+        return self._rows(self.tensors[part.tensor.name], part.tensor.shape, part.first, part.first + part.tokens)
+
+    def _rows(self, entry: TensorSpec, shape: tuple[int, int, int], start: int, stop: int) -> Bits:
+        """Read rows ``[start, stop)`` of each head of a tensor that has a shape of three axes."""
+        heads, rows, dims = shape
+        if (start, stop) == (0, rows) or isinstance(self.file.source, Memory):
+            whole: Bits = np.frombuffer(self.file.data(entry), f"<u{entry.itemsize}").reshape(shape)
+            return whole[:, start:stop]
+        found: Bits = np.empty((heads, stop - start, dims), f"<u{entry.itemsize}")
+        row = dims * entry.itemsize
+        at = self.file.header.data_start + entry.start
+        if found.size:
+            for head, own in enumerate(found):
+                self.file.source.read_into(at + (head * rows + start) * row, own.reshape(-1).view(np.uint8))
+        found.flags.writeable = False
+        return found
 
     def window(self, spec: WindowSpec) -> Window:
-        """Return the data of a window, or of some parts of one."""
-        return Window(spec, tuple(map(self.part, spec.parts)))
+        """Return a window, or some parts of one, whose data are read when they are first asked for."""
+        return Window(spec, lambda: tuple(map(self.part, spec.parts)))
 
     def windows(self, tokens: int = WINDOW_TOKENS) -> Iterator[tuple[int, Mapping[str, Bits]]]:
-        """Yield keys and values ``tokens`` rows at a time: the first row, and views ``[H, t, D]`` by tensor name."""
+        """Yield keys and values ``tokens`` rows at a time: the first row, and arrays ``[H, t, D]`` by tensor name."""
         for spec in windows(self.spec, tokens):
             if spec.layered:
                 yield spec.parts[0].first, {part.tensor.name: self.part(part) for part in spec.parts}

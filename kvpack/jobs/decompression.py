@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Container, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from kvpack.formats.captures import layer_of
 from kvpack.formats.safetensors import Header, TensorSpec, build_header
 from kvpack.formats.sink import SafetensorsSink, as_bytes
 from kvpack.formats.source import Capture
+from kvpack.formats.temporary import scratch
 from kvpack.jobs.reader import KvpFile
 from kvpack.numerics.checksum import checksum
 from kvpack.numerics.floats import NAN, Bits
@@ -76,7 +76,7 @@ def decompress(
 
     A seekable output is written window by window. A pipe is written tensor by tensor. If the codec codes all layers
     together, or a tensor would take more memory than the file's ``memlimit``, decoded data then waits in a temporary
-    file of the capture's size (``kvpack-spool-*``).
+    file of the capture's size, which has no name.
 
     Raises:
         UsageError: The selection reaches outside the cache.
@@ -122,8 +122,8 @@ class Work:
         elif self._fits_by_tensor():
             self._by_tensor(output)
         else:
-            with tempfile.TemporaryFile(prefix="kvpack-spool-") as spool:
-                self._by_position(cast(BinaryIO, spool))
+            with scratch() as (spool, _):
+                self._by_position(spool)
                 spool.seek(0)
                 shutil.copyfileobj(spool, output, 1 << 20)
 

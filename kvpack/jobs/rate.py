@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -17,6 +15,7 @@ from kvpack.engine import Engine
 from kvpack.errors import MismatchError, UsageError
 from kvpack.fidelity import compare
 from kvpack.formats.source import Capture
+from kvpack.formats.temporary import scratch
 from kvpack.jobs.compression import Compressed, compress
 from kvpack.jobs.reader import KvpFile
 from kvpack.profiles import Profile
@@ -101,10 +100,10 @@ def choose(
         return make(_step_for_ratio(lambda step: pack(step, cast(BinaryIO, _Discarded())), goal.ratio, finest, last))
 
     def holds(log_step: int) -> bool:
-        with tempfile.NamedTemporaryFile(prefix="kvpack-trial-", suffix=".kvp") as file:
-            pack(log_step, cast(BinaryIO, file))
+        with scratch() as (file, path):
+            pack(log_step, file)
             file.flush()
-            attention = compare(capture, KvpFile.open(Path(file.name), profile)).attention
+            attention = compare(capture, KvpFile.open(path, profile)).attention
         if attention is None:
             raise UsageError("--max-attn-err needs the probe queries of `kvpack capture`, and this capture has none")
         return attention.output_error <= float(goal.max_attn_err or 0)

@@ -21,11 +21,12 @@ from kvpack.engine import CpuEngine, DecodeTask, Engine, InTurn, Room, Ticket
 from kvpack.engine.memory import default_limit, require_memory
 from kvpack.errors import CorruptError, FormatError, MismatchError, naming
 from kvpack.formats.captures import layer_of
+from kvpack.formats.input import InputFile
 from kvpack.formats.records import preceded, token_ids
-from kvpack.formats.safetensors import TensorSpec
+from kvpack.formats.safetensors import TensorFile, TensorSpec
 from kvpack.formats.source import Capture, in_shape
 from kvpack.jobs import replay
-from kvpack.kvp import Container, Frame
+from kvpack.kvp import Container
 from kvpack.kvp.layout import MAGIC
 from kvpack.numerics.floats import Bits
 from kvpack.profiles import Profile
@@ -108,10 +109,22 @@ class KvpFile:
         With ``damaged``, a damaged prologue or footer does not keep the file from being opened, if it can be made anew.
         The other arguments are the constructor's.
         """
-        name = name or str(path)
-        container = Container.open(path, name, damaged=damaged)
-        with naming(name):
-            return cls(container, profile, name, model=model, approximate=approximate)
+        return cls.of(InputFile(path, name), profile, model=model, approximate=approximate, damaged=damaged)
+
+    @classmethod
+    def of(
+        cls,
+        file: InputFile,
+        profile: Profile | None = None,
+        *,
+        model: LanguageModel | None = None,
+        approximate: bool = False,
+        damaged: bool = False,
+    ) -> KvpFile:
+        """Wrap a file that is open already. The arguments are those of :meth:`open`."""
+        container = Container.of(file, damaged=damaged)
+        with naming(file.name):
+            return cls(container, profile, file.name, model=model, approximate=approximate)
 
     @property
     def needs_model(self) -> bool:
@@ -196,35 +209,37 @@ class KvpFile:
         """
         for number, window in enumerate(self.container.windows):
             if any(map(wanted, window.parts)):
-                for b, block in enumerate(self._blocks(self.container.frame(number))):
-                    if wanted is everything or any(map(wanted, block.spec.parts)):
+                for b, block in enumerate(self._blocks(number)):
+                    if wanted is everything or any(map(wanted, window.parts[block])):
                         yield self._task(Ticket(job, number, b), block, room)
 
-    def _blocks(self, frame: Frame) -> Iterator[Frame]:
-        """Yield each run of a frame's parts that is decoded together."""
-        codecs = {part.codec for part in frame.parts}
+    def _blocks(self, number: int) -> Iterator[slice]:
+        """Yield each run of a window's parts that is decoded together."""
+        window = self.container.windows[number]
+        codecs = {entry.codec for entry in self.container.entries(number)}
         together = any(self.codecs[codec].traits.scope is not Scope.TENSOR for codec in codecs)
-        if not frame.spec.layered or not together:
-            yield from (
-                Frame(WindowSpec((spec,)), (part,)) for spec, part in zip(frame.spec.parts, frame.parts, strict=True)
-            )
+        if not window.layered or not together:
+            yield from (slice(at, at + 1) for at in range(len(window.parts)))
         elif len(codecs) > 1:
-            label = frame.spec.parts[0].label
+            label = window.parts[0].label
             raise CorruptError(f"corrupt: {label} is coded with other layers that have other codecs")
         else:
-            yield from map(frame.take, self.codecs[codecs.pop()].blocks(frame.spec))
+            yield from self.codecs[codecs.pop()].blocks(window)
 
-    def _task(self, ticket: Ticket, block: Frame, room: Callable[[WindowSpec], Room] | None) -> DecodeTask:
-        codec = self.codecs[block.parts[0].codec]
-        require_memory(block.spec, codec, self.memlimit)
+    def _task(self, ticket: Ticket, which: slice, room: Callable[[WindowSpec], Room] | None) -> DecodeTask:
+        """Read a block of the ticket's window, once it is known that everything is there to decode it."""
+        spec = self.container.windows[ticket.window].take(which)
+        codec = self.codecs[self.container.entries(ticket.window)[which][0].codec]
+        require_memory(spec, codec, self.memlimit)
         context = DecodeContext(tokens=self._context.tokens if self._context else None, model=self.model)
-        if block.spec.layered and codec.traits.needs:
+        if spec.layered and codec.traits.needs:
             if Need.PROFILE in codec.traits.needs and self.profile is None:
                 needed = self.container.header.profile
                 named = f"needs the profile {_describe(needed)}: give it with -D" if needed else "no profile"
                 raise MismatchError(named)
             context = self.context()
-        return DecodeTask(ticket, block.spec, block.parts, codec, context, room(block.spec) if room else None)
+        parts = self.container.frame(ticket.window, which).parts
+        return DecodeTask(ticket, spec, parts, codec, context, room(spec) if room else None)
 
     def read(self, name: str, rows: slice | None = None) -> Bits:
         """Decode a tensor, or for keys and values only a range of rows, without reading other windows.
@@ -260,7 +275,7 @@ class KvpFile:
             return np.zeros(0, f"<u{self.tensors[name].itemsize}")
         number = len(self.container.windows) - 1
         with naming(self.name):
-            task = self._task(Ticket(0, number, at), self.container.one(number, at), None)
+            task = self._task(Ticket(0, number, at), slice(at, at + 1), None)
             bits = InTurn(CpuEngine(1).run([task])).take(task.ticket).arrays[0]
         return np.require(bits, requirements=["C", "W"])
 
@@ -288,7 +303,7 @@ class KvpFile:
             if window.layered:
                 arrays: list[Bits] = []
                 with naming(self.name):
-                    for b, _ in enumerate(self._blocks(self.container.frame(number))):
+                    for b, _ in enumerate(self._blocks(number)):
                         arrays += results.take(Ticket(0, number, b)).arrays
                 names = (part.tensor.name for part in window.parts)
                 yield window.parts[0].first, dict(zip(names, arrays, strict=True))
@@ -306,8 +321,7 @@ def open_cache(path: Path, profile: Profile | None = None, model: LanguageModel 
         MismatchError: The ``.kvp`` file needs another profile.
 
     """
-    with path.open("rb") as file:
-        start = file.read(len(MAGIC))
-    if start[:4] == MAGIC[:4]:
-        return KvpFile.open(path, profile, model=model)
-    return Capture.open(path)
+    file = InputFile(path)
+    if bytes(file.read(0, min(4, file.size))) == MAGIC[:4]:
+        return KvpFile.of(file, profile, model=model)
+    return Capture(TensorFile.of(file))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import mmap
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from kvpack.engine import Engine
 from kvpack.errors import KvpackError
+from kvpack.formats.input import InputFile
 from kvpack.jobs.decompression import Selection, decompress
 from kvpack.jobs.reader import KvpFile
 
@@ -19,7 +19,7 @@ class _Comparison(io.RawIOBase):
     ``written`` is the number of bytes written, ``end`` the position behind the last one.
     """
 
-    def __init__(self, original: memoryview | None) -> None:
+    def __init__(self, original: InputFile | None) -> None:
         self._original = original
         self._at = self.written = self.end = 0
 
@@ -39,10 +39,14 @@ class _Comparison(io.RawIOBase):
     def write(self, data: Any) -> int:
         piece = memoryview(data).cast("B")
         stop = self._at + len(piece)
-        if self._original is not None and self._original[self._at : stop] != piece:
+        if self._original is not None and not self._same(piece, stop):
             raise KvpackError(f"decompressing it gives other bytes than the original's {self._at} to {stop}")
         self._at, self.written, self.end = stop, self.written + len(piece), max(self.end, stop)
         return len(piece)
+
+    def _same(self, piece: memoryview, stop: int) -> bool:
+        original = self._original
+        return original is not None and stop <= original.size and original.read(self._at, stop) == piece
 
 
 def require_restorable(
@@ -57,14 +61,9 @@ def require_restorable(
         KvpackError: The result is not the original, or the file cannot be decompressed.
 
     """
-    with memoryview(b"") if original is None else _mapped(original) as view:
-        comparison = _Comparison(None if original is None else view)
-        decompress(file, cast(BinaryIO, comparison), selection, engine=engine)
-        expected = file.container.source.file_size if original is None else len(view)
-        if not comparison.written == comparison.end == expected:
-            raise KvpackError(f"decompressing it gives {comparison.written} bytes, not {expected}")
-
-
-def _mapped(path: Path) -> memoryview:
-    with path.open("rb") as file:
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    opened = None if original is None else InputFile(original)
+    comparison = _Comparison(opened)
+    decompress(file, cast(BinaryIO, comparison), selection, engine=engine)
+    expected = file.container.source.file_size if opened is None else opened.size
+    if not comparison.written == comparison.end == expected:
+        raise KvpackError(f"decompressing it gives {comparison.written} bytes, not {expected}")

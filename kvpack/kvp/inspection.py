@@ -14,6 +14,7 @@ from kvpack.cache.flops import network_of_capture
 from kvpack.cache.metadata import parse_metadata, parse_values
 from kvpack.errors import naming
 from kvpack.formats.captures import layer_of
+from kvpack.formats.input import InputFile
 from kvpack.formats.safetensors import Header, TensorFile
 from kvpack.kvp import Container, PartEntry
 from kvpack.kvp.features import names_of
@@ -87,12 +88,10 @@ def inspect(path: Path, name: str | None = None, *, check: bool = False) -> Insp
         UnsupportedError: The file was written by a newer kvpack, or has a dtype that kvpack does not know.
 
     """
-    name = name or str(path)
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start == MAGIC[:4]:
-        return _inspect_container(Container.open(path, name), name, check)
-    header = TensorFile.open(path, name).header
+    file = InputFile(path, name)
+    if bytes(file.read(0, min(4, file.size))) == MAGIC[:4]:
+        return _inspect_container(Container.of(file), file.name, check)
+    header, name = TensorFile.of(file).header, file.name
     sizes = Counter({spec.name: spec.nbytes for spec in header.tensors})
     layers = _layers(header, sizes)
     kv = sum(layer.keys + layer.values for layer in layers)

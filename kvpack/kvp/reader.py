@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import zlib
 from itertools import accumulate
 from pathlib import Path
@@ -11,6 +10,7 @@ from kvpack.cache import count_parts, windows
 from kvpack.cache.untrusted import values_for
 from kvpack.errors import CorruptError, FormatError, TruncatedError, naming
 from kvpack.formats.captures import cache_spec
+from kvpack.formats.input import InputFile, Source, source_of
 from kvpack.formats.safetensors import Header as SourceHeader
 from kvpack.kvp.features import critical_of, names_of
 from kvpack.kvp.frame import Frame, FramePart, Stream
@@ -28,20 +28,19 @@ from kvpack.kvp.layout import (
     unpack_index,
     unpack_prologue,
 )
-from kvpack.kvp.recovery import Ends, recover
+from kvpack.kvp.recovery import Ends, own_ends, recover
 
 
 class Container:
-    """A ``.kvp`` file that is mapped into memory for reading.
+    """A ``.kvp`` file that is open for reading.
 
     ``version`` and ``critical`` are the format's version and the bits of critical features, from the prologue.
     ``header``, ``source`` (the safetensors header of the original), ``cache`` (the cache that it describes),
     ``windows`` and ``parts`` are checked when the file is opened. Checksums of streams are verified by the decoder.
-    ``view`` is the whole file.
     """
 
-    def __init__(self, view: memoryview, ends: Ends | None = None) -> None:
-        """Check everything in the file's bytes ``view`` except the streams.
+    def __init__(self, data: Source | memoryview, ends: Ends | None = None) -> None:
+        """Check everything in the file's bytes ``data`` except the streams.
 
         ``ends`` are a prologue and a footer to take instead of the file's own (:mod:`kvpack.kvp.recovery`).
 
@@ -52,9 +51,9 @@ class Container:
             UnsupportedError: The file was written by a newer kvpack.
 
         """
-        self.view = view
+        self._source = source_of(data)
         self.damage: list[str] = []
-        prologue, footer, size = ends or Ends(bytes(view[: PROLOGUE.size]), bytes(view[-FOOTER.size :]), len(view))
+        prologue, footer, size = ends or own_ends(self._source)
         self.version, self.critical, length, crc = unpack_prologue(prologue)
         start = PROLOGUE.size + length
         if start + FOOTER.size > size:
@@ -84,24 +83,26 @@ class Container:
 
     @classmethod
     def open(cls, path: Path, name: str | None = None, *, damaged: bool = False) -> Container:
-        """Map ``path`` into memory. Errors are those of the constructor, with ``name`` or the path in the message.
+        """Open ``path``. Errors are those of the constructor, with ``name`` or the path in the message.
 
         With ``damaged``, a damaged prologue or footer is made anew if that is possible (:mod:`kvpack.kvp.recovery`).
         :attr:`damage` then names them.
         """
-        with path.open("rb") as file:
-            empty = not file.seek(0, 2)
-            view = memoryview(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        with naming(name or str(path)):
+        return cls.of(InputFile(path, name), damaged=damaged)
+
+    @classmethod
+    def of(cls, file: InputFile, *, damaged: bool = False) -> Container:
+        """Check a file that is open already. Arguments and errors are those of :meth:`open`."""
+        with naming(file.name):
             if not damaged:
-                return cls(view)
-            ends, damage = recover(view)
-            found = cls(view, ends)
+                return cls(file)
+            ends, damage = recover(file)
+            found = cls(file, ends)
         found.damage = damage
         return found
 
     def _checked(self, offset: int, length: int, crc: int, what: str) -> bytes:
-        raw = bytes(self.view[offset : offset + length])
+        raw = bytes(self._source.read(offset, offset + length))
         if zlib.crc32(raw) != crc:
             raise CorruptError(f"corrupt: the checksum of the {what} does not match")
         return raw
@@ -116,25 +117,24 @@ class Container:
         """Return the name of the stream's kind."""
         return self.header.streams[record.kind]
 
-    def frame(self, window: int) -> Frame:
-        """Return a window as the file stores it, without verifying anything."""
-        entries = self.parts[self._starts[window] : self._starts[window + 1]]
-        return Frame(self.windows[window], tuple(map(self.part, entries)))
+    def entries(self, window: int) -> list[PartEntry]:
+        """Return what the index says of a window's parts."""
+        return self.parts[self._starts[window] : self._starts[window + 1]]
 
-    def one(self, window: int, at: int) -> Frame:
-        """Return one part of a window as the file stores it, without verifying anything."""
-        entry = self.parts[self._starts[window] + at]
-        return Frame(self.windows[window].take(slice(at, at + 1)), (self.part(entry),))
+    def frame(self, window: int, which: slice = slice(None)) -> Frame:
+        """Read a window, or a run of its parts, as the file stores it, without verifying anything."""
+        return Frame(self.windows[window].take(which), tuple(map(self.part, self.entries(window)[which])))
 
     def part(self, entry: PartEntry) -> FramePart:
-        """Return a part as the file stores it, without verifying anything."""
-        names, view = self.header.streams, self.view
-        streams = tuple([Stream(names[r.kind], view[at : at + r.size], r.checksum) for r, at in entry.streams])
-        joined = None
-        if streams:
-            last, start = entry.streams[-1]
-            joined = view[entry.streams[0][1] : start + last.size]
-        return FramePart(entry.codec, entry.digest, streams, joined)
+        """Read a part as the file stores it, without verifying anything."""
+        if not entry.streams:
+            return FramePart(entry.codec, entry.digest, ())
+        names, first, (last, start) = self.header.streams, entry.streams[0][1], entry.streams[-1]
+        joined = self._source.read(first, start + last.size)
+        streams = [
+            Stream(names[r.kind], joined[at - first : at - first + r.size], r.checksum) for r, at in entry.streams
+        ]
+        return FramePart(entry.codec, entry.digest, tuple(streams), joined)
 
     def verify(self, entry: PartEntry) -> None:
         """Check the checksums of a part's streams.

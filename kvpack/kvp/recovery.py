@@ -16,6 +16,7 @@ from kvpack.cache import count_parts
 from kvpack.cache.untrusted import values_for
 from kvpack.errors import CorruptError, FormatError, TruncatedError
 from kvpack.formats.captures import cache_spec
+from kvpack.formats.input import Source
 from kvpack.kvp.features import critical_of
 from kvpack.kvp.header import Header
 from kvpack.kvp.layout import (
@@ -52,8 +53,15 @@ class Ends(NamedTuple):
     size: int
 
 
-def recover(view: memoryview) -> tuple[Ends, list[str]]:
-    """Return the ends of the file ``view``, made anew where they are damaged, and what was found damaged.
+def own_ends(source: Source) -> Ends:
+    """Return the ends of a file as they are."""
+    size = source.size
+    first, last = source.read(0, min(PROLOGUE.size, size)), source.read(max(size - FOOTER.size, 0), size)
+    return Ends(bytes(first), bytes(last), size)
+
+
+def recover(source: Source) -> tuple[Ends, list[str]]:
+    """Return the ends of a file, made anew where they are damaged, and what was found damaged.
 
     Raises:
         CorruptError: The header is damaged, or the file is not a ``.kvp`` file.
@@ -62,38 +70,37 @@ def recover(view: memoryview) -> tuple[Ends, list[str]]:
 
     """
     damage = []
-    prologue = bytes(view[: PROLOGUE.size])
-    header = _header_of(view, prologue)
+    prologue, footer, size = own_ends(source)
+    header = _header_of(source, prologue)
     if header is None:
         damage.append("prologue")
-        raw = _stream_at(view, PROLOGUE.size, MAX_HEADER)
+        raw = _stream_at(source, PROLOGUE.size, MAX_HEADER)
         if raw is None:
             raise CorruptError("its header is damaged, or it is not a .kvp file: nothing can be salvaged")
         header = Header.from_bytes(inflate(raw, MAX_HEADER, "header"), values_for(len(raw)))
         prologue = pack_prologue(raw, critical_of(header))
     start = PROLOGUE.size + unpack_prologue(prologue).header_size
-    footer = bytes(view[-FOOTER.size :])
     try:
-        unpack_footer(footer, len(view), prologue)
+        unpack_footer(footer, size, prologue)
     except FormatError:
         damage.append("footer")
     else:
-        return Ends(prologue, footer, len(view)), damage
+        return Ends(prologue, footer, size), damage
     cache = cache_spec(header.source_header(values_for(start - PROLOGUE.size)), header.origin)
     count = count_parts(cache, header.chunk_tokens)
-    for at in islice(_candidates(view, start, count), TRIES):
-        found = _stream_at(view, at, min(len(view) - at, SEARCHED))
+    for at in islice(_candidates(source, start, count), TRIES):
+        found = _stream_at(source, at, SEARCHED)
         if found is not None and _fills(found, count, start, at):
             footer = pack_footer(found, at, prologue)
             return Ends(prologue, footer, at + len(found) + FOOTER.size), damage
     raise TruncatedError("the file has no whole index, which says where its parts are: nothing can be salvaged")
 
 
-def _header_of(view: memoryview, prologue: bytes) -> Header | None:
+def _header_of(source: Source, prologue: bytes) -> Header | None:
     """Return the header that the prologue describes, or None if that is not what follows it."""
     try:
         _, _, length, crc = unpack_prologue(prologue)
-        raw = bytes(view[PROLOGUE.size : PROLOGUE.size + length])
+        raw = bytes(source.read(PROLOGUE.size, min(PROLOGUE.size + length, source.size)))
         if zlib.crc32(raw) != crc:
             return None
         return Header.from_bytes(inflate(raw, MAX_HEADER, "header"), values_for(length))
@@ -101,14 +108,15 @@ def _header_of(view: memoryview, prologue: bytes) -> Header | None:
         return None
 
 
-def _stream_at(view: memoryview, start: int, limit: int) -> bytes | None:
+def _stream_at(source: Source, start: int, limit: int) -> bytes | None:
     """Return the bytes of the zlib stream that begins at ``start``, of at most ``limit`` bytes, if it is whole."""
     engine = zlib.decompressobj()
     pieces: list[bytes] = []
     held = 0
     try:
-        for at in range(start, min(start + limit, len(view)), PIECE):
-            piece = bytes(view[at : min(at + PIECE, start + limit)])
+        stop = min(start + limit, source.size)
+        for at in range(start, stop, PIECE):
+            piece = bytes(source.read(at, min(at + PIECE, stop)))
             rest: bytes = piece
             while rest and not engine.eof:
                 held += len(engine.decompress(rest, PIECE))
@@ -123,10 +131,10 @@ def _stream_at(view: memoryview, start: int, limit: int) -> bytes | None:
     return None
 
 
-def _candidates(view: memoryview, start: int, count: int) -> Iterator[int]:
+def _candidates(source: Source, start: int, count: int) -> Iterator[int]:
     """Yield the places where an index of ``count`` parts may begin, the last one first."""
-    first = max(start, len(view) - SEARCHED)
-    tail = bytes(view[first:])
+    first = max(start, source.size - SEARCHED)
+    tail = bytes(source.read(first, max(first, source.size)))
     places = (at for mark in STARTS for at in _places(tail, mark))
     for at in sorted(places, reverse=True):
         try:

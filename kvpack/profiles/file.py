@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpack.cache.metadata import parse_metadata
-from kvpack.errors import FormatError, MismatchError, naming
+from kvpack.errors import FormatError, MismatchError, UnsupportedError, naming
+from kvpack.formats.input import InputFile
 from kvpack.formats.safetensors import TensorFile, build_header
 
 PROFILE_VERSION = 1
@@ -34,14 +35,14 @@ class Profile(Mapping[str, NDArray[Any]]):
         """Wrap an open file that was read from ``path``.
 
         Raises:
-            FormatError: The file is not a profile, or this kvpack does not read its version.
+            MismatchError: The file is not a profile, or this kvpack does not read its version.
 
         """
         if file.metadata.get("kvpack_profile_version") != str(PROFILE_VERSION):
-            raise FormatError("not a .kvprofile of version 1")
+            raise MismatchError("not a .kvprofile of version 1")
         unsupported = next((spec.name for spec in file.tensors.values() if spec.dtype not in _NUMPY), None)
         if unsupported is not None:
-            raise FormatError(f"{unsupported}: a profile's tensors are F16, F32, I32 or U8")
+            raise MismatchError(f"{unsupported}: a profile's tensors are F16, F32, I32 or U8")
         self.path, self.name, self.sha256 = path, path.name, sha256
         self.metadata = file.metadata
         self._file = file
@@ -52,14 +53,12 @@ class Profile(Mapping[str, NDArray[Any]]):
         """Open the profile ``path``; error messages start with the path.
 
         Raises:
-            FormatError: The file is not a profile, or it is damaged.
+            MismatchError: The file is not a profile, or it is damaged.
 
         """
-        file = TensorFile.open(path)
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        with naming(str(path)):
-            return cls(file, path, digest)
+        source = InputFile(path)
+        with naming(str(path)), _malformed():
+            return cls(TensorFile.of(source), path, source.sha256())
 
     @property
     def size(self) -> int:
@@ -72,10 +71,16 @@ class Profile(Mapping[str, NDArray[Any]]):
         return dict(parse_metadata(self.metadata).model)
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        """Return the array of this name; F16 arrays become float32."""
+        """Return the array of this name; F16 arrays become float32.
+
+        Raises:
+            MismatchError: The file has become shorter since it was opened.
+
+        """
         if name not in self._read:
             spec = self._file.tensors[name]
-            array = np.frombuffer(self._file.data(spec), _NUMPY[spec.dtype]).reshape(spec.shape)
+            with _malformed():
+                array = np.frombuffer(self._file.data(spec), _NUMPY[spec.dtype]).reshape(spec.shape)
             aligned = array if array.flags.aligned else array.copy()  # a header of any length may precede the arrays
             self._read[name] = aligned.astype(np.float32) if spec.dtype == "F16" else aligned
         return self._read[name]
@@ -106,6 +111,15 @@ class Profile(Mapping[str, NDArray[Any]]):
                 f"the profile {self.name} is for {mine.model_name} (weights {ours[:12]}), "
                 f"the capture is of {theirs.model_name} (weights {other[:12]})"
             )
+
+
+@contextmanager
+def _malformed() -> Iterator[None]:
+    """Turn what is wrong with a file into a mismatch: a malformed profile is a wrong profile, and has its exit code."""
+    try:
+        yield
+    except (FormatError, UnsupportedError) as error:
+        raise MismatchError(str(error)) from None
 
 
 def write_profile(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any], output: BinaryIO) -> int:

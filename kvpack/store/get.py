@@ -6,6 +6,8 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import and_
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -76,6 +78,7 @@ class Fetched:
     """The result of :func:`get`: ``held`` of the prompt's ``tokens``, from ``objects`` objects of one kind.
 
     ``schedule`` is how they were made, or None if that is not known. ``notes`` say what stopped the prefix early.
+    ``mode`` are the permissions that all the objects' files give.
     """
 
     kind: str
@@ -86,6 +89,7 @@ class Fetched:
     objects: int
     schedule: dict[str, Any] | None
     notes: tuple[str, ...]
+    mode: int = 0o777
 
 
 def get(
@@ -251,7 +255,7 @@ def _write(
         sink.finish()
     return Fetched(
         found.kind, first.codec, first.lossless, len(prompt.tokens), found.held, len(found.entries), schedule,
-        tuple(notes),
+        tuple(notes), reduce(and_, (entry.path.stat().st_mode & 0o777 for entry in found.entries)),
     )  # fmt: skip
 
 

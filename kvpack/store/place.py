@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any, BinaryIO, cast
 
 from kvpack.cache.metadata import parse_value
 from kvpack.errors import CorruptError, KvpackError, UnsupportedError, UsageError
+from kvpack.formats.temporary import create_beside, settle
 from kvpack.store.keys import KEY_BYTES, canonical, is_name, kind_name, new_key, tag
 
 if sys.platform != "win32":
@@ -160,17 +160,24 @@ def proven_kind(key: bytes, file: Path) -> dict[str, Any] | None:
 
 
 def publish(
-    store: Path, target: Path, data: bytes | Callable[[BinaryIO], Any], *, replace: bool = False, mode: int = 0o666
+    store: Path,
+    target: Path,
+    data: bytes | Callable[[BinaryIO], Any],
+    *,
+    replace: bool = False,
+    mode: int | None = None,
 ) -> bool:
     """Write a file so that it appears whole or not at all, even if the machine stops; return whether it was new.
 
     ``data`` are its bytes or what writes them. The file is written in the store's ``tmp``, flushed to the disk and then
-    linked to its name. A file that has that name already stays, unless ``replace`` is set.
+    linked to its name. A file that has that name already stays, unless ``replace`` is set. It has the permissions
+    ``mode``, by default those of any new file.
     """
-    temporary = store / TEMPORARY / secrets.token_hex(16)
+    handle, temporary = create_beside(store / TEMPORARY / target.name, 0o666 if mode is None else 0o600)
     try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(handle, "wb") as file:
+            if mode is not None:
+                os.fchmod(handle, mode & 0o777)
             if isinstance(data, bytes):
                 file.write(data)
             else:
@@ -187,7 +194,7 @@ def publish(
                 return False
         _flush_folder(target.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        settle(temporary)
     return True
 
 

@@ -100,6 +100,11 @@ class _Work:
     profile: Profile | None
     window: int
 
+    @property
+    def mode(self) -> int | None:
+        """Return the permissions of the capture, which its objects get; None if it is in memory."""
+        return self.capture.file.source.mode
+
     @cached_property
     def schedule(self) -> Schedule | None:
         return parse_metadata(self.capture.metadata).schedule_of(len(self.tokens))
@@ -118,7 +123,7 @@ class _Work:
         done = 0
         for step, write in zip(plan, compress_many(self._jobs(kind, plan), engine), strict=True):
             target = self.store.object(step.parent, step.name)
-            if publish(self.store.path, target, partial(_write, write), replace=step in damaged):
+            if publish(self.store.path, target, partial(_write, write), replace=step in damaged, mode=self.mode):
                 written, size = written + 1, size + target.stat().st_size
             elif not self._same(step):
                 differing.append((step.start, step.stop))

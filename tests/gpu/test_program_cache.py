@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from kvpack.gpu.runtime import compiler, program_cache
-from kvpack.gpu.runtime.program_cache import ProgramCache, default_folder, program_key
+from kvpack.gpu.runtime import compiler
 from kvpack.gpu.runtime.source import source_of
+from kvpack.numerics import program_cache
+from kvpack.numerics.program_cache import ProgramCache, default_folder, program_key
 
 KEY = program_key("source", ("-DA=1", "--gpu-architecture=sm_90"), "NVRTC 13.0", "13000")
 

@@ -1,4 +1,4 @@
-"""Bring bytes to a GPU: threads copy them into pinned memory, or they are sent from where they are."""
+"""Bring bytes to a GPU: threads read them and copy them into pinned memory, or they are sent from where they are."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvpack.cache import Window
 from kvpack.engine import available_threads
 from kvpack.gpu.runtime.host import Slot
 from kvpack.kvp.frame import FramePart
@@ -66,7 +67,7 @@ def stage(slot: Slot, pieces: Iterable[NDArray[Any]], pinned: Sequence[torch.Ten
             take = min(COPY_BYTES, size - first)
             copies.add(at, address + first, take)
             at += take
-    return Staged(host, copies.submitted(), alive=alive)
+    return Staged(host, copies.submitted())  # until the last copy is done, the copies keep what they read
 
 
 class _Copies:
@@ -107,6 +108,11 @@ def _merged(pieces: Iterable[NDArray[Any]]) -> list[tuple[int, int]]:
         elif size:
             runs.append((address, size))
     return runs
+
+
+def loaded(blocks: Iterable[Window]) -> list[tuple[Bits, ...]]:
+    """Read blocks with several threads, and return the arrays of each."""
+    return list(_pool().map(Window.load, blocks))
 
 
 def pieces_of(arrays: Iterable[Bits]) -> Iterator[Bits]:

@@ -13,8 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from kvpack.errors import UnsupportedError
-from kvpack.gpu.runtime.program_cache import ProgramCache, default_folder, program_key
 from kvpack.gpu.runtime.source import source_of
+from kvpack.numerics.program_cache import ProgramCache, default_folder, program_key
 
 
 def program(unit: str, options: tuple[str, ...], cache: ProgramCache | None = None) -> bytes:
@@ -23,7 +23,7 @@ def program(unit: str, options: tuple[str, ...], cache: ProgramCache | None = No
     Args:
         unit: the source below ``kvpack/gpu/kernels``, without the suffix.
         options: NVRTC's options, among them the architecture.
-        cache: where programs are kept; by default in :func:`kvpack.gpu.runtime.program_cache.default_folder`.
+        cache: where programs are kept; by default in :func:`kvpack.numerics.program_cache.default_folder`.
 
     Raises:
         RuntimeError: the source does not compile; the message is the compiler's.

@@ -1,7 +1,7 @@
-"""Compiled kernels on disk, so that a kernel is compiled once on a machine and not once in every process.
+"""Compiled code on disk, so that a kernel or loop is compiled once on a machine and not once in every process.
 
-Every kernel is one file, named by the SHA-256 of everything that its machine code depends on. Whatever is wrong with a
-file or a folder, the kernel is compiled as if there were no cache; no function of this module raises an ``OSError``.
+Every program is one file, named by the SHA-256 of everything that its machine code depends on. Whatever is wrong with a
+file or a folder, the program is compiled as if there were no cache; no function of this module raises an ``OSError``.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ ABANDONED_SECONDS = 3600
 
 _MAGIC = b"kvpack-cubin-1\n\0"
 _DIGEST_BYTES = hashlib.sha256().digest_size
-_SUFFIX, _UNFINISHED = ".cubin", ".tmp"
+_UNFINISHED = ".tmp"
 
 
-def default_folder(environment: Mapping[str, str] = os.environ) -> Path | None:
+def default_folder(environment: Mapping[str, str] = os.environ, name: str = "kernels") -> Path | None:
     """Return the folder of the cache, which need not exist; None if there is no place for one.
 
-    It is ``$KVPACK_CACHE_DIR``, else ``$XDG_CACHE_HOME/kvpack/kernels``, else ``~/.cache/kvpack/kernels``. An empty
+    It is ``$KVPACK_CACHE_DIR``, else ``$XDG_CACHE_HOME/kvpack/NAME``, else ``~/.cache/kvpack/NAME``. An empty
     variable counts as not set, and so does a relative ``$XDG_CACHE_HOME``, as the XDG specification demands.
     """
     own, shared = environment.get("KVPACK_CACHE_DIR", ""), environment.get("XDG_CACHE_HOME", "")
     if own:
         return Path(own)
     if os.path.isabs(shared):
-        return Path(shared) / "kvpack" / "kernels"
+        return Path(shared) / "kvpack" / name
     try:
-        return Path.home() / ".cache" / "kvpack" / "kernels"
+        return Path.home() / ".cache" / "kvpack" / name
     except RuntimeError:  # the user has no home folder
         return None
 
@@ -62,11 +62,13 @@ def program_key(source: str, options: tuple[str, ...], compiler: str, driver: st
 class ProgramCache:
     """Programs in the files of a folder; with the folder None nothing is kept.
 
-    A program is machine code that runs with this user's rights to the GPU. A folder that every user may write to is
+    A program is machine code that runs with this user's rights. A folder that its group or other users may write to is
     therefore not used at all, and a file is only loaded if it belongs to this user and nobody else may write to it.
+    ``suffix`` tells this cache's files from those of others in the folder.
     """
 
     folder: Path | None
+    suffix: str = ".cubin"
     max_bytes: int = MAX_BYTES
 
     def get(self, key: str, build: Callable[[], bytes]) -> bytes:
@@ -75,16 +77,17 @@ class ProgramCache:
         Several threads and processes may do this at once. Each then has a complete program, which may have been built
         more than once. What ``build`` raises is not caught.
         """
-        found = self._read(key)
+        found = self.find(key)
         if found is None:
             found = build()
-            self._write(key, found)
+            self.keep(key, found)
         return found
 
-    def _read(self, key: str) -> bytes | None:
+    def find(self, key: str) -> bytes | None:
+        """Return the program with this key from its file; None if there is none that is sound and can be trusted."""
         if self.folder is None or not _is_trusted_folder(self.folder):
             return None
-        path = self.folder / f"{key}{_SUFFIX}"
+        path = self.folder / f"{key}{self.suffix}"
         try:
             # O_NONBLOCK keeps a named pipe from blocking. The rights of the file that is open are those that count.
             with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
@@ -98,7 +101,8 @@ class ProgramCache:
         except OSError:
             return None
 
-    def _write(self, key: str, program: bytes) -> None:
+    def keep(self, key: str, program: bytes) -> None:
+        """Write a program to its file, if that is possible."""
         if self.folder is None:
             return
         with contextlib.suppress(OSError):
@@ -109,8 +113,8 @@ class ProgramCache:
             try:
                 with open(handle, "wb") as file:
                     file.write(_wrapped(program, key))
-                os.replace(name, self.folder / f"{key}{_SUFFIX}")
-            except OSError:
+                os.replace(name, self.folder / f"{key}{self.suffix}")
+            except BaseException:
                 os.unlink(name)
                 raise
             self._shrink()
@@ -122,7 +126,7 @@ class ProgramCache:
         for path in self.folder.iterdir():
             with contextlib.suppress(OSError):  # another process may delete files, too
                 status = path.lstat()
-                if path.suffix == _SUFFIX:
+                if path.suffix == self.suffix:
                     files.append((status.st_mtime_ns, status.st_size, path))
                 elif path.suffix == _UNFINISHED and status.st_mtime < time.time() - ABANDONED_SECONDS:
                     path.unlink()
@@ -136,18 +140,21 @@ class ProgramCache:
 
 
 def _is_trusted_folder(folder: Path) -> bool:
-    """Whether the folder belongs to this user and not every other user may write to it."""
+    """Whether the folder belongs to this user and neither its group nor other users may write to it."""
     try:
         status = folder.stat()
     except OSError:
         return False
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & stat.S_IWOTH
+    return stat.S_ISDIR(status.st_mode) and _is_only_ours(status)
 
 
 def _is_trusted_file(status: os.stat_result) -> bool:
     """Whether this is a regular file of this user that neither its group nor other users may write to."""
-    writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not writable
+    return stat.S_ISREG(status.st_mode) and _is_only_ours(status)
+
+
+def _is_only_ours(status: os.stat_result) -> bool:
+    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _digest(program: bytes, key: str) -> bytes:

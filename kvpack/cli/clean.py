@@ -1,0 +1,42 @@
+"""The command ``kvpack clean``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvpack.cli import common
+from kvpack.errors import KvpackError
+from kvpack.formats.temporary import leftovers, remove_leftover
+
+
+def clean(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Folders to look in, stores among them (default: the current one).", show_default=False),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
+    quiet: common.Quiet = False,
+    as_json: common.Json = False,
+) -> None:
+    """Remove the temporary files that commands left behind because they were killed.
+
+    Such a file lies beside the output that it was to become, and is named .NAME.XXXXXXXX.tmp. Those that a running
+    command is writing stay.
+    """
+    rows = []
+    for folder in folders or [Path()]:
+        if not folder.is_dir():
+            raise KvpackError(f"{folder}: is not a folder")
+        for path in (path for place in common.places(folder) for path in leftovers(place)):
+            size = path.stat().st_size
+            if dry_run or remove_leftover(path):
+                rows.append({"path": str(path), "size": size})
+                if not as_json:
+                    common.say(f"{'left behind' if dry_run else 'removed'}: {path}, {size} bytes", quiet=quiet)
+    if as_json:
+        common.print_json({"schema_version": 1, "removed": not dry_run, "files": rows})
+    elif not rows:
+        common.say("nothing was left behind", quiet=quiet)
