@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import SMALL, Result
-from profiles import profile_for
+from profiles import profile_for, tiny_capture
 
 from kvpack.cli import workers
 from kvpack.cli.batch import Item, Outcome
@@ -235,6 +235,28 @@ def test_resuming_with_rm_removes_what_was_left(cli: Cli, small: Path) -> None:
     assert cli("compress", small).code == 0
     assert cli("compress", "--resume", "--rm", small).code == 0
     assert not small.exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_night_of_files(cli: Cli, tmp_path: Path, jobs: int) -> None:
+    """2,000 files, of which 20 are bad."""
+    sound, folder, out = tiny_capture(tmp_path / "x").read_bytes(), tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for number in range(2000):
+        data = sound[: 700 + number] if number % 100 == 50 else sound
+        (folder / f"{number:04}.safetensors").write_bytes(data)
+    wanted = ("compress", "-r", folder, "-o", f"{out}/", "-j", jobs, "--resume", "--json")
+    for skipped in (False, True):
+        done = cli(*wanted)
+        rows = rows_of(done.out)
+        assert (done.code, len(rows)) == (4, 2000)
+        bad = [row for row in rows if "error" in row]
+        assert [Path(row["input"]).stem for row in bad] == [f"{number:04}" for number in range(50, 2000, 100)]
+        assert all(row["exit_code"] == 4 and row["input"] in row["error"] for row in bad)
+        assert {row["skipped"] for row in rows if "error" not in row} == {skipped}
+        assert len(files_in(out)) == 1980
+    assert cli("decompress", "-t", "-r", out, "-j", jobs).code == 0
 
 
 class Fragile:
