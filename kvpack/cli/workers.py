@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import Protocol
 
 from kvpack.cli import common
@@ -24,8 +26,8 @@ class Work(Protocol):
 def run(make: Callable[[], Work], items: Sequence[Item], jobs: int) -> Iterator[Outcome]:
     """Yield the outcome of each item, in order, with ``jobs`` processes. ``make`` makes the work in each of them.
 
-    A process is started afresh, not forked, because the one that starts it may have threads. ``make`` is pickled. With
-    one job, everything happens in this process.
+    Processes are forked from a server that has no threads and has imported what they need. Where there is no such
+    server, they are started afresh. ``make`` is pickled. With one job, everything happens in this process.
     """
     if min(jobs, len(items)) < 2:
         yield from make().outcomes(items)
@@ -43,7 +45,7 @@ class _Worker:
     """A process, and the item that it works on."""
 
     def __init__(self, make: Callable[[], Work]) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _context(make)
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, make), daemon=True)
         self.process.start()
@@ -121,6 +123,15 @@ class _Pool:
                 worker.process.terminate()
         for worker in self._workers:
             worker.process.join()
+
+
+def _context(make: Callable[[], Work]) -> SpawnContext | ForkServerContext:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    made = make.func if isinstance(make, partial) else make
+    context.set_forkserver_preload(["__main__", made.__module__])
+    return context
 
 
 def _serve(connection: Connection, make: Callable[[], Work]) -> None:
