@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from contextlib import suppress
 from typing import Annotated
 
@@ -71,7 +72,7 @@ def main() -> None:
         _let_go_of_output()
         sys.exit(1)
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+        _fail(f"{error.filename or _unnamed(error)}: {error.strerror or error}", 1)
     except Exception as error:  # This is a bug: print one line, or a traceback on request.
         if os.environ.get("KVPACK_DEBUG"):
             raise
@@ -82,7 +83,7 @@ def _run() -> None:
     """Run the command, and find out whether what it printed has arrived."""
     try:
         app()
-    except SystemExit:
+    except (SystemExit, OSError):
         try:
             with common.naming_system("standard output"):
                 sys.stdout.flush()
@@ -90,6 +91,15 @@ def _run() -> None:
             _let_go_of_output()
             raise
         raise
+
+
+def _unnamed(error: OSError) -> str:
+    """Return what an error is about that names no file: standard output, if what prints there has raised it."""
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    printing = bool(frames) and frames[-1].split(".")[0] in ("click", "rich", "typer")
+    if printing:
+        _let_go_of_output()
+    return "standard output" if printing else "the system"
 
 
 def _let_go_of_output() -> None:

@@ -84,15 +84,19 @@ def _naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def no_space(error: OSError, handle: int, needed: str) -> OSError:
-    """Return an error that says how many bytes are ``needed`` and free, if ``error`` is that the disk is full."""
+def no_space(error: OSError, handle: int, needed: str, path: Path | None = None) -> OSError:
+    """Return an error that says how many bytes are ``needed`` and free, if ``error`` is that the disk is full.
+
+    It names ``path``, if that is given.
+    """
     if error.errno not in _FULL or error.filename or error.strerror != os.strerror(error.errno):
         return error
     free = ""
     if hasattr(os, "fstatvfs"):
         state = os.fstatvfs(handle)
         free = f", {state.f_bavail * state.f_frsize} are free"
-    return OSError(error.errno, f"{error.strerror}: {needed} bytes needed{free}", error.filename)
+    name = None if path is None else str(path)
+    return OSError(error.errno, f"{error.strerror}: {needed} bytes needed{free}", name)
 
 
 def _explained(error: OSError, handle: int) -> OSError:
