@@ -1,4 +1,4 @@
-"""What the machine and other programs may do to a command: signals, full disks, bad reads, files that change, caches."""
+"""What the machine and other programs may do to a command: signals, full disks, bad reads, files that change."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from kvpack.profiles import Profile
 
 Cli = Callable[..., Any]
 ROOT = Path(__file__).parent.parent
-COMMANDS = [["inspect", "{}"], ["compress", "{}"], ["decompress", "{}"], ["verify", "{}", "{}"], ["bench", "{}"]]
+COMMANDS = [["inspect", "{}"], ["compress", "{}"], ["decompress", "{}"], ["verify", "{}", "{}"], ["bench", "-q", "{}"]]
 
 
 def mode(path: Path) -> int:
