@@ -10,6 +10,7 @@ import typer
 
 from kvpack.cli import common
 from kvpack.errors import UsageError
+from kvpack.formats.output import sync_folder
 
 if TYPE_CHECKING:
     from kvpack.profiles import Profile
@@ -57,7 +58,8 @@ def decompress(
         settings = _Settings(opened, model, approximate, remove, threads, memlimit, device)
         rows.append(_decompress_one(path, target, settings, chosen, force, quiet))
         row = rows[-1]
-        if remove:
+        if remove and target is not None:
+            sync_folder(target)
             path.unlink()
         if not as_json:
             what = "ok" if test else f"-> {target}"

@@ -58,6 +58,7 @@ def _main(
 
 def main() -> None:
     """Run the command line; an expected failure prints one line to stderr and exits with its own code."""
+    _open_closed_streams()
     try:
         with stoppable():
             _run()
@@ -77,6 +78,17 @@ def main() -> None:
         if os.environ.get("KVPACK_DEBUG"):
             raise
         _fail(f"internal error: {error!r}; set KVPACK_DEBUG=1 to see where, and please report it", 1)
+
+
+def _open_closed_streams() -> None:
+    """Open what the command was started without, so that using it is an error, and no file takes its number."""
+    for number, name, flags in ((0, "stdin", os.O_WRONLY), (1, "stdout", os.O_RDONLY), (2, "stderr", os.O_WRONLY)):
+        if getattr(sys, name) is None:
+            with suppress(OSError):
+                os.fstat(number)
+                continue
+            os.open(os.devnull, flags)
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
 
 
 def _run() -> None:
