@@ -307,7 +307,7 @@ def test_leftovers_of_a_store(cli: Cli, small: Path, tmp_path: Path, monkeypatch
 
 def run(command: list[Any], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, check=False, timeout=120,
+        command, cwd=folder, capture_output=True, text=True, check=False, timeout=3000,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
     )  # fmt: skip
 
@@ -379,6 +379,27 @@ def test_handlers_are_those_from_before_when_a_command_has_ended(cli: Cli, small
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     assert cli("inspect", small).code == 0
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_streams_that_are_closed(packed: Path) -> None:
+    """Using one is an error; no file takes its number."""
+    command = f"{sys.executable} -m kvpack"
+    for words, code, line in (
+        ("compress - -o x <&-", 1, "standard input: Bad file descriptor"),
+        (f"decompress {packed} -o - >&-", 1, "standard output: Bad file descriptor"),
+        (f"inspect {packed} >&-", 1, "standard output: Bad file descriptor"),
+        (f"decompress {packed} -q -o y <&- >&- 2>&-", 0, ""),
+    ):
+        done = run(["bash", "-c", f"{command} {words}"], packed.parent)
+        assert (done.returncode, done.stderr) == (code, f"kvpack: {line}\n" if line else "")
+    assert (packed.parent / "y").read_bytes() == SMALL.read_bytes()
+
+
+@pytest.mark.parametrize("kills", [12, pytest.param(500, marks=pytest.mark.long)])
+def test_commands_that_are_ended_at_random_moments(tmp_path: Path, kills: int) -> None:
+    done = run([sys.executable, ROOT / "tests" / "kill_commands.py", tmp_path, str(kills), "1"], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"killed {kills} " in done.stdout
 
 
 # ---- The cache of compiled loops -----------------------------------------------------------------------------------

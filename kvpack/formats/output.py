@@ -49,8 +49,7 @@ def atomic_output(path: Path, *, force: bool = False, mode: int | None = None) -
 
     """
     check_output(path, force=force)
-    with _naming(path):
-        handle, temporary = create_beside(path, 0o666 if mode is None else 0o600)
+    handle, temporary = create_beside(path, 0o666 if mode is None else 0o600)
     file = os.fdopen(handle, "wb")
     try:
         with _naming(path):
@@ -115,7 +114,8 @@ def _permit(handle: int, path: Path, mode: int | None) -> None:
     if path.exists():
         wanted &= stat.S_IMODE(path.stat().st_mode)
     if wanted != own:
-        os.fchmod(handle, wanted)
+        with suppress(OSError):  # The file system has no permissions; what is created is no wider than it may be.
+            os.fchmod(handle, wanted)
 
 
 def restrict(file: BinaryIO, mode: int) -> None:
