@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
+
+from kvpack.formats.output import no_space
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -30,19 +35,28 @@ class Work:
         note = folder / "key"
         if folder.exists() and not (note.exists() and note.read_text() == digest):
             self.remove()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         note.write_text(digest)
 
     def growing(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         """Return an array whose contents persist; it is zero at first.
 
-        With a folder, the array is mapped from disk and need not fit in main memory.
+        With a folder, the array is mapped from disk and need not fit in main memory. An array that a process was killed
+        while making is made anew.
+
+        Raises:
+            OSError: The disk has no room for it.
+
         """
         if self._folder is None:
             return np.zeros(shape, dtype)
         path = self._folder / f"{name}.npy"
-        mode = "r+" if path.exists() else "w+"
-        found: NDArray[Any] = np.lib.format.open_memmap(path, mode, dtype, shape)
+        with suppress(OSError, ValueError, EOFError):
+            kept: NDArray[Any] = np.lib.format.open_memmap(path, "r+")
+            if (kept.shape, kept.dtype) == (shape, dtype):
+                return kept
+        found: NDArray[Any] = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        _allocate(path)
         return found
 
     def once(self, name: str, find: Callable[[], Arrays]) -> Arrays:
@@ -50,9 +64,8 @@ class Work:
         if self._folder is None:
             return find()
         path = self._folder / f"{name}.npz"
-        if path.exists():
-            with np.load(path) as kept:
-                return dict(kept)
+        with suppress(OSError, ValueError, EOFError, BadZipFile), np.load(path) as kept:
+            return dict(kept)
         found, part = find(), path.with_name("part.npz")
         np.savez(part, **found)  # type: ignore[arg-type]
         part.rename(path)
@@ -62,3 +75,15 @@ class Work:
         """Remove the folder, if it was made by this class."""
         if self._folder is not None and (self._folder / "key").exists():
             shutil.rmtree(self._folder)
+
+
+def _allocate(path: Path) -> None:
+    """Give a file the room on the disk that it will need: a full disk is no error for what is mapped, but a signal."""
+    if hasattr(os, "posix_fallocate"):
+        size = path.stat().st_size
+        with path.open("r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                path.unlink()
+                raise no_space(error, file.fileno(), str(size), path) from None

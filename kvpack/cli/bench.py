@@ -75,7 +75,10 @@ def bench(
     from kvpack.capture import load_model
     from kvpack.codecs.protocol import Need
     from kvpack.codecs.recipes import codecs_matching
+    from kvpack.formats.source import Capture
 
+    for path in captures:
+        Capture.open(path)  # A file that is no capture is named now and not after hours of work.
     if len(captures) > 1:
         student_t(len(captures) - 1)  # If scipy is missing, this says so now and not after hours of work.
     names = ",".join(run.QUICK) if quick and codecs == "all" else codecs

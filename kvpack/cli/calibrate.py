@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
+from zlib import crc32
 
 import typer
 
@@ -56,7 +58,7 @@ def calibrate(
     loaded = load_model(model, dtype, device)
     options = calibration.CorpusOptions(tokens, context)
     settings = [tokens, context, rank, gradients, units, steps, dtype, __version__]
-    work = calibration.Work(output.with_name(output.name + ".partial"), [loaded.weights_sha256, contents, settings])
+    work = calibration.Work(_partial(output), [loaded.weights_sha256, contents, settings])
     with common.progress_bar(f"running {loaded.name}", quiet) as progress:
         sample = calibration.collect(loaded, contents, options, progress, work)
     remark = lambda line: common.say(line, quiet=quiet, to_stderr=True)  # noqa: E731
@@ -70,3 +72,11 @@ def calibrate(
     work.remove()
     count = sum(document["sequences"] for document in sample.documents)
     common.say(f"{output}: {count} sequences, {sample.tokens.size} tokens, {size} bytes", quiet=quiet)
+
+
+def _partial(output: Path) -> Path:
+    """Return the folder of intermediate results: OUTPUT.partial, or a shorter name if that is too long for one."""
+    name = f"{output.name}.partial"
+    if len(os.fsencode(name)) > 255:
+        name = f"{os.fsencode(output.name)[:100].decode(errors='ignore')}.{crc32(os.fsencode(name)):08x}.partial"
+    return output.with_name(name)

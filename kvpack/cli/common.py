@@ -291,6 +291,7 @@ def permissions(read: Read) -> int | None:
 def readable(path: Path) -> Iterator[Path]:
     """Yield ``path`` itself, or a temporary file with the contents of standard input."""
     if path != STDIO:
+        remark_leftovers(path.parent)
         yield path
         return
     with scratch() as (file, place):

@@ -13,6 +13,7 @@ from kvpack.cli.batch import Item, Outcome
 from kvpack.engine import Engine
 from kvpack.engine.memory import default_limit
 from kvpack.errors import CorruptError, KvpackError, UsageError
+from kvpack.formats.output import sync_folder
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ class Decompressing:
                         left_out = saved.left_out
                     else:
                         left_out = jobs.decompress(file, sink, self.selection, engine=engine, progress=progress)
-        if options.remove:
+        if options.remove and item.target is not None:
+            sync_folder(item.target)
             item.path.unlink()
         return {
             "input": str(item.path),

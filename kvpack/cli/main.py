@@ -19,7 +19,7 @@ from kvpack.cli.clean import clean
 from kvpack.cli.compress import compress
 from kvpack.cli.decompress import decompress
 from kvpack.cli.demo import demo
-from kvpack.cli.failures import complain, describe
+from kvpack.cli.failures import complain, describe, let_go_of_output
 from kvpack.cli.inspect import inspect
 from kvpack.cli.stopping import Stopped, stoppable
 from kvpack.cli.store import store
@@ -57,6 +57,7 @@ def _main(
 
 def main() -> None:
     """Run the command line; an expected failure prints one line to stderr and exits with its own code."""
+    _open_closed_streams()
     try:
         with stoppable():
             _run()
@@ -65,7 +66,7 @@ def main() -> None:
         complain(str(stopped))
         sys.exit(stopped.code)
     except BrokenPipeError:
-        _let_go_of_output()
+        let_go_of_output()
         sys.exit(1)
     except Exception as error:
         message, code = describe(error)
@@ -73,24 +74,29 @@ def main() -> None:
         sys.exit(code)
 
 
+def _open_closed_streams() -> None:
+    """Open what the command was started without, so that using it is an error, and no file takes its number."""
+    for number, name, flags in ((0, "stdin", os.O_WRONLY), (1, "stdout", os.O_RDONLY), (2, "stderr", os.O_WRONLY)):
+        if getattr(sys, name) is None:
+            with suppress(OSError):
+                os.fstat(number)
+                continue
+            os.open(os.devnull, flags)
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+
+
 def _run() -> None:
     """Run the command, and find out whether what it printed has arrived."""
     try:
         app()
-    except SystemExit:
+    except (SystemExit, OSError):
         try:
             with common.naming_system("standard output"):
                 sys.stdout.flush()
         except OSError:
-            _let_go_of_output()
+            let_go_of_output()
             raise
         raise
-
-
-def _let_go_of_output() -> None:
-    """Let nothing that could not be written to standard output be tried again when Python ends."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -49,8 +49,7 @@ def atomic_output(path: Path, *, force: bool = False, mode: int | None = None) -
 
     """
     check_output(path, force=force)
-    with _naming(path):
-        handle, temporary = create_beside(path, 0o666 if mode is None else 0o600)
+    handle, temporary = create_beside(path, 0o666 if mode is None else 0o600)
     file = os.fdopen(handle, "wb")
     try:
         with _naming(path):
@@ -84,15 +83,19 @@ def _naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def no_space(error: OSError, handle: int, needed: str) -> OSError:
-    """Return an error that says how many bytes are ``needed`` and free, if ``error`` is that the disk is full."""
+def no_space(error: OSError, handle: int, needed: str, path: Path | None = None) -> OSError:
+    """Return an error that says how many bytes are ``needed`` and free, if ``error`` is that the disk is full.
+
+    It names ``path``, if that is given.
+    """
     if error.errno not in _FULL or error.filename or error.strerror != os.strerror(error.errno):
         return error
     free = ""
     if hasattr(os, "fstatvfs"):
         state = os.fstatvfs(handle)
         free = f", {state.f_bavail * state.f_frsize} are free"
-    return OSError(error.errno, f"{error.strerror}: {needed} bytes needed{free}", error.filename)
+    name = None if path is None else str(path)
+    return OSError(error.errno, f"{error.strerror}: {needed} bytes needed{free}", name)
 
 
 def _explained(error: OSError, handle: int) -> OSError:
@@ -111,7 +114,8 @@ def _permit(handle: int, path: Path, mode: int | None) -> None:
     if path.exists():
         wanted &= stat.S_IMODE(path.stat().st_mode)
     if wanted != own:
-        os.fchmod(handle, wanted)
+        with suppress(OSError):  # The file system has no permissions; what is created is no wider than it may be.
+            os.fchmod(handle, wanted)
 
 
 def restrict(file: BinaryIO, mode: int) -> None:

@@ -33,8 +33,9 @@ _live: set[Path] = set()
 def create_beside(path: Path, mode: int = 0o666) -> tuple[int, Path]:
     """Create an empty file with an unused name in the folder of ``path``, lock it, and open it for writing.
 
-    The kernel gives it ``mode`` without the bits of the umask. ``tempfile.mkstemp`` would make it private, and to undo
-    that one has to know the umask, which can be read only by changing it for all threads of the process.
+    Errors of the system name ``path``. The kernel gives the file ``mode`` without the bits of the umask.
+    ``tempfile.mkstemp`` would make it private, and to undo that one has to know the umask, which can be read only by
+    changing it for all threads of the process.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     stem = os.fsencode(path.name)[:_LONGEST].decode(errors="ignore")
@@ -46,9 +47,9 @@ def create_beside(path: Path, mode: int = 0o666) -> tuple[int, Path]:
         except FileExistsError:
             _live.discard(temporary)
             continue
-        except BaseException:
+        except OSError as error:
             _live.discard(temporary)
-            raise
+            raise OSError(error.errno, error.strerror, str(path)) from None
         if _locked(handle):
             return handle, temporary
         os.close(handle)  # somebody took it for a leftover before it was locked, and removed it

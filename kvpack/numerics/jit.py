@@ -8,6 +8,7 @@ one that somebody else has written is code that runs. So compiled loops are kept
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import pickle
 import sys
@@ -53,6 +54,8 @@ class _Kept(_Cache):  # type: ignore[misc]
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Return the compiled function for these types of arguments; None if it must be compiled."""
+        with suppress(Exception):
+            _let_blas_wait()
         target_context.refresh()
         with suppress(Exception):
             program = _programs().find(self._key(sig, target_context.codegen()))
@@ -83,6 +86,40 @@ class _Kept(_Cache):  # type: ignore[misc]
 
     def flush(self) -> None:
         """Do nothing: files whose sources have changed are never found, and are removed when others need the room."""
+
+
+class _Blas:
+    """Whether there is a BLAS, which is found out when somebody asks."""
+
+    def __bool__(self) -> bool:
+        return bool(_arraymath()._check_blas())
+
+
+def _arraymath() -> Any:
+    return importlib.import_module("numba.np.arraymath")
+
+
+def _let_blas_wait() -> None:
+    """Keep numba from importing ``scipy.linalg``, which takes half a second, to find out whether there is a BLAS.
+
+    It does so before it compiles or loads the first function, and nothing but ``np.convolve`` and ``np.correlate`` in
+    the loops of other programs depends on the answer.
+    """
+    if "numba.np.arraymath" in sys.modules:
+        return
+    linalg: Any = importlib.import_module("numba.np.linalg")
+    ensure = linalg.ensure_blas
+
+    def absent() -> None:
+        raise ImportError
+
+    linalg.ensure_blas = absent
+    try:
+        arraymath = _arraymath()
+        arraymath.ensure_blas = ensure
+        arraymath._HAVE_BLAS = _Blas()
+    finally:
+        linalg.ensure_blas = ensure
 
 
 @cache

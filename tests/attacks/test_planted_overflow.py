@@ -33,7 +33,7 @@ def test_a_planted_overflow_is_caught(tmp_path: Path, checked: bool) -> None:
     script = tmp_path / "planted.py"
     text = PLANTED if checked else PLANTED.rsplit("\n", 2)[0]  # where it is not checked, nothing is written beyond
     script.write_text(text)
-    settings = {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "NUMBA_BOUNDSCHECK": str(int(checked))}
+    settings = {"KVPACK_CACHE_DIR": str(tmp_path / "cache"), "NUMBA_BOUNDSCHECK": str(int(checked))}
     done = subprocess.run(
         [sys.executable, script],
         env={**os.environ, **settings, "PYTHONPATH": str(ROOT)},

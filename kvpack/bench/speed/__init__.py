@@ -8,7 +8,6 @@ and written; everything else counts the bytes of the raw cache.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +26,7 @@ from kvpack.errors import UsageError
 from kvpack.formats.captures import layer_of
 from kvpack.formats.safetensors import build_header
 from kvpack.formats.source import Capture
+from kvpack.formats.temporary import scratch
 from kvpack.gpu.kernels import lloyd_max as turboquant
 from kvpack.jobs.reader import KvpFile, open_cache
 from kvpack.profiles import Profile
@@ -65,14 +65,11 @@ def _both_ways(device: torch.Tensor, host: torch.Tensor) -> Iterator[Speed]:
     yield speed("both ways at once", "random", host.numel(), seconds(both), "bytes one way")
 
 
-def tiled(captures: list[Path], size: int, folder: Path) -> tuple[Path, np.ndarray]:
-    """Write a file of at least ``size`` bytes that repeats the captures' bf16 keys and values.
-
-    Returns its path, and the keys and values ``[N, H, T, D]``.
-    """
+def tiled(captures: list[Path], size: int, path: Path) -> np.ndarray:
+    """Write a file of at least ``size`` bytes that repeats the captures' bf16 keys and values ``[N, H, T, D]``."""
     arrays = []
-    for path in captures:
-        cache = KvpFile.open(path) if path.suffix == ".kvp" else Capture.open(path)
+    for source in captures:
+        cache = KvpFile.open(source) if source.suffix == ".kvp" else Capture.open(source)
         names = [n for n, s in cache.tensors.items() if layer_of(s) is not None and s.dtype == "BF16"]
         arrays += [np.ascontiguousarray(cache.read(name)[:, :TOKENS]) for name in names]
     if not arrays or len({a.shape for a in arrays}) > 1:
@@ -81,12 +78,12 @@ def tiled(captures: list[Path], size: int, folder: Path) -> tuple[Path, np.ndarr
     kinds = ("keys", "values")
     count = len(arrays) * repeats // 2
     entries = [(f"layers.{i // 2}.{kinds[i % 2]}", "BF16", arrays[0].shape) for i in range(2 * count)]
-    header, path = build_header(entries, {}), folder / "tiled.safetensors"
+    header = build_header(entries, {})
     with path.open("wb") as sink:
         sink.write(len(header.raw).to_bytes(8, "little") + header.raw)
         for i in range(2 * count):
             sink.write(arrays[i % len(arrays)].tobytes())
-    return path, np.stack(arrays)
+    return np.stack(arrays)
 
 
 def wide(arrays: np.ndarray) -> np.ndarray:
@@ -109,8 +106,8 @@ def measure(captures: list[Path], gib: float, profile: Profile | None = None) ->
         raise UsageError("--speed measures a GPU, and torch sees none")
     gpu, size = Timed(), int(gib * (1 << 30))
     yield from ceilings(gpu.device)
-    with tempfile.TemporaryDirectory() as folder:
-        path, arrays = tiled(captures, size, Path(folder))
+    with scratch() as (_, path):
+        arrays = tiled(captures, size, path)
         for name in ("lossless", "kivi-4", "turboquant-3"):
             yield from paths.rows(gpu, path, "capture", CODECS[name])
     for data, parts in (("capture", arrays), ("8B shape", wide(arrays))):
@@ -129,8 +126,7 @@ def measure(captures: list[Path], gib: float, profile: Profile | None = None) ->
     if profile is not None:
         one = given.real(gpu, open_cache(captures[0]), profile, size)
         yield from fisher.rows(gpu, one)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "long.safetensors"
+        with scratch() as (_, path):
             one.write(path)
             yield from paths.rows(gpu, path, one.name, CODEC, profile, one.chunk)
         del one

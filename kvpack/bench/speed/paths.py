@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from kvpack.codecs.protocol import Codec
 from kvpack.engine import Done, EncodeTask, Engine, Task, Ticket
 from kvpack.formats.safetensors import TensorFile
 from kvpack.formats.source import Capture
+from kvpack.formats.temporary import scratch
 from kvpack.gpu.engine import GpuEngine
 from kvpack.gpu.runtime.launch import Gpu
 from kvpack.jobs.opened import Opened
@@ -57,8 +57,7 @@ def rows(
     remark = f"wall clock, first of {ROUNDS + 1} runs left out"
     size = sum(spec.nbytes for spec in TensorFile.open(source).tensors.values())
     engine = GpuEngine(gpu)
-    with tempfile.TemporaryDirectory(dir=source.parent) as folder:
-        packed, back = Path(folder) / "packed.kvp", Path(folder) / "back.safetensors"
+    with scratch() as (_, packed), scratch() as (_, back):
 
         def compress() -> None:
             with packed.open("wb") as sink:
