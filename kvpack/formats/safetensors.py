@@ -220,11 +220,17 @@ class TensorFile:
         """
         name = name or str(path)
         with path.open("rb") as file:
-            file.seek(0, 2)
-            size = file.tell()
-            if size < 8:
-                raise FormatError(f"{name}: not a safetensors file (only {size} bytes)")
-            view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            empty = not file.seek(0, 2)
+            view = memoryview(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return cls.of(name, view)
+
+    @classmethod
+    def of(cls, name: str, view: memoryview) -> TensorFile:
+        """Validate a file's bytes ``view``. The errors are those of :meth:`open`, and messages call the file ``name``.
+        """
+        size = len(view)
+        if size < 8:
+            raise FormatError(f"{name}: not a safetensors file (only {size} bytes)")
         length = int.from_bytes(view[:8], "little")
         if length > MAX_HEADER or not bytes(view[8:9]) == b"{":
             raise FormatError(f"{name}: not a safetensors file")

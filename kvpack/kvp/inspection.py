@@ -89,13 +89,17 @@ def inspect(path: Path, *, check: bool = False) -> Inspection:
     with path.open("rb") as file:
         start = file.read(4)
     if start == MAGIC[:4]:
-        return _inspect_container(path, Container.open(path), check)
-    header = TensorFile.open(path).header
+        return inspect_container(str(path), Container.open(path), check=check)
+    return inspect_capture(str(path), TensorFile.open(path).header)
+
+
+def inspect_capture(path: str, header: Header) -> Inspection:
+    """Return what an open capture's header says. ``path`` is the file's name."""
     sizes = Counter({spec.name: spec.nbytes for spec in header.tensors})
     layers = _layers(header, sizes)
     kv = sum(layer.keys + layer.values for layer in layers)
     return Inspection(
-        path=str(path),
+        path=path,
         kind="capture",
         size=header.file_size,
         original_size=header.file_size,
@@ -109,7 +113,8 @@ def inspect(path: Path, *, check: bool = False) -> Inspection:
     )
 
 
-def _inspect_container(path: Path, container: Container, check: bool) -> Inspection:
+def inspect_container(path: str, container: Container, *, check: bool = False) -> Inspection:
+    """Inspect an open ``.kvp`` file. ``path`` is its name. Errors are those of :func:`inspect`."""
     sizes: Counter[str] = Counter()
     streams: Counter[str] = Counter()
     for part in container.parts:
@@ -123,7 +128,7 @@ def _inspect_container(path: Path, container: Container, check: bool) -> Inspect
     other = sum(sizes.values()) - sum(layer.keys + layer.values for layer in layers)
     replayed = runs_model(container.header.codecs[0])
     return Inspection(
-        path=str(path),
+        path=path,
         kind="kvp",
         size=container.size,
         original_size=header.file_size,
