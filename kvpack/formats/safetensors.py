@@ -226,8 +226,7 @@ class TensorFile:
 
     @classmethod
     def of(cls, name: str, view: memoryview) -> TensorFile:
-        """Validate a file's bytes ``view``. The errors are those of :meth:`open`, and messages call the file ``name``.
-        """
+        """Validate a file's bytes ``view``; messages call it ``name``. The errors are those of :meth:`open`."""
         size = len(view)
         if size < 8:
             raise FormatError(f"{name}: not a safetensors file (only {size} bytes)")

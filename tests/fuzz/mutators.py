@@ -158,7 +158,9 @@ def of_pieces(first: Sequence[Mutator], rest: Mutator = mutate_bytes) -> Mutator
         for _ in range(rng.choice((1, 1, 1, 2, 3))):
             way, at = rng.random(), rng.randrange(len(pieces) + 1)
             if way < 0.96 and pieces:
-                at = min(at, len(pieces) - 1) if rng.random() < 0.7 else rng.randrange(min(len(first) or 1, len(pieces)))
+                at = (
+                    min(at, len(pieces) - 1) if rng.random() < 0.7 else rng.randrange(min(len(first) or 1, len(pieces)))
+                )
                 pieces[at] = (first[at] if at < len(first) else rest)(pieces[at], rng)
             elif way < 0.98:
                 pieces.insert(at, rng.choice(pieces) if pieces else b"")

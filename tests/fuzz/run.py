@@ -7,9 +7,9 @@ Where atheris is installed, its libFuzzer chooses inputs by the coverage of kvpa
 ``--plain``, every input is a change of a sound one. Compiled code is not instrumented. ``NUMBA_BOUNDSCHECK=1`` with a
 ``NUMBA_CACHE_DIR`` of its own checks its indices.
 
-A run ends after so many executions or seconds, whichever comes first, or at a finding, whose input is saved beside the
-name ``finding-TARGET``. It says how many executions it made, in how many seconds, and what they covered. With ``--keep``
-the inputs that reach lines which sound ones do not are put into ``fixtures/fuzz``.
+A run ends after so many executions or seconds, whichever comes first, or at a finding, whose input is saved as
+``finding-TARGET``. It says how many executions it made, in how many seconds, and what they covered. With ``--keep`` the
+inputs that reach lines which sound ones do not are put into ``fixtures/fuzz``.
 """
 
 from __future__ import annotations
@@ -48,21 +48,22 @@ class HangError(Exception):
 
 @contextlib.contextmanager
 def limits(seconds: float = SECONDS) -> Iterator[None]:
-    """Let memory be limited, and raise :class:`HangError` in whatever takes so long after a call of :func:`watch`."""
+    """Limit memory, and raise :class:`HangError` where the timer ends, which is to be set to ``seconds``."""
 
-    def stop(number: int, frame: Any) -> None:
+    def stop(_number: int, _frame: Any) -> None:
+        faulthandler.dump_traceback(all_threads=True)
         raise HangError(f"more than {seconds} s")
 
-    before, soft_and_hard = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before, soft_and_hard = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_DATA)
+    pages = int(Path("/proc/self/statm").read_text().split()[5])  # of data; others are mapped files and reserved
     most = pages * resource.getpagesize() + (MEGABYTES << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (most, soft_and_hard[1]))
+    resource.setrlimit(resource.RLIMIT_DATA, (most, soft_and_hard[1]))
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        resource.setrlimit(resource.RLIMIT_AS, soft_and_hard)
+        resource.setrlimit(resource.RLIMIT_DATA, soft_and_hard)
 
 
 def plain(target: Target, inputs: Sequence[bytes], runs: int, seconds: float, seed: int, hang: float = SECONDS) -> int:
@@ -126,7 +127,7 @@ def child(name: str, folder: Path, runs: int, seconds: float, seed: int) -> None
     target = TARGETS[name]
     for number, data in enumerate(inputs_of(name, target)):
         (folder / f"seed-{number:04}").write_bytes(data)
-        target.read(data) if number == 0 else None  # so that compiled code is compiled before time is taken
+        target.attempt(data)  # so that whatever is compiled or imported late is there before time is taken
 
     def mutate(data: bytes, most: int, number: int) -> bytes:
         rng = Random(number)
@@ -179,7 +180,7 @@ def lines(target: Target, data: bytes) -> set[tuple[str, int]]:
     seen: set[tuple[str, int]] = set()
     root = str(Path(__file__).parent.parent.parent / "kvpack") + os.sep
 
-    def trace(frame: Any, event: str, argument: Any) -> Any:
+    def trace(frame: Any, _event: str, _argument: Any) -> Any:
         if not frame.f_code.co_filename.startswith(root):
             return None
         seen.add((frame.f_code.co_filename, frame.f_lineno))

@@ -7,11 +7,10 @@ may. Everything else is a finding.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -23,10 +22,8 @@ from made_model import MadeModel
 from mutators import Mutator, join, mutate_bytes, mutate_json, of_pieces, split
 from samples import (
     NAMES,
-    Sample,
     capture,
     capture_bytes,
-    profile_arrays,
     sample,
     samples,
     sound_profile,
@@ -42,7 +39,7 @@ from kvpack.codecs.protocol import Need
 from kvpack.codecs.recipes import CODECS, prefix_stable
 from kvpack.engine import CpuEngine, DecodeTask
 from kvpack.engine.cpu import decode_block
-from kvpack.errors import KvpackError, MismatchError
+from kvpack.errors import KvpackError
 from kvpack.formats.records import attention_mass, probe_positions, probe_queries, token_ids
 from kvpack.formats.safetensors import TensorFile
 from kvpack.formats.source import Capture
@@ -153,7 +150,9 @@ def decode_streams(name: str, data: bytes) -> None:
     left = iter(pieces)
     parts = []
     for part in task.parts:
-        streams = [Stream(old.name, memoryview(new), checksum(new)) for old, new in zip(part.streams, left, strict=False)]
+        streams = [
+            Stream(old.name, memoryview(new), checksum(new)) for old, new in zip(part.streams, left, strict=False)
+        ]
         parts.append(FramePart(part.codec, part.digest, tuple(streams)))
     check_block(DecodeTask(task.ticket, task.block, tuple(parts), task.codec, task.context))
 
@@ -299,7 +298,7 @@ def read_capture(data: bytes) -> None:
     inspect_capture("x", file.header)
     found = Capture(file)
     metadata = parse_metadata(found.metadata)
-    metadata.schedule_of(5), metadata.attention_scale(0), metadata.rotary_dimensions  # noqa: B018
+    metadata.schedule_of(5), metadata.attention_scale(0), metadata.rotary_dimensions
     token_ids(found), attention_mass(found), probe_positions(found)
     for layer in (0, 1):
         probe_queries(found, layer)
@@ -369,7 +368,9 @@ def prove_object(data: bytes) -> None:
     """Open an object where its own tokens and its notes say that it lies."""
     file = KvpFile(Container(memoryview(build(data))))
     notes = parse_values(file.metadata).get("store")
-    tokens = token_ids(file) if file.tensors.get("tokens", None) and file.container.source.file_size < MOST_HELD else None
+    tokens = (
+        token_ids(file) if file.tensors.get("tokens", None) and file.container.source.file_size < MOST_HELD else None
+    )
     if not isinstance(notes, dict) or tokens is None or not isinstance(notes.get("parent"), str):
         name, parent = "0" * 64, "0" * 64
     else:
@@ -433,7 +434,8 @@ def results_seeds() -> list[bytes]:
         "document": "a.txt", "document_sha256": "0" * 64, "codec": "fisher-4", "seed": 0, "size": 100, "model": model,
         "decode_flops": 5,
     }  # fmt: skip
-    rows = [row, {**row, "codec": "lossless", "model": None}, {**row, "codec": "bound", "size": None, "ratio": None}]
+    bound = {**row, "codec": "bound", "size": None, "ratio": None}
+    rows = [row, {**row, "document_sha256": "1" * 64}, {**row, "codec": "lossless", "model": None}, bound]
     return [json.dumps({"schema_version": 3, "setting": {"model": "x"}, "machine": {}, "rows": rows}).encode()]
 
 
