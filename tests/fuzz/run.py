@@ -146,7 +146,7 @@ def child(name: str, folder: Path, runs: int, seconds: float, seed: int) -> None
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     options = [f"-runs={runs}", f"-max_total_time={int(seconds)}", f"-seed={seed}", "-timeout=60", "-max_len=65536"]
-    options += [f"-artifact_prefix={finding(name)}-", "-handle_alrm=0", "-rss_limit_mb=0"]
+    options += [f"-artifact_prefix={finding(name)}-", "-rss_limit_mb=0"]
     with limits():
         atheris.Setup([sys.argv[0], *options, str(folder)], once, custom_mutator=mutate)
         atheris.Fuzz()
@@ -222,9 +222,12 @@ def main() -> None:
         if not given.plain and paths.guided():
             guided(name, given.runs, given.seconds, given.seed, given.keep)
             continue
+        inputs = inputs_of(name, TARGETS[name])
+        for data in inputs:
+            TARGETS[name].attempt(data)  # so that whatever is compiled or imported late is there
         start = time.monotonic()
         try:
-            done = plain(TARGETS[name], inputs_of(name, TARGETS[name]), given.runs, given.seconds, given.seed)
+            done = plain(TARGETS[name], inputs, given.runs, given.seconds, given.seed)
         except Exception as error:
             if hasattr(error, "data"):
                 finding(name).write_bytes(error.data)

@@ -41,7 +41,7 @@ class Sample:
     profile: Profile | None
     model: MadeModel | None
 
-    def open(self, data: bytes | None = None, profile: Profile | None = None) -> jobs.KvpFile:
+    def open(self, data: bytes | bytearray | None = None, profile: Profile | None = None) -> jobs.KvpFile:
         """Open the file, or one that was made from it."""
         container = Container(memoryview(self.data if data is None else data))
         return jobs.KvpFile(container, profile or self.profile, model=self.model)

@@ -34,6 +34,7 @@ from kvpack.bench.claims import parse_config
 from kvpack.bench.results import Results, summarize
 from kvpack.cache.metadata import parse_metadata, parse_values
 from kvpack.cache.untrusted import parse_json, printable
+from kvpack.codecs.chain.entropy.scaled_rans import cpu as scaled_rans
 from kvpack.codecs.context import DecodeContext
 from kvpack.codecs.protocol import Need
 from kvpack.codecs.recipes import CODECS, prefix_stable
@@ -130,6 +131,24 @@ def opening_seeds() -> list[bytes]:
 # ---- Decoding --------------------------------------------------------------------------------------------------------
 
 
+def remember_slots() -> None:
+    """Make the slots of frequency tables once for each content. They are most of the time of decoding so little."""
+    make, known = scaled_rans.slots, {}
+
+    def slots(tables: np.ndarray) -> np.ndarray:
+        key = tables.tobytes()
+        if key not in known:
+            if len(known) > 3:
+                known.clear()
+            known[key] = make(tables)
+        return known[key]
+
+    scaled_rans.slots = slots
+
+
+remember_slots()
+
+
 @cache
 def tasks_of(name: str) -> tuple[DecodeTask, ...]:
     """Return the blocks of a codec's file that have streams. Token ids are decoded, not taken from the context."""
@@ -151,7 +170,8 @@ def decode_streams(name: str, data: bytes) -> None:
     parts = []
     for part in task.parts:
         streams = [
-            Stream(old.name, memoryview(new), checksum(new)) for old, new in zip(part.streams, left, strict=False)
+            old if new == old.data else Stream(old.name, memoryview(new), checksum(new))
+            for old, new in zip(part.streams, left, strict=False)
         ]
         parts.append(FramePart(part.codec, part.digest, tuple(streams)))
     check_block(DecodeTask(task.ticket, task.block, tuple(parts), task.codec, task.context))
