@@ -31,7 +31,8 @@ from samples import (
 
 from kvpack import jobs
 from kvpack.bench.claims import parse_config
-from kvpack.bench.results import Results, summarize
+from kvpack.bench.links import with_links
+from kvpack.bench.results import Results, compare, summarize
 from kvpack.cache.metadata import parse_metadata, parse_values
 from kvpack.cache.untrusted import parse_json, printable
 from kvpack.codecs.chain.entropy.scaled_rans import cpu as scaled_rans
@@ -436,11 +437,10 @@ def config_seeds() -> list[bytes]:
 
 
 def read_results(data: bytes) -> None:
-    """Read bytes as the results of ``kvpack bench``, and summarize them."""
+    """Read bytes as the results of ``kvpack bench``, summarize them, and compare them with themselves."""
     found = Results.parse(data, "x")
-    summarize(found.rows)
-    for row in found.rows:
-        _ = row.key, row.bound, row.noise
+    with_links(found.rows, summarize(found.rows))
+    compare(found, found)
 
 
 @cache
