@@ -94,9 +94,10 @@ def test_broken_needles_are_told_apart_from_none(entry: Any) -> None:
 
 
 def test_names_can_be_printed() -> None:
-    found = parse_metadata({"model": '{"name": "a\\ud800\\u001b[0mb", "weights_sha256": 7}'})
+    found = parse_metadata({"model": '{"name": "a\\u202e\\u001b[0mb", "weights_sha256": 7}'})
     assert found.model_name == "a??[0mb"
     assert found.weights_sha256 is None
+    assert parse_metadata({"model": '{"name": "a\\ud800b"}'}).model_name is None
 
 
 def test_every_value_by_its_key() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,9 @@ def test_work_that_is_given_up_ends() -> None:
     before = threading.active_count()
     for _ in CpuEngine(3).run(tasks(30)):
         break
+    end = time.monotonic() + 30
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.01)
     assert threading.active_count() <= before
 
 

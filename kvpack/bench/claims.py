@@ -7,13 +7,13 @@ reached only by storing the tokens and computing the cache again, so a :class:`L
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from kvpack.cache.flops import Network, network_of_config
+from kvpack.cache.untrusted import parse_json
 from kvpack.errors import FormatError
 from kvpack.formats.input import read_file
 
@@ -53,21 +53,24 @@ class Shape:
 
 
 def read_config(path: Path) -> tuple[Shape, Network | None]:
-    """Read a transformers ``config.json``: the cache's shape, and what decides the operations of a prefill if known.
+    """Read a transformers ``config.json``, as :func:`parse_config` does."""
+    return parse_config(read_file(path), str(path))
 
-    Of several configurations in the file, the text decoder's is used.
+
+def parse_config(raw: bytes, path: str) -> tuple[Shape, Network | None]:
+    """Parse a ``config.json``: the cache's shape, and what decides the operations of a prefill if known.
+
+    Of several configurations in the file, the text decoder's is used. Messages call the file ``path``.
 
     Raises:
         FormatError: The file is not JSON, or not a configuration with these numbers.
 
     """
-    try:
-        config = json.loads(read_file(path))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise FormatError(f"{path}: not a JSON file ({error})") from None
+    config = parse_json(raw, path)
+    if isinstance(config, dict):
+        config = config.get("text_config", config)
     if not isinstance(config, dict):
         raise FormatError(f"{path}: not a model configuration")
-    config = config.get("text_config", config)
     layers = _number(config, path, "num_hidden_layers", "n_layer")
     heads = _number(config, path, "num_attention_heads", "n_head")
     if config.get("kv_lora_rank") is not None:
@@ -80,7 +83,7 @@ def read_config(path: Path) -> tuple[Shape, Network | None]:
     return Shape(layers, heads, kv_heads, dims), network_of_config(config)
 
 
-def _number(config: dict[str, Any], path: Path, *names: str) -> int:
+def _number(config: dict[str, Any], path: str, *names: str) -> int:
     for name in names:
         value = config.get(name)
         if value is not None:

@@ -108,12 +108,20 @@ class Results:
             FormatError: The file is not such a file.
 
         """
+        return cls.parse(read_file(path), str(path))
+
+    @classmethod
+    def parse(cls, raw: bytes, path: str) -> Results:
+        """Parse what :meth:`write` has written. The errors are those of :meth:`read`; messages name ``path``."""
         try:
-            document = json.loads(read_file(path))
+            document = json.loads(raw)
             if document["schema_version"] not in READABLE:
                 raise FormatError(f"{path}: results of schema {document['schema_version']}, not {SCHEMA_VERSION}")
-            return cls(document["setting"], document["machine"], [_row(row) for row in document["rows"]])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            setting, machine = document["setting"], document["machine"]
+            if not isinstance(setting, dict) or not isinstance(machine, dict):
+                raise TypeError("the setting or the machine is not an object")
+            return cls(setting, machine, [_row(row) for row in document["rows"]])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise FormatError(f"{path}: not the results of kvpack bench ({error})") from None
 
     def resume(self, path: Path) -> None:
@@ -135,9 +143,25 @@ class Results:
 
 
 def _row(document: dict[str, Any]) -> Row:
-    """A row as files have it; of schema 2, with the operations that codecs of that time took."""
+    """A row as files have it; of schema 2, with the operations that codecs of that time took.
+
+    Raises:
+        TypeError, KeyError: A field is missing or unknown, or is not of its type.
+
+    """
     row = Row(**document)
+    for name in ("document", "document_sha256", "codec"):
+        _require(name, isinstance(getattr(row, name), str))
+    _require("seed", type(row.seed) is int)
+    for name, metric in {"size": lambda row: row.size, **METRICS}.items():
+        value = metric(row)
+        _require(name, value is None or isinstance(value, float) or (type(value) is int and abs(value) < 1 << 63))
     return row if "decode_flops" in document or row.size is None else replace(row, decode_flops=0)
+
+
+def _require(field: str, sound: bool) -> None:
+    if not sound:
+        raise TypeError(f"a row's {field} is not of its type")
 
 
 METRICS: dict[str, Callable[[Row], float | None]] = {

@@ -26,7 +26,7 @@ from kvpack.cache.metadata import CaptureMetadata
 MAX_NUMBER = 1 << 56
 """Larger numbers in a capture or a configuration are not believed."""
 
-GATED = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
+GATED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 """Model types of transformers that have Llama's shape: four matrices of attention and three of a gated MLP."""
 
 

@@ -15,6 +15,8 @@ from itertools import repeat
 from math import isfinite
 from typing import Any, TypeGuard
 
+from kvpack.cache.untrusted import is_unicode
+
 MAX_DEPTH = 64
 """Documents with lists or objects nested more deeply than this are treated as absent."""
 
@@ -164,7 +166,8 @@ def parse_value(text: object, otherwise: Any = None) -> Any:
     """Parse one JSON document, or return ``otherwise`` where it is none that can be read.
 
     Numbers that are not finite (``NaN``, ``Infinity``, ``1e999``) become None. A document that is nested more deeply
-    than :data:`MAX_DEPTH` cannot be read, and neither can one that has an integer of thousands of digits.
+    than :data:`MAX_DEPTH` cannot be read, and neither can one that has an integer of thousands of digits, or text that
+    is not Unicode (half of a surrogate pair).
     """
     if not isinstance(text, str):
         return otherwise
@@ -172,7 +175,7 @@ def parse_value(text: object, otherwise: Any = None) -> Any:
         value = json.loads(text, parse_float=_finite, parse_constant=lambda _: None)
     except (ValueError, RecursionError):
         return otherwise
-    return value if _is_shallow(value) else otherwise
+    return value if _is_shallow(value) and is_unicode(value, text.encode(errors="surrogatepass")) else otherwise
 
 
 def _finite(text: str) -> float | None:

@@ -30,7 +30,9 @@ _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 
 _PAIR = re.compile(rb"\[\]|\{\}")
 _LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (MAX_DIGITS + 1))
-_HALF_OF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
+_HALF_OF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
+"""What there is, escaped or not, in text with half of a surrogate pair. Whole pairs that are escaped have it too."""
+
 _BRACKETS = b"[]{}"
 _OTHERS = bytes(set(range(256)) - set(_BRACKETS))
 
@@ -55,13 +57,22 @@ def parse_json(raw: bytes, what: str, most: int = MAX_VALUES) -> Any:
         document = json.loads(
             raw.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite
         )
-        if _HALF_OF_A_PAIR.search(raw):
-            json.dumps(document, ensure_ascii=False).encode()
-    except UnicodeError:
-        raise FormatError(f"{what}: not valid JSON (text that is not Unicode)") from None
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{what}: not valid JSON ({error})") from None
+    if not is_unicode(document, raw):
+        raise FormatError(f"{what}: not valid JSON (text that is not Unicode)")
     return document
+
+
+def is_unicode(document: Any, raw: bytes) -> bool:
+    """Return whether a document that was parsed from ``raw`` has no half of a surrogate pair, so it can be encoded."""
+    if not _HALF_OF_A_PAIR.search(raw):
+        return True
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeError:
+        return False
+    return True
 
 
 def values_for(size: int) -> int:

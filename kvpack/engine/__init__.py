@@ -2,7 +2,7 @@
 
 from kvpack.engine.cpu import CpuEngine
 from kvpack.engine.tasks import DecodeTask, Done, EncodeTask, Engine, Room, Task, Ticket
-from kvpack.engine.threads import Progress, available_threads
+from kvpack.engine.threads import Progress, Workers, available_threads
 from kvpack.engine.turn import InTurn
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "Room",
     "Task",
     "Ticket",
+    "Workers",
     "available_threads",
 ]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy as np
 from kvpack.codecs.chain.base import UnrepresentableError
 from kvpack.codecs.protocol import PartStreams
 from kvpack.engine.tasks import DecodeTask, Done, EncodeTask, Task
-from kvpack.engine.threads import available_threads, keep_freed_memory
+from kvpack.engine.threads import Workers, available_threads, keep_freed_memory
 from kvpack.errors import CorruptError
 from kvpack.kvp.frame import FramePart, Stream
 from kvpack.numerics.checksum import checksum
@@ -44,8 +43,7 @@ class CpuEngine:
         keep_freed_memory()
         pending: deque[tuple[Future[Done], int]] = deque()
         held = 0
-        pool = ThreadPoolExecutor(self.threads, WORKERS)
-        try:
+        with Workers(self.threads, WORKERS) as pool:
             for task in tasks:
                 while self._full(len(pending), held + task.nbytes):
                     future, size = pending.popleft()
@@ -56,10 +54,6 @@ class CpuEngine:
                 held += task.nbytes
             while pending:
                 yield pending.popleft()[0].result()
-        finally:
-            # Left to the garbage collector, a generator may be closed by a worker, which cannot wait for itself.
-            own = threading.current_thread().name.startswith(WORKERS)
-            pool.shutdown(wait=not own, cancel_futures=True)
 
     def _full(self, count: int, held: int) -> bool:
         """Return whether to wait for a result, with ``count`` tasks under way and ``held`` bytes if one is added."""

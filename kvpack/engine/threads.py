@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
 from typing import TypeVar
 
 import numpy as np
@@ -14,6 +15,21 @@ T = TypeVar("T")
 R = TypeVar("R")
 Progress = Callable[[int, int], None]
 """A function that is called with the number of bytes done and the number of bytes in all."""
+
+
+class Workers(ThreadPoolExecutor):
+    """A pool of threads for a generator, which uses it as a context manager.
+
+    When a generator is given up, Python closes it wherever the last reference goes: by the garbage collector in any
+    thread, even in one that holds a lock of the module ``threading``. To wait for a thread there could take forever. So
+    what has not begun is cancelled then, and the threads end by themselves. In all other cases they are waited for.
+    """
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let the threads end, and wait for them unless the generator was given up."""
+        self.shutdown(wait=kind is not GeneratorExit, cancel_futures=kind is not None)
 
 
 def available_threads() -> int:
@@ -36,14 +52,10 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], threads: int | N
     threads = threads or available_threads()
     keep_freed_memory()
     pending: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) > 2 * threads:
-                    yield pending.popleft().result()
-            while pending:
+    with Workers(threads) as pool:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > 2 * threads:
                 yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+        while pending:
+            yield pending.popleft().result()

@@ -34,9 +34,12 @@ class InTurn:
             if not self.pump():
                 raise RuntimeError(f"the engine gave no result for {ticket}")
         result = self._early.pop(ticket)
-        if result.error is not None:
+        if result.error is None:
+            return result
+        try:
             raise result.error
-        return result
+        finally:
+            del result  # or the error would hold itself, and with it the engine's threads
 
     def pump(self) -> bool:
         """Wait for one more result. Return False if there are no more."""

@@ -219,26 +219,28 @@ class TensorFile:
             UnsupportedError: A tensor has a dtype that kvpack does not know.
 
         """
-        return cls.of(InputFile(path, name))
+        file = InputFile(path, name)
+        return cls.of(file.name, file)
 
     @classmethod
-    def of(cls, file: InputFile) -> TensorFile:
-        """Validate a file that is open already. The errors are those of :meth:`open`."""
-        name, size = file.name, file.size
+    def of(cls, name: str, data: Source | memoryview) -> TensorFile:
+        """Validate a file's bytes ``data``; messages call it ``name``. The errors are those of :meth:`open`."""
+        source = source_of(data)
+        size = source.size
         if size < 8:
             raise FormatError(f"{name}: not a safetensors file (only {size} bytes)")
-        start = file.read(0, min(9, size))
+        start = source.read(0, min(9, size))
         length = int.from_bytes(start[:8], "little")
         if length > MAX_HEADER or bytes(start[8:]) != b"{":
             raise FormatError(f"{name}: not a safetensors file")
         if 8 + length > size:
             raise TruncatedError(f"{name}: truncated: its header says {length} bytes, the file has {size - 8}")
-        header = parse_header(bytes(file.read(8, 8 + length)), name)
+        header = parse_header(bytes(source.read(8, 8 + length)), name)
         if header.file_size > size:
             raise TruncatedError(f"{name}: truncated: {header.file_size} bytes expected, {size} found")
         if header.file_size < size:
             raise FormatError(f"{name}: {size - header.file_size} bytes of unknown data after the last tensor")
-        return cls(name, header, file)
+        return cls(name, header, source)
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -324,4 +324,4 @@ def open_cache(path: Path, profile: Profile | None = None, model: LanguageModel 
     file = InputFile(path)
     if bytes(file.read(0, min(4, file.size))) == MAGIC[:4]:
         return KvpFile.of(file, profile, model=model)
-    return Capture(TensorFile.of(file))
+    return Capture(TensorFile.of(file.name, file))

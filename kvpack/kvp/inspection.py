@@ -90,13 +90,17 @@ def inspect(path: Path, name: str | None = None, *, check: bool = False) -> Insp
     """
     file = InputFile(path, name)
     if bytes(file.read(0, min(4, file.size))) == MAGIC[:4]:
-        return _inspect_container(Container.of(file), file.name, check)
-    header, name = TensorFile.of(file).header, file.name
+        return inspect_container(file.name, Container.of(file), check=check)
+    return inspect_capture(file.name, TensorFile.of(file.name, file).header)
+
+
+def inspect_capture(path: str, header: Header) -> Inspection:
+    """Return what an open capture's header says. ``path`` is the file's name."""
     sizes = Counter({spec.name: spec.nbytes for spec in header.tensors})
     layers = _layers(header, sizes)
     kv = sum(layer.keys + layer.values for layer in layers)
     return Inspection(
-        path=name,
+        path=path,
         kind="capture",
         size=header.file_size,
         original_size=header.file_size,
@@ -110,7 +114,8 @@ def inspect(path: Path, name: str | None = None, *, check: bool = False) -> Insp
     )
 
 
-def _inspect_container(container: Container, name: str, check: bool) -> Inspection:
+def inspect_container(path: str, container: Container, *, check: bool = False) -> Inspection:
+    """Inspect an open ``.kvp`` file. ``path`` is its name. Errors are those of :func:`inspect`."""
     sizes: Counter[str] = Counter()
     streams: Counter[str] = Counter()
     for part in container.parts:
@@ -118,14 +123,14 @@ def _inspect_container(container: Container, name: str, check: bool) -> Inspecti
             sizes[part.spec.tensor.name] += record.size
             streams[container.stream_name(record)] += record.size
         if check:
-            with naming(name):
+            with naming(path):
                 container.verify(part)
     header = container.source
     layers = _layers(header, sizes)
     other = sum(sizes.values()) - sum(layer.keys + layer.values for layer in layers)
     replayed = runs_model(container.header.codecs[0])
     return Inspection(
-        path=name,
+        path=path,
         kind="kvp",
         size=container.size,
         original_size=header.file_size,

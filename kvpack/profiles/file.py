@@ -58,7 +58,7 @@ class Profile(Mapping[str, NDArray[Any]]):
         """
         source = InputFile(path)
         with naming(str(path)), _malformed():
-            return cls(TensorFile.of(source), path, source.sha256())
+            return cls(TensorFile.of(source.name, source), path, source.sha256())
 
     @property
     def size(self) -> int:

@@ -109,14 +109,18 @@ def open_object(store: Store, path: Path, *, streams: bool = False) -> Entry:
     """
     file = KvpFile.open(path)
     with naming(str(path)):
-        entry = _proven(store, path, file)
+        entry = proven(store.key, path, file)
         if streams:
             for part in file.container.parts:
                 file.container.verify(part)
     return entry
 
 
-def _proven(store: Store, path: Path, file: KvpFile) -> Entry:
+def proven(key: bytes, path: Path, file: KvpFile) -> Entry:
+    """Prove that an open file is the object that belongs at ``path`` in a store with this key, without its streams.
+
+    The errors are those of :func:`open_object`.
+    """
     notes = parse_value(file.metadata.get("store"))
     tokens = token_ids(file)
     if not isinstance(notes, dict) or tokens is None or file.origin is None or len(tokens) != file.spec.rows:
@@ -126,9 +130,9 @@ def _proven(store: Store, path: Path, file: KvpFile) -> Entry:
     label = piece.made if piece else made
     if label not in MADE or (piece is None and label != UNKNOWN) or parent != path.parent.name:
         raise CorruptError("corrupt: the object is not of the directory that it lies in")
-    if kind_name(store.key, kind_of(file)) != kind or (parent == kind) != (file.origin == 0):
+    if kind_name(key, kind_of(file)) != kind or (parent == kind) != (file.origin == 0):
         raise CorruptError("corrupt: the object's identity or recipe is not what its kind says")
-    if object_name(store.key, parent, label, tokens) != path.stem:
+    if object_name(key, parent, label, tokens) != path.stem:
         raise CorruptError("corrupt: the object's tokens are not those that its name stands for")
     ids = np.array(tokens, np.int32)
     container = file.container

@@ -68,12 +68,15 @@ def kvp(source: Mapping[str, Any] | str, codecs: Sequence[Any], parts: Sequence[
     return assembled(json.dumps(document).encode(), body, pack_index(records))
 
 
-def assembled(header: bytes, body: bytes, index: bytes, *, deflated: bool = False) -> bytes:
-    """A ``.kvp`` file of a header (deflated here unless it is already), streams, and a deflated index."""
+def assembled(header: bytes, body: bytes, index: bytes, *, deflated: bool = False, critical: int = 0) -> bytes:
+    """A ``.kvp`` file of a header (deflated here unless it is already), streams, and a deflated index.
+
+    Its prologue has the bits ``critical`` of features that a reader must know.
+    """
     import zlib
 
     header = header if deflated else zlib.compress(header, 9)
-    prologue = pack_prologue(header)
+    prologue = pack_prologue(header, critical)
     start = prologue + header + body
     return start + index + pack_footer(index, len(start), prologue)
 

@@ -1,13 +1,18 @@
-"""Small files that make a command loop: over axes of empty tensors, over pairs of tensors, over windows."""
+"""Small files that make a command loop, over axes, pairs of tensors or windows; and what never ends."""
 
 from __future__ import annotations
 
+import gc
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from forge import entry, run, safetensors
+from test_engine import tasks
+
+from kvpack.engine import CpuEngine
 
 MOST_SECONDS = 20
 
@@ -62,3 +67,25 @@ def test_more_axes_than_an_array_can_have(cli: Any, axes: int, tmp_path: Path) -
     assert path.read_bytes() == data
     found = cli("verify", path, f"{path}.kvp")
     assert (found.code, found.err.count("\n")) in ((0, 0), (6, 1)), found
+
+
+def test_an_engine_that_is_given_up_waits_for_nothing() -> None:
+    """A process that opened damaged files, one after another, used to stop for ever at some time.
+
+    The collector closed an engine that an error held, in a thread that had just been started and held a lock, which the
+    engine's own threads needed to end. Found by fuzzing.
+    """
+
+    def close_it_there() -> None:
+        results = CpuEngine(2).run(tasks(30))
+        next(results)
+        held: list[Any] = [results]
+        held.append(held)
+        del results, held
+        with threading._active_limbo_lock:  # type: ignore[attr-defined]
+            gc.collect()
+
+    thread = threading.Thread(target=close_it_there, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()

@@ -12,6 +12,7 @@ from forge import LOSSLESS, codec, entry, kvp, safetensors, stage
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvpack.cache.metadata import parse_value
 from kvpack.cache.untrusted import printable
 
 Cli = Callable[..., Any]
@@ -99,6 +100,23 @@ def test_metadata_of_any_number(cli: Cli, tmp_path: Path) -> None:
     identity = json.loads(cli("inspect", "--json", path).out)["identity"]
     assert (identity["model"], identity["x"], identity["y"]) == (None, None, {"a": [None, None]})
     assert cli("compress", path).code == 0
+
+
+@pytest.mark.parametrize("document", ["model", "rope", "attention", "dtype", "needles", "schedule", "store"])
+def test_half_of_a_pair_in_a_document_of_the_metadata(cli: Cli, tmp_path: Path, document: str) -> None:
+    """Such a document is absent. An object's kind used to be computed from it, which ended in an internal error."""
+    path = tmp_path / "x.safetensors"
+    half = '{"name":"x","weights_sha256":"' + "5" * 64 + '","scale":1,"\\ud800":["\\udc00"]}'
+    assert parse_value(half) is None
+    assert parse_value(half.replace("\\ud800", "\ud800")) is None
+    assert parse_value('"\\ud83d\\ude00"') == "\U0001f600"
+    tensors = {"tokens": entry("I32", [1], 0, 4), "layers.0.keys": entry("BF16", [1, 1, 1], 4, 6)}
+    weights = json.dumps({"weights_sha256": "5" * 64})
+    path.write_bytes(safetensors({"__metadata__": {"model": weights, document: half}, **tensors}, bytes(6)))
+    for command, code in ((("inspect",), 0), (("compress",), 0), (("store", "put", "--store", tmp_path / "s"), None)):
+        found = cli(*command, path)
+        expected = code if code is not None else 5 if document == "model" else 0
+        assert (found.code, found.err.count("\n")) == (expected, int(expected != 0)), (command, found)
 
 
 EVIL = "\x1b]0;PWNED\x07\x1b[2J\x1b[31m[red]x[/red]\x9b31m\u202e\u2066\r\b\x00:smile:\\"

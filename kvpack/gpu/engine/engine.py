@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvpack.engine import DecodeTask, Done, Task, available_threads
+from kvpack.engine import DecodeTask, Done, Task, Workers, available_threads
 from kvpack.engine.cpu import run_task
 from kvpack.errors import CorruptError
 from kvpack.gpu.engine.fisher import FisherDecoding, FisherEncoding
@@ -76,7 +76,7 @@ class GpuEngine:
             slots = self._idle.pop() if self._idle else [Slot(self.gpu) for _ in range(SLOTS)]
         slots[0].synchronize()  # rooms may have been made on other streams
         pipeline = _Pipeline(slots)
-        with ThreadPoolExecutor(self.threads) as pool:
+        with Workers(self.threads) as pool:
             cpu = _Background(pool, AHEAD_CPU * self.threads)
             try:
                 for kernels, batch in self._batches(tasks):
@@ -96,7 +96,6 @@ class GpuEngine:
                         yield from cpu.add(outcome)
                 yield from cpu.drain()
             finally:
-                cpu.cancel()
                 pipeline.wait()
         with self._lock:
             self._idle.append(slots)
@@ -210,10 +209,6 @@ class _Background:
     def drain(self) -> Iterator[Done]:
         while self._pending:
             yield self._pending.popleft().result()
-
-    def cancel(self) -> None:
-        for future in self._pending:
-            future.cancel()
 
 
 def _on_cpu(task: Task) -> Done:
