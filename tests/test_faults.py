@@ -317,15 +317,18 @@ import sys, time
 from kvpack import jobs
 from kvpack.cli.main import main
 def waits(*_, **__):
-    print("now", file=sys.stderr, flush=True)
     {}
 jobs.decompress = waits
 sys.argv = ["kvpack", *sys.argv[1:]]
 main()
 """
-PATIENT = "time.sleep(60)"
+PATIENT = """
+    print("now", file=sys.stderr, flush=True)
+    time.sleep(60)
+"""
 STUBBORN = """
     try:
+        print("now", file=sys.stderr, flush=True)
         time.sleep(60)
     finally:
         time.sleep(60)

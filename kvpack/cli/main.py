@@ -64,7 +64,7 @@ def main() -> None:
     except Stopped as stopped:
         discard_all()  # in case the signal came while one was made or removed
         complain(str(stopped))
-        sys.exit(stopped.code)
+        os._exit(stopped.code)  # Python takes the handlers away before it ends, and another signal may come then.
     except BrokenPipeError:
         let_go_of_output()
         sys.exit(1)
@@ -89,13 +89,14 @@ def _run() -> None:
     """Run the command, and find out whether what it printed has arrived."""
     try:
         app()
-    except (SystemExit, OSError):
+    except (SystemExit, OSError) as done:
         try:
             with common.naming_system("standard output"):
                 sys.stdout.flush()
         except OSError:
             let_go_of_output()
-            raise
+            if not (isinstance(done, SystemExit) and done.code):  # It may have failed for this very reason.
+                raise
         raise
 
 

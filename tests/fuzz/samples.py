@@ -83,7 +83,7 @@ def capture(tokens: int, *, probes: bool = False) -> Capture:
 
 def capture_bytes(found: Capture) -> bytes:
     """The capture as a file."""
-    return bytes(found.file.view)
+    return bytes(found.file.source.read(0, found.file.source.size))
 
 
 @cache
