@@ -75,15 +75,17 @@ def begun(words: list[str], folder: Path) -> int:
     if child:
         return child
     try:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # A signal that comes before the command begins just ends it.
         os.chdir(folder)
-        quiet = os.open(os.devnull, os.O_RDWR)
+        said = os.open(folder.parent / "said", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         for number in (0, 1, 2):
-            os.dup2(quiet, number)
+            os.dup2(said, number)
         sys.argv = ["kvpack", *words]
         main()
     except SystemExit as end:
         os._exit(end.code if isinstance(end.code, int) else 1)
-    os._exit(70)
+    finally:
+        os._exit(70)
 
 
 def ended(child: int) -> int:
@@ -137,7 +139,7 @@ def undisturbed(command: Command, place: Path) -> float:
 
 def look(command: Command, place: Path, number: signal.Signals, code: int) -> None:
     """Check what is there after a command was sent a signal and ended with ``code``."""
-    assert code in (0, 128 + number, 256 - number), (command.name, number, code)
+    assert code in (0, 128 + number, 256 - number), (command.name, number, code, (place.parent / "said").read_text())
     found = {path.name for path in place.iterdir()}
     left = {path.name for path in leftovers(place)}
     assert not left or number == signal.SIGKILL, (command.name, number, left)
