@@ -180,13 +180,18 @@ def test_standard_output_may_be_full(small: Path, packed: Path, command: str) ->
 
 
 def test_a_full_folder_for_temporary_files_is_named(cli: Cli, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    class Full(io.BytesIO):
+        def write(self, _: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("shutil.copyfileobj", full)
+        def fileno(self) -> int:
+            return 0
+
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: Full())
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(packed.parent))
     found = cli("decompress", "-", stdin=packed.read_bytes())
     assert (found.code, found.err.count("\n")) == (1, 1)
+    assert found.err.startswith(f"kvpack: {packed.parent}: No space left on device, for a temporary file; TMPDIR")
 
 
 @pytest.mark.parametrize("length", [240, 245, 250, 255])

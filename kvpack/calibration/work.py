@@ -15,7 +15,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpack.formats.output import no_space
+from kvpack.formats.output import no_space, writing
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -36,7 +36,8 @@ class Work:
         if folder.exists() and not (note.exists() and note.read_text() == digest):
             self.remove()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        note.write_text(digest)
+        with writing(note):
+            note.write_text(digest)
 
     def growing(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         """Return an array whose contents persist; it is zero at first.
@@ -55,8 +56,9 @@ class Work:
             kept: NDArray[Any] = np.lib.format.open_memmap(path, "r+")
             if (kept.shape, kept.dtype) == (shape, dtype):
                 return kept
-        found: NDArray[Any] = np.lib.format.open_memmap(path, "w+", dtype, shape)
-        _allocate(path)
+        with writing(path):
+            found: NDArray[Any] = np.lib.format.open_memmap(path, "w+", dtype, shape)
+            _allocate(path)
         return found
 
     def once(self, name: str, find: Callable[[], Arrays]) -> Arrays:
@@ -67,7 +69,8 @@ class Work:
         with suppress(OSError, ValueError, EOFError, BadZipFile), np.load(path) as kept:
             return dict(kept)
         found, part = find(), path.with_name("part.npz")
-        np.savez(part, **found)  # type: ignore[arg-type]
+        with writing(part):
+            np.savez(part, **found)  # type: ignore[arg-type]
         part.rename(path)
         return found
 
@@ -86,4 +89,4 @@ def _allocate(path: Path) -> None:
                 os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:
                 path.unlink()
-                raise no_space(error, file.fileno(), str(size), path) from None
+                raise no_space(error, file.fileno(), str(size)) from None

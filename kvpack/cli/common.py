@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import operator
 import re
-import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -295,10 +294,16 @@ def readable(path: Path) -> Iterator[Path]:
         yield path
         return
     with scratch() as (file, place):
-        with naming_system("standard input"):
-            shutil.copyfileobj(sys.stdin.buffer, file)
+        while piece := _received():
+            file.write(piece)
         file.flush()
         yield place
+
+
+def _received() -> bytes:
+    """Return some more bytes of standard input, or none at its end."""
+    with naming_system("standard input"):
+        return sys.stdin.buffer.read(1 << 20)
 
 
 def read_bytes(path: Path) -> bytes:

@@ -52,13 +52,10 @@ def atomic_output(path: Path, *, force: bool = False, mode: int | None = None) -
     handle, temporary = create_beside(path, 0o666 if mode is None else 0o600)
     file = os.fdopen(handle, "wb")
     try:
-        with _naming(path):
-            try:
-                yield cast(BinaryIO, file)
-                file.flush()
-                os.fsync(handle)
-            except OSError as error:
-                raise _explained(error, handle) from None
+        with writing(path, handle):
+            yield cast(BinaryIO, file)
+            file.flush()
+            os.fsync(handle)
             _permit(handle, path, mode)
             if os.name == "nt":  # There an open file cannot be renamed; elsewhere its lock is held until it is.
                 file.close()
@@ -73,29 +70,29 @@ def atomic_output(path: Path, *, force: bool = False, mode: int | None = None) -
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Let errors of the system that name no file name ``path``."""
+def writing(path: Path, handle: int | None = None) -> Iterator[None]:
+    """Let errors of the system that name no file name ``path``.
+
+    If the disk is full, they say how many bytes of the open file ``handle`` have been written and how many are free.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename not in (None, "") or error.errno is None:
+        if error.filename or error.errno is None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        told = error if handle is None else _explained(error, handle)
+        raise OSError(error.errno, told.strerror, str(path)) from None
 
 
-def no_space(error: OSError, handle: int, needed: str, path: Path | None = None) -> OSError:
-    """Return an error that says how many bytes are ``needed`` and free, if ``error`` is that the disk is full.
-
-    It names ``path``, if that is given.
-    """
+def no_space(error: OSError, handle: int, needed: str) -> OSError:
+    """Return an error that says how many bytes are ``needed`` and free, if ``error`` is that the disk is full."""
     if error.errno not in _FULL or error.filename or error.strerror != os.strerror(error.errno):
         return error
     free = ""
     if hasattr(os, "fstatvfs"):
         state = os.fstatvfs(handle)
         free = f", {state.f_bavail * state.f_frsize} are free"
-    name = None if path is None else str(path)
-    return OSError(error.errno, f"{error.strerror}: {needed} bytes needed{free}", name)
+    return OSError(error.errno, f"{error.strerror}: {needed} bytes needed{free}")
 
 
 def _explained(error: OSError, handle: int) -> OSError:

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, cast
 
 from kvpack.cache.metadata import parse_value
 from kvpack.errors import CorruptError, KvpackError, UnsupportedError, UsageError
+from kvpack.formats.output import writing
 from kvpack.formats.temporary import create_beside, settle
 from kvpack.store.keys import KEY_BYTES, canonical, is_name, kind_name, new_key, tag
 
@@ -174,10 +175,12 @@ def publish(
     ``mode``, by default those of any new file.
     """
     handle, temporary = create_beside(store / TEMPORARY / target.name, 0o666 if mode is None else 0o600)
+    file = os.fdopen(handle, "wb")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with writing(target, handle):
             if mode is not None:
-                os.fchmod(handle, mode & 0o777)
+                with contextlib.suppress(OSError):  # The file system has no permissions.
+                    os.fchmod(handle, mode & 0o777)
             if isinstance(data, bytes):
                 file.write(data)
             else:
@@ -195,6 +198,8 @@ def publish(
         _flush_folder(target.parent)
     finally:
         settle(temporary)
+        with contextlib.suppress(OSError):  # Everything is on the disk already, or there is another error.
+            file.close()
     return True
 
 
