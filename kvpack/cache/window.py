@@ -19,6 +19,11 @@ class Window:
         """Take an array ``[H, T, D]`` of unsigned integers for each part, or a function that reads them."""
         self.spec, self._data = spec, data
 
+    @property
+    def unread(self) -> bool:
+        """Return whether :meth:`load` reads the arrays."""
+        return callable(self._data) and "arrays" not in vars(self)
+
     def load(self) -> tuple[Bits, ...]:
         """Return the arrays, and keep none that had to be read."""
         return self._data() if callable(self._data) else self._data

@@ -98,12 +98,13 @@ def decode_block(task: DecodeTask) -> Done:
         MismatchError: A model that ran again did not compute what it computed when the file was written.
 
     """
-    streams = [_verified(spec.label, part) for spec, part in zip(task.block.parts, task.parts, strict=True)]
+    parts = task.load()
+    streams = [_verified(spec.label, part) for spec, part in zip(task.block.parts, parts, strict=True)]
     try:
         arrays = task.codec.decode(task.block, streams, task.context)
     except CorruptError as error:
         raise CorruptError(f"{task.block.parts[0].label}: {error}") from None
-    for spec, part, bits in zip(task.block.parts, task.parts, arrays, strict=True):
+    for spec, part, bits in zip(task.block.parts, parts, arrays, strict=True):
         if task.codec.exact(spec) and checksum(bits) != part.digest:
             if task.context.replay is None:
                 raise CorruptError(f"corrupt: {spec.label} does not match the digest of the original")

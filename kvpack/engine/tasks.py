@@ -5,7 +5,7 @@ An engine takes tasks in some order and yields results in any order. A **ticket*
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -52,14 +52,27 @@ class EncodeTask:
 
 @dataclass(eq=False)
 class DecodeTask:
-    """A block to decode into ``room``. If that is None, the result has arrays of its own."""
+    """A block to decode into ``room``. If that is None, the result has arrays of its own.
+
+    ``read`` gives the block's parts as they are stored. It is called where the task is worked on, because it may read
+    a file.
+    """
 
     ticket: Ticket
     block: WindowSpec
-    parts: tuple[FramePart, ...]
+    read: Callable[[], tuple[FramePart, ...]]
     codec: Codec
     context: DecodeContext
     room: Room | None = None
+
+    @cached_property
+    def parts(self) -> tuple[FramePart, ...]:
+        """Return the block's parts, which are read once."""
+        return self.read()
+
+    def load(self) -> tuple[FramePart, ...]:
+        """Return the block's parts, and keep none that had to be read."""
+        return self.parts if "parts" in vars(self) else self.read()
 
     @cached_property
     def nbytes(self) -> int:

@@ -27,6 +27,7 @@ from kvpack.formats.safetensors import TensorFile, TensorSpec
 from kvpack.formats.source import Capture, in_shape
 from kvpack.jobs import replay
 from kvpack.kvp import Container
+from kvpack.kvp.frame import FramePart
 from kvpack.kvp.layout import MAGIC
 from kvpack.numerics.floats import Bits
 from kvpack.profiles import Profile
@@ -227,7 +228,7 @@ class KvpFile:
             yield from self.codecs[codecs.pop()].blocks(window)
 
     def _task(self, ticket: Ticket, which: slice, room: Callable[[WindowSpec], Room] | None) -> DecodeTask:
-        """Read a block of the ticket's window, once it is known that everything is there to decode it."""
+        """Return the task of a block of the ticket's window, once it is known that everything is there to decode it."""
         spec = self.container.windows[ticket.window].take(which)
         codec = self.codecs[self.container.entries(ticket.window)[which][0].codec]
         require_memory(spec, codec, self.memlimit)
@@ -238,8 +239,11 @@ class KvpFile:
                 named = f"needs the profile {_describe(needed)}: give it with -D" if needed else "no profile"
                 raise MismatchError(named)
             context = self.context()
-        parts = self.container.frame(ticket.window, which).parts
-        return DecodeTask(ticket, spec, parts, codec, context, room(spec) if room else None)
+
+        def read() -> tuple[FramePart, ...]:
+            return self.container.frame(ticket.window, which).parts
+
+        return DecodeTask(ticket, spec, read, codec, context, room(spec) if room else None)
 
     def read(self, name: str, rows: slice | None = None) -> Bits:
         """Decode a tensor, or for keys and values only a range of rows, without reading other windows.

@@ -175,7 +175,7 @@ def decode_streams(name: str, data: bytes) -> None:
             for old, new in zip(part.streams, left, strict=False)
         ]
         parts.append(FramePart(part.codec, part.digest, tuple(streams)))
-    check_block(DecodeTask(task.ticket, task.block, tuple(parts), task.codec, task.context))
+    check_block(DecodeTask(task.ticket, task.block, lambda: tuple(parts), task.codec, task.context))
 
 
 def check_block(task: DecodeTask) -> None:

@@ -19,6 +19,7 @@ from kvpack.gpu.engine.fisher import FisherDecoding, FisherEncoding
 from kvpack.gpu.engine.kernels import Kernels, Outcome
 from kvpack.gpu.engine.lossless import LosslessDecoding, LosslessEncoding
 from kvpack.gpu.engine.planes import PlaneDecoding, PlaneEncoding
+from kvpack.gpu.engine.staging import read_ahead
 from kvpack.gpu.runtime.host import Slot
 from kvpack.gpu.runtime.launch import Launcher
 
@@ -104,7 +105,7 @@ class GpuEngine:
         """Yield batches of tasks with one key, each limited in size and waiting, and single tasks without kernels."""
         waiting: dict[Hashable, _Batch] = {}
         passed = 0
-        for task in tasks:
+        for task in read_ahead(tasks):
             kernels, key = self._route(task)
             size = task.nbytes
             if kernels is None:

@@ -26,7 +26,7 @@ from kvpack.engine import DecodeTask, Done, EncodeTask, Task
 from kvpack.errors import CorruptError, UnsupportedError
 from kvpack.gpu.engine.fisher_kernels import Coefficients, FisherKernels
 from kvpack.gpu.engine.kernels import Outcome
-from kvpack.gpu.engine.staging import Staged, loaded, pieces_of, signed, stage, unsigned
+from kvpack.gpu.engine.staging import Staged, signed, stage, stage_windows, unsigned
 from kvpack.gpu.kernels import scaled_rans
 from kvpack.gpu.runtime.host import Slot
 from kvpack.gpu.runtime.launch import Launcher
@@ -146,9 +146,9 @@ class FisherEncoding(_Windows):
         stacks = [self.stack(task.block.spec, codec, context) for task in tasks]
         found = [stack for stack in stacks if stack is not None]
         kernels = self.kernels(codec, found[0], context, slot)
-        each = zip(loaded(task.block for task in tasks), found, strict=True)
-        pieces = pieces_of(arrays[i] for arrays, stack in each for i in stack.order)
-        return _Batch(tasks, found, kernels, slot, stage(slot, pieces, self._pinned))
+        orders = [stack.order for stack in found]
+        staged = stage_windows(slot, [task.block for task in tasks], orders, self._pinned)
+        return _Batch(tasks, found, kernels, slot, staged)
 
     def start(self, batch: _Batch) -> _Encoding:
         """Transform, quantize and encode the windows, and request sizes, checksums and shifts."""

@@ -23,7 +23,7 @@ from kvpack.codecs.protocol import Codec
 from kvpack.engine import DecodeTask, Done, EncodeTask, Task
 from kvpack.errors import CorruptError
 from kvpack.gpu.engine.kernels import KnownParts, Outcome
-from kvpack.gpu.engine.staging import Staged, loaded, pieces_of, signed, stage, streams_of, unsigned
+from kvpack.gpu.engine.staging import Staged, signed, stage, stage_windows, streams_of, unsigned
 from kvpack.gpu.kernels import rans
 from kvpack.gpu.kernels.rans import MAX_PAYLOAD
 from kvpack.gpu.runtime.host import Slot
@@ -96,8 +96,8 @@ class LosslessEncoding:
 
     def stage(self, tasks: list[EncodeTask], slot: Slot) -> _Batch:
         """Begin to copy the parts."""
-        pieces = pieces_of(arrays[0] for arrays in loaded(task.block for task in tasks))
-        return _Batch(tasks, slot, stage(slot, pieces, self._pinned))
+        staged = stage_windows(slot, [task.block for task in tasks], [(0,)] * len(tasks), self._pinned)
+        return _Batch(tasks, slot, staged)
 
     def start(self, batch: _Batch) -> _Encoding:
         """Encode the parts, and request sizes, checksums and mantissas."""

@@ -24,7 +24,7 @@ from kvpack.engine import DecodeTask, Done, EncodeTask, Task
 from kvpack.errors import CorruptError
 from kvpack.gpu.engine.arrays import Geometry, Layout, addresses_of, layout_of
 from kvpack.gpu.engine.kernels import KnownParts, Outcome
-from kvpack.gpu.engine.staging import Staged, loaded, pieces_of, signed, stage, streams_of, unsigned
+from kvpack.gpu.engine.staging import Staged, signed, stage, stage_windows, streams_of, unsigned
 from kvpack.gpu.kernels import rans
 from kvpack.gpu.kernels.rans import MAX_PAYLOAD, Streams
 from kvpack.gpu.runtime.host import Slot
@@ -116,8 +116,8 @@ class PlaneEncoding:
         """Begin to copy the parts."""
         codec: Any = tasks[0].codecs[0][1]
         tasks = [tasks[i] for i in _in_runs(list(map(_part, tasks)), codec)]
-        pieces = pieces_of(arrays[0] for arrays in loaded(task.block for task in tasks))
-        return _Batch(tasks, slot, stage(slot, pieces, self._pinned))
+        staged = stage_windows(slot, [task.block for task in tasks], [(0,)] * len(tasks), self._pinned)
+        return _Batch(tasks, slot, staged)
 
     def start(self, batch: _Batch) -> _Encoding:
         """Quantize and encode the parts, and request sizes and checksums."""

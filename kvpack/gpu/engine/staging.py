@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,13 +15,16 @@ import torch
 from numpy.typing import NDArray
 
 from kvpack.cache import Window
-from kvpack.engine import available_threads
+from kvpack.engine import DecodeTask, Task, available_threads
 from kvpack.gpu.runtime.host import Slot
 from kvpack.kvp.frame import FramePart
 from kvpack.numerics.floats import Bits
 
 ALIGNED = 256
 """Data is sent from addresses that are multiples of this."""
+
+READ_BYTES = 64 << 20
+"""Blocks of this many bytes, once decoded, are read ahead."""
 
 COPY_BYTES = 4 << 20
 """The number of bytes that a thread copies at a time."""
@@ -110,9 +114,51 @@ def _merged(pieces: Iterable[NDArray[Any]]) -> list[tuple[int, int]]:
     return runs
 
 
-def loaded(blocks: Iterable[Window]) -> list[tuple[Bits, ...]]:
-    """Read blocks with several threads, and return the arrays of each."""
-    return list(_pool().map(Window.load, blocks))
+def stage_windows(
+    slot: Slot, blocks: Sequence[Window], orders: Sequence[Sequence[int]], pinned: Sequence[torch.Tensor] = ()
+) -> Staged:
+    """Copy the arrays of blocks, each block's in its order, as :func:`stage` does.
+
+    Arrays that must be read first are read by the threads that copy them.
+    """
+    every = list(zip(blocks, orders, strict=True))
+    if not any(block.unread for block in blocks):
+        return stage(slot, pieces_of(block.arrays[i] for block, order in every for i in order), pinned)
+    sizes = [sum(block.spec.parts[i].nbytes for i in order) for block, order in every]
+    host = slot.pinned(sum(sizes))
+    places = host.data_ptr() + np.cumsum([0, *sizes[:-1]])
+    copies = [
+        _pool().submit(_load, block, order, int(at), host) for (block, order), at in zip(every, places, strict=True)
+    ]
+    return Staged(host, copies)
+
+
+def _load(block: Window, order: Sequence[int], target: int, _alive: object) -> None:
+    arrays = block.load()
+    for address, size in _merged(pieces_of(arrays[i] for i in order)):
+        ctypes.memmove(target, address, size)
+        target += size
+
+
+def read_ahead(tasks: Iterable[Task]) -> Iterator[Task]:
+    """Yield tasks in their order, with the parts of those to decode read by several threads."""
+    reading: deque[tuple[DecodeTask, Future[Any]]] = deque()
+    held = 0
+    for task in tasks:
+        if not isinstance(task, DecodeTask):
+            yield task
+            continue
+        reading.append((task, _pool().submit(getattr, task, "parts")))
+        held += task.nbytes
+        while held > READ_BYTES:
+            first, read = reading.popleft()
+            held -= first.nbytes
+            read.result()
+            yield first
+    while reading:
+        first, read = reading.popleft()
+        read.result()
+        yield first
 
 
 def pieces_of(arrays: Iterable[Bits]) -> Iterator[Bits]:
