@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,28 +76,39 @@ class Capture:
         bits = in_shape(np.frombuffer(self.file.data(entry), f"<u{entry.itemsize}"), entry)
         return bits if rows is None else bits[..., rows]
 
-    def part(self, part: PartSpec) -> Bits:
-        """Read a part's bit patterns ``[H, T, D]``. Errors are those of :meth:`kvpack.formats.input.Source.read`."""
-        return self._rows(self.tensors[part.tensor.name], part.tensor.shape, part.first, part.first + part.tokens)
+    def part(self, part: PartSpec, into: Bits | None = None) -> Bits:
+        """Read a part's bit patterns ``[H, T, D]``, to the contiguous array ``into`` if it is given.
 
-    def _rows(self, entry: TensorSpec, shape: tuple[int, int, int], start: int, stop: int) -> Bits:
+        The errors are those of :meth:`kvpack.formats.input.Source.read`. A capture in memory gives views of it.
+        """
+        entry, stop = self.tensors[part.tensor.name], part.first + part.tokens
+        return self._rows(entry, part.tensor.shape, part.first, stop, into)
+
+    def _rows(
+        self, entry: TensorSpec, shape: tuple[int, int, int], start: int, stop: int, into: Bits | None = None
+    ) -> Bits:
         """Read rows ``[start, stop)`` of each head of a tensor that has a shape of three axes."""
         heads, rows, dims = shape
-        if (start, stop) == (0, rows) or isinstance(self.file.source, Memory):
+        if isinstance(self.file.source, Memory) or (into is None and (start, stop) == (0, rows)):
             whole: Bits = np.frombuffer(self.file.data(entry), f"<u{entry.itemsize}").reshape(shape)
             return whole[:, start:stop]
-        found: Bits = np.empty((heads, stop - start, dims), f"<u{entry.itemsize}")
+        found: Bits = np.empty((heads, stop - start, dims), f"<u{entry.itemsize}") if into is None else into
         row = dims * entry.itemsize
         at = self.file.header.data_start + entry.start
         if found.size:
             for head, own in enumerate(found):
                 self.file.source.read_into(at + (head * rows + start) * row, own.reshape(-1).view(np.uint8))
-        found.flags.writeable = False
+        if into is None:
+            found.flags.writeable = False
         return found
 
     def window(self, spec: WindowSpec) -> Window:
         """Return a window, or some parts of one, whose data are read when they are first asked for."""
-        return Window(spec, lambda: tuple(map(self.part, spec.parts)))
+
+        def read(into: Sequence[Bits] | None) -> tuple[Bits, ...]:
+            return tuple(map(self.part, spec.parts, into)) if into else tuple(map(self.part, spec.parts))
+
+        return Window(spec, read)
 
     def windows(self, tokens: int = WINDOW_TOKENS) -> Iterator[tuple[int, Mapping[str, Bits]]]:
         """Yield keys and values ``tokens`` rows at a time: the first row, and arrays ``[H, t, D]`` by tensor name."""

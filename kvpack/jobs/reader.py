@@ -27,7 +27,6 @@ from kvpack.formats.safetensors import TensorFile, TensorSpec
 from kvpack.formats.source import Capture, in_shape
 from kvpack.jobs import replay
 from kvpack.kvp import Container
-from kvpack.kvp.frame import FramePart
 from kvpack.kvp.layout import MAGIC
 from kvpack.numerics.floats import Bits
 from kvpack.profiles import Profile
@@ -239,11 +238,8 @@ class KvpFile:
                 named = f"needs the profile {_describe(needed)}: give it with -D" if needed else "no profile"
                 raise MismatchError(named)
             context = self.context()
-
-        def read() -> tuple[FramePart, ...]:
-            return self.container.frame(ticket.window, which).parts
-
-        return DecodeTask(ticket, spec, read, codec, context, room(spec) if room else None)
+        stored = self.container.stored(ticket.window, which)
+        return DecodeTask(ticket, spec, stored, codec, context, room(spec) if room else None)
 
     def read(self, name: str, rows: slice | None = None) -> Bits:
         """Decode a tensor, or for keys and values only a range of rows, without reading other windows.

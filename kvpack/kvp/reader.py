@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -29,6 +30,37 @@ from kvpack.kvp.layout import (
     unpack_prologue,
 )
 from kvpack.kvp.recovery import Ends, own_ends, recover
+
+
+class Stored:
+    """Neighbouring parts as they are stored in a file, whose streams lie in a row: bytes ``[start, stop)``.
+
+    Calling it reads them. ``source`` is the file, and ``names`` are the names of its streams' kinds.
+    """
+
+    def __init__(self, source: Source, names: Sequence[str], entries: tuple[PartEntry, ...]) -> None:
+        """Take the parts' entries in the index."""
+        self.source, self._names, self._entries = source, names, entries
+        streams = [stream for entry in entries for stream in entry.streams]
+        self.start = streams[0][1] if streams else 0
+        self.stop = streams[-1][1] + streams[-1][0].size if streams else 0
+
+    def __call__(self) -> tuple[FramePart, ...]:
+        """Read the parts. The errors are those of :meth:`kvpack.formats.input.Source.read`."""
+        return self.within(self.source.read(self.start, self.stop), self.start)
+
+    def within(self, data: memoryview, start: int) -> tuple[FramePart, ...]:
+        """Return the parts as views of the file's bytes ``data``, which begin at ``start``."""
+        return tuple(self._part(entry, data, start) for entry in self._entries)
+
+    def _part(self, entry: PartEntry, data: memoryview, start: int) -> FramePart:
+        if not entry.streams:
+            return FramePart(entry.codec, entry.digest, ())
+        streams = tuple(
+            [Stream(self._names[r.kind], data[at - start : at - start + r.size], r.checksum) for r, at in entry.streams]
+        )
+        first, (last, at) = entry.streams[0][1], entry.streams[-1]
+        return FramePart(entry.codec, entry.digest, streams, data[first - start : at + last.size - start])
 
 
 class Container:
@@ -121,20 +153,17 @@ class Container:
         """Return what the index says of a window's parts."""
         return self.parts[self._starts[window] : self._starts[window + 1]]
 
+    def stored(self, window: int, which: slice = slice(None)) -> Stored:
+        """Return a window, or a run of its parts, as something that can be read."""
+        return Stored(self._source, self.header.streams, tuple(self.entries(window)[which]))
+
     def frame(self, window: int, which: slice = slice(None)) -> Frame:
         """Read a window, or a run of its parts, as the file stores it, without verifying anything."""
-        return Frame(self.windows[window].take(which), tuple(map(self.part, self.entries(window)[which])))
+        return Frame(self.windows[window].take(which), self.stored(window, which)())
 
     def part(self, entry: PartEntry) -> FramePart:
         """Read a part as the file stores it, without verifying anything."""
-        if not entry.streams:
-            return FramePart(entry.codec, entry.digest, ())
-        names, first, (last, start) = self.header.streams, entry.streams[0][1], entry.streams[-1]
-        joined = self._source.read(first, start + last.size)
-        streams = [
-            Stream(names[r.kind], joined[at - first : at - first + r.size], r.checksum) for r, at in entry.streams
-        ]
-        return FramePart(entry.codec, entry.digest, tuple(streams), joined)
+        return Stored(self._source, self.header.streams, (entry,))()[0]
 
     def verify(self, entry: PartEntry) -> None:
         """Check the checksums of a part's streams.

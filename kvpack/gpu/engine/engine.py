@@ -14,6 +14,7 @@ import torch
 
 from kvpack.engine import DecodeTask, Done, Task, Workers, available_threads
 from kvpack.engine.cpu import run_task
+from kvpack.engine.threads import keep_freed_memory
 from kvpack.errors import CorruptError
 from kvpack.gpu.engine.fisher import FisherDecoding, FisherEncoding
 from kvpack.gpu.engine.kernels import Kernels, Outcome
@@ -77,6 +78,7 @@ class GpuEngine:
             slots = self._idle.pop() if self._idle else [Slot(self.gpu) for _ in range(SLOTS)]
         slots[0].synchronize()  # rooms may have been made on other streams
         pipeline = _Pipeline(slots)
+        keep_freed_memory()
         with Workers(self.threads) as pool:
             cpu = _Background(pool, AHEAD_CPU * self.threads)
             try:

@@ -18,13 +18,20 @@ from kvpack.cache import Window
 from kvpack.engine import DecodeTask, Task, available_threads
 from kvpack.gpu.runtime.host import Slot
 from kvpack.kvp.frame import FramePart
+from kvpack.kvp.reader import Stored
 from kvpack.numerics.floats import Bits
 
 ALIGNED = 256
 """Data is sent from addresses that are multiples of this."""
 
-READ_BYTES = 64 << 20
+READERS = 4
+"""The number of threads that read captures, head by head: more would wait for each other, as small reads end in Python."""
+
+READ_BYTES = 192 << 20
 """Blocks of this many bytes, once decoded, are read ahead."""
+
+RUN_BYTES = 8 << 20
+"""The most bytes of a file that are read at a time."""
 
 COPY_BYTES = 4 << 20
 """The number of bytes that a thread copies at a time."""
@@ -49,6 +56,11 @@ class Staged:
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(available_threads())
+
+
+@cache
+def _readers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(READERS, available_threads()))
 
 
 def stage(slot: Slot, pieces: Iterable[NDArray[Any]], pinned: Sequence[torch.Tensor] = ()) -> Staged:
@@ -119,46 +131,76 @@ def stage_windows(
 ) -> Staged:
     """Copy the arrays of blocks, each block's in its order, as :func:`stage` does.
 
-    Arrays that must be read first are read by the threads that copy them.
+    Arrays that must be read first are read to pinned memory by several threads. Each block's order has all its parts.
     """
     every = list(zip(blocks, orders, strict=True))
     if not any(block.unread for block in blocks):
         return stage(slot, pieces_of(block.arrays[i] for block, order in every for i in order), pinned)
     sizes = [sum(block.spec.parts[i].nbytes for i in order) for block, order in every]
     host = slot.pinned(sum(sizes))
-    places = host.data_ptr() + np.cumsum([0, *sizes[:-1]])
-    copies = [
-        _pool().submit(_load, block, order, int(at), host) for (block, order), at in zip(every, places, strict=True)
-    ]
+    places = np.split(host.numpy()[: sum(sizes)], np.cumsum(sizes)[:-1])
+    copies = [_readers().submit(_load, block, order, at) for (block, order), at in zip(every, places, strict=True)]
     return Staged(host, copies)
 
 
-def _load(block: Window, order: Sequence[int], target: int, _alive: object) -> None:
-    arrays = block.load()
-    for address, size in _merged(pieces_of(arrays[i] for i in order)):
-        ctypes.memmove(target, address, size)
-        target += size
+def _load(block: Window, order: Sequence[int], place: NDArray[np.uint8]) -> None:
+    """Read the arrays of a block to ``place``, one after another in their order."""
+    into: list[Bits] = [np.empty(0, np.uint16)] * len(block.spec.parts)
+    at = 0
+    for i in order:
+        part = block.spec.parts[i]
+        own = place[at : at + part.nbytes]
+        into[i] = own.view(f"<u{part.tensor.itemsize}").reshape(part.shape)
+        at += part.nbytes
+    block.load(into)
 
 
 def read_ahead(tasks: Iterable[Task]) -> Iterator[Task]:
-    """Yield tasks in their order, with the parts of those to decode read by several threads."""
-    reading: deque[tuple[DecodeTask, Future[Any]]] = deque()
+    """Yield tasks in their order, with the parts of those to decode read by several threads.
+
+    Blocks that lie in a row in a file are read together, because thousands of small reads would wait for Python.
+    """
+    reading: deque[tuple[list[DecodeTask], Future[None]]] = deque()
+    run: list[DecodeTask] = []
     held = 0
     for task in tasks:
         if not isinstance(task, DecodeTask):
             yield task
             continue
-        reading.append((task, _pool().submit(getattr, task, "parts")))
+        if run and not _joins(run, task):
+            reading.append((run, _pool().submit(_read, run)))
+            run = []
+        run.append(task)
         held += task.nbytes
-        while held > READ_BYTES:
-            first, read = reading.popleft()
-            held -= first.nbytes
+        while held > READ_BYTES and reading:
+            some, read = reading.popleft()
             read.result()
-            yield first
-    while reading:
-        first, read = reading.popleft()
+            held -= sum(one.nbytes for one in some)
+            yield from some
+    if run:
+        reading.append((run, _pool().submit(_read, run)))
+    for some, read in reading:
         read.result()
-        yield first
+        yield from some
+
+
+def _joins(run: list[DecodeTask], task: DecodeTask) -> bool:
+    """Return whether a task's parts are read together with those of a run."""
+    first, last, own = run[0].read, run[-1].read, task.read
+    if not (isinstance(first, Stored) and isinstance(last, Stored) and isinstance(own, Stored)):
+        return False
+    return own.source is last.source and own.start == last.stop and own.stop - first.start <= RUN_BYTES
+
+
+def _read(run: list[DecodeTask]) -> None:
+    first, last = run[0].read, run[-1].read
+    if len(run) > 1 and isinstance(first, Stored) and isinstance(last, Stored):
+        data = first.source.read(first.start, last.stop)
+        for task in run:
+            assert isinstance(task.read, Stored)
+            vars(task)["parts"] = task.read.within(data, first.start)
+    else:
+        run[0].parts  # noqa: B018 - this reads them
 
 
 def pieces_of(arrays: Iterable[Bits]) -> Iterator[Bits]:
