@@ -73,17 +73,17 @@ def test_a_file_of_somebody_else_is_not_loaded(tmp_path: Path, monkeypatch: pyte
     cache.get(KEY, build)
     path = only_file(tmp_path)
     path.chmod(0o666)
-    assert cache._read(KEY) is None
+    assert cache.find(KEY) is None
     path.chmod(0o620)
-    assert cache._read(KEY) is None
+    assert cache.find(KEY) is None
     path.chmod(0o600)
-    assert cache._read(KEY) == build.program
+    assert cache.find(KEY) == build.program
     tmp_path.chmod(0o777)
-    assert cache._read(KEY) is None
+    assert cache.find(KEY) is None
     tmp_path.chmod(0o700)
     real = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: real + 1)
-    assert cache._read(KEY) is None
+    assert cache.find(KEY) is None
     assert not program_cache._is_trusted_file(path.stat())
     assert cache.get(KEY, build) == build.program
 
@@ -94,10 +94,10 @@ def test_links_and_pipes_are_not_loaded(tmp_path: Path) -> None:
     path = only_file(tmp_path / "cache")
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
-    assert cache._read(KEY) is None
+    assert cache.find(KEY) is None
     path.unlink()
     os.mkfifo(path, 0o600)
-    assert cache._read(KEY) is None
+    assert cache.find(KEY) is None
     path.unlink()
     path.mkdir()
     assert cache.get(KEY, build) == build.program
