@@ -182,6 +182,8 @@ def run(folder: Path, kills: int, seed: int) -> None:
         if code:
             done += 1
             counts[signal.Signals(number).name] += 1
+            if done % 20 == 0:
+                print(f"{done} of {kills}", file=sys.stderr, flush=True)
         if command.name == "store":  # its work is done once; begin a new one
             shutil.rmtree(place / "s", ignore_errors=True)
     for command in commands:

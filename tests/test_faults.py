@@ -365,6 +365,16 @@ def test_signals_clean_up(packed: Path, name: str) -> None:
     assert {path.name for path in packed.parent.iterdir()} == {"small.kvp", "small.safetensors"}
 
 
+def test_a_signal_that_comes_out_as_another_error(packed: Path) -> None:
+    work = """
+    try:
+        time.sleep(60)
+    except BaseException:
+        raise ImportError("initialization failed")
+"""
+    assert stopped(packed, [signal.SIGINT], work)[0] == 130
+
+
 def test_work_that_does_not_end_is_ended(packed: Path) -> None:
     for numbers, limit in (([signal.SIGTERM, signal.SIGHUP], 2.0), ([signal.SIGTERM], 6.0)):
         code, seconds = stopped(packed, numbers, STUBBORN)

@@ -55,6 +55,11 @@ def stoppable() -> Iterator[None]:
         return
     try:
         yield
+    except BaseException as error:
+        # What a signal raises may come out as another error, as an ImportError out of a module's initialisation in C++.
+        if stopped and not (isinstance(error, SystemExit) and not error.code):
+            raise Stopped(stopped[0] - 128) from None
+        raise
     finally:
         if not stopped:  # Otherwise the process is about to end, and until then a signal ends it at once.
             for number, handler in before.items():
