@@ -256,11 +256,15 @@ def _written(file: _File, write: Write, models: _Models | None, force: bool, qui
     }
 
 
+RESIDUALS = ("residual", "residual/raw")
+"""The streams of the codec ``replay`` that hold what a model misses."""
+
+
 def _report(row: dict[str, Any], quiet: bool, verbose: bool, *, to_stderr: bool) -> None:
     common.say(_line(row), quiet=quiet, to_stderr=to_stderr)
     if row["carried_losslessly"]:
         common.say(_carried(row["carried_losslessly"], verbose), quiet=quiet, to_stderr=True)
-    if missed := sum(size for name, size in row["streams"].items() if name.startswith("residual")):
+    if missed := sum(size for name, size in row["streams"].items() if name in RESIDUALS):
         common.say(_otherwise(row, missed), quiet=quiet, to_stderr=True)
     if row["surprise"] is not None and row["surprise"] > SURPRISE:
         common.say(_surprised(row), quiet=quiet, to_stderr=True)
