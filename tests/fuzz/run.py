@@ -215,7 +215,7 @@ def main() -> None:
     if given.list:
         print("\n".join(TARGETS))
         return
-    chosen = [name for name in TARGETS if any(one in ("all", name) or name.startswith(one) for one in given.targets)]
+    chosen = dict.fromkeys(name for one in given.targets for name in TARGETS if one == "all" or name.startswith(one))
     if not chosen:
         parser.error("no such target: --list prints all")
     for name in chosen:
