@@ -67,7 +67,7 @@ def limits(seconds: float = SECONDS) -> Iterator[None]:
 
 
 def plain(target: Target, inputs: Sequence[bytes], runs: int, seconds: float, seed: int, hang: float = SECONDS) -> int:
-    """Give a reader changes of the inputs, and return how many. Errors carry the input as their last argument."""
+    """Give a reader changes of the inputs, and return how many. Errors have the input as ``data``."""
     rng, end, done = Random(seed), time.monotonic() + seconds, 0
     with limits(hang):
         while done < runs and time.monotonic() < end:
@@ -76,7 +76,6 @@ def plain(target: Target, inputs: Sequence[bytes], runs: int, seconds: float, se
             try:
                 target.attempt(data)
             except BaseException as error:
-                error.add_note(f"input: {data!r}")
                 error.data = data  # type: ignore[attr-defined]
                 raise
             done += 1
