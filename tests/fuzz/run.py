@@ -198,13 +198,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help="a target, or the beginning of some, or 'all'")
     parser.add_argument("--list", action="store_true", help="print the targets")
-    parser.add_argument("--runs", type=int, default=RUNS)
-    parser.add_argument("--seconds", type=float, default=1e6)
+    parser.add_argument("--runs", type=int, help=f"executions of a target (default: {RUNS}, or no limit but time)")
+    parser.add_argument("--seconds", type=float)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--plain", action="store_true", help="do without atheris")
     parser.add_argument("--keep", action="store_true", help="keep inputs that reach other lines")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.runs is None:
+        given.runs = RUNS if given.seconds is None else (1 << 31) - 1  # as many as libFuzzer counts
+    given.seconds = given.seconds or 1e6
     faulthandler.enable()
     if given.child:
         child(given.targets[0], given.child, given.runs, given.seconds, given.seed)
