@@ -18,7 +18,7 @@ from kvpack import jobs
 from kvpack.cache import Window, windows
 from kvpack.codecs.context import DecodeContext, Hints
 from kvpack.codecs.recipes import CODECS
-from kvpack.engine import CpuEngine, Done, EncodeTask, InTurn, Ticket
+from kvpack.engine import CpuEngine, Done, EncodeTask, InTurn, Ticket, awaited
 from kvpack.formats.captures import cache_spec
 from kvpack.formats.safetensors import build_header
 from kvpack.formats.source import Capture
@@ -173,3 +173,31 @@ def test_what_is_appended_to_stays(tmp_path: Path) -> None:
     with whole.open("wb") as sink:
         jobs.decompress(jobs.KvpFile.open(packed), sink)
     assert back.read_bytes() == b"before" + whole.read_bytes()
+
+
+def test_an_error_goes_on_when_nothing_is_under_way_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who handles it may change the file that was being read."""
+    running: list[int] = []
+    slow = threading.Event()
+
+    def work(task: Any) -> Done:
+        if task.ticket.job == 0:
+            slow.wait(30)
+            return Done(task.ticket, error=ValueError("damaged"))
+        running.append(task.ticket.job)
+        slow.set()
+        time.sleep(0.3)
+        running.remove(task.ticket.job)
+        return Done(task.ticket)
+
+    monkeypatch.setattr("kvpack.engine.cpu.run_task", work)
+
+    def take_all() -> None:
+        with awaited(CpuEngine(2).run(tasks(30))) as results:
+            for result in results:
+                if result.error is not None:
+                    raise result.error
+
+    with pytest.raises(ValueError, match="damaged"):
+        take_all()
+    assert not running

@@ -145,6 +145,10 @@ SURPRISE = 1.5
 """A warning is printed if a capture takes more than this many times the bits that the profile expects."""
 
 
+RESIDUALS = ("residual", "residual/raw")
+"""The streams of the codec ``replay`` that hold what a model misses."""
+
+
 def _show(outcome: batch.Outcome, *, quiet: bool, verbose: bool) -> None:
     row = outcome.row
     assert row is not None
@@ -154,7 +158,7 @@ def _show(outcome: batch.Outcome, *, quiet: bool, verbose: bool) -> None:
     common.say(_line(row), quiet=quiet, to_stderr=row["output"] == str(common.STDIO))
     if row["carried_losslessly"]:
         common.say(_carried(row["carried_losslessly"], verbose), quiet=quiet, to_stderr=True)
-    if missed := sum(size for name, size in row["streams"].items() if name.startswith("residual")):
+    if missed := sum(size for name, size in row["streams"].items() if name in RESIDUALS):
         common.say(_otherwise(row, missed), quiet=quiet, to_stderr=True)
     if row["surprise"] is not None and row["surprise"] > SURPRISE:
         common.say(_surprised(row), quiet=quiet, to_stderr=True)

@@ -3,7 +3,7 @@
 from kvpack.engine.cpu import CpuEngine
 from kvpack.engine.tasks import DecodeTask, Done, EncodeTask, Engine, Room, Task, Ticket
 from kvpack.engine.threads import Progress, Workers, available_threads
-from kvpack.engine.turn import InTurn
+from kvpack.engine.turn import InTurn, awaited
 
 __all__ = [
     "CpuEngine",
@@ -18,4 +18,5 @@ __all__ = [
     "Ticket",
     "Workers",
     "available_threads",
+    "awaited",
 ]

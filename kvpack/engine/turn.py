@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
 
 from kvpack.engine.tasks import Done, Ticket
+
+
+class _GivenUpError(Exception):
+    """Ends an engine's generator from outside, where it is safe to wait for its threads."""
+
+
+@contextmanager
+def awaited(results: Iterator[Done]) -> Iterator[Iterator[Done]]:
+    """Give an engine's results to a block. If an error leaves it, what is under way ends before the error goes on.
+
+    Threads read mapped files, which whoever handles the error may change at once.
+    """
+    try:
+        yield results
+    except GeneratorExit:  # perhaps the garbage collector's, which must not wait
+        raise
+    except BaseException:
+        if isinstance(results, Generator):
+            with suppress(_GivenUpError):
+                results.throw(_GivenUpError())
+        raise
 
 
 class InTurn:

@@ -20,6 +20,7 @@ Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all, of the original's tensors."""
 
 
+@np.errstate(all="ignore")  # caches may hold any number, a signalling NaN among them
 def compare(original: CacheReader, other: CacheReader, progress: Progress | None = None) -> Report:
     """Measure how near ``other`` is to ``original``.
 

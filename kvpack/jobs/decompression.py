@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 
 from kvpack.cache import PartSpec
-from kvpack.engine import CpuEngine, DecodeTask, Done, Engine, InTurn, Progress
+from kvpack.engine import CpuEngine, DecodeTask, Done, Engine, InTurn, Progress, awaited
 from kvpack.errors import UsageError, naming
 from kvpack.formats.captures import layer_of
 from kvpack.formats.safetensors import Header, TensorSpec, build_header
@@ -176,13 +176,14 @@ class Work:
         tasks: dict[str, list[DecodeTask]] = {entry.name: [] for entry in self.header.tensors}
         for task in self.file.tasks(self._wanted):
             tasks[task.block.parts[0].tensor.name].append(task)
-        results = InTurn(self.engine.run(task for some in tasks.values() for task in some))
-        for name, some in tasks.items():
-            pieces = [self._piece(task.block.parts[0], results.take(task.ticket).arrays[0]) for task in some]
-            if pieces:
-                bits = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
-                output.write(as_bytes(bits))
-                self._step(self.file.tensors[name].nbytes)
+        with awaited(self.engine.run(task for some in tasks.values() for task in some)) as run:
+            results = InTurn(run)
+            for name, some in tasks.items():
+                pieces = [self._piece(task.block.parts[0], results.take(task.ticket).arrays[0]) for task in some]
+                if pieces:
+                    bits = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
+                    output.write(as_bytes(bits))
+                    self._step(self.file.tensors[name].nbytes)
 
     def _piece(self, part: PartSpec, bits: Bits) -> Bits:
         if part.tensor.layer is None:
@@ -208,8 +209,9 @@ def results(engine: Engine, tasks: Iterator[DecodeTask]) -> Iterator[tuple[Decod
             asked[task.ticket] = task
             yield task
 
-    for result in engine.run(noted()):
-        yield asked.pop(result.ticket), result
+    with awaited(engine.run(noted())) as run:
+        for result in run:
+            yield asked.pop(result.ticket), result
 
 
 def _blank(part: PartSpec) -> Bits:
@@ -240,8 +242,8 @@ def check(file: KvpFile, *, engine: Engine | None = None, progress: Progress | N
 
     """
     done, total = 0, sum(spec.nbytes for spec in file.tensors.values())
-    with naming(file.name):
-        for result in (engine or CpuEngine()).run(file.tasks()):
+    with naming(file.name), awaited((engine or CpuEngine()).run(file.tasks())) as results:
+        for result in results:
             if result.error is not None:
                 raise result.error
             done += sum(bits.nbytes for bits in result.arrays)

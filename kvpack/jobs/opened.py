@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvpack.cache import PartSpec, WindowSpec
 from kvpack.codecs.model import LanguageModel
-from kvpack.engine import CpuEngine, Engine, Room
+from kvpack.engine import CpuEngine, Engine, Room, awaited
 from kvpack.errors import FormatError, KvpackError, UsageError, naming
 from kvpack.formats.captures import layer_of
 from kvpack.formats.safetensors import TensorSpec
@@ -100,8 +100,8 @@ class Opened:
                 return Room(tuple(view.numpy().view(f"u{view.element_size()}") for view in views))
             return Room(tuple(views))
 
-        with naming(self.source.name):
-            for result in engine.run(self.source.tasks(keys_and_values, room)):
+        with naming(self.source.name), awaited(engine.run(self.source.tasks(keys_and_values, room))) as results:
+            for result in results:
                 if result.error is not None:
                     raise result.error
         return tensors

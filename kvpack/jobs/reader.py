@@ -17,7 +17,7 @@ from kvpack.codecs.model import LanguageModel, Replay
 from kvpack.codecs.protocol import Codec, Need, Scope
 from kvpack.codecs.registry import codec_from_json
 from kvpack.codecs.replay import ReplayCodec
-from kvpack.engine import CpuEngine, DecodeTask, Engine, InTurn, Room, Ticket
+from kvpack.engine import CpuEngine, DecodeTask, Engine, InTurn, Room, Ticket, awaited
 from kvpack.engine.memory import default_limit, require_memory
 from kvpack.errors import CorruptError, FormatError, MismatchError, naming
 from kvpack.formats.captures import layer_of
@@ -288,25 +288,27 @@ class KvpFile:
         """Yield the wanted parts, decoded, in the order of the file."""
         with naming(self.name):
             tasks = list(self.tasks(wanted))
-            results = InTurn(CpuEngine().run(tasks))
-            for task in tasks:
-                every = zip(task.block.parts, results.take(task.ticket).arrays, strict=True)
-                yield from ((part, bits) for part, bits in every if wanted(part))
+            with awaited(CpuEngine().run(tasks)) as run:
+                results = InTurn(run)
+                for task in tasks:
+                    every = zip(task.block.parts, results.take(task.ticket).arrays, strict=True)
+                    yield from ((part, bits) for part, bits in every if wanted(part))
 
     def windows(self, engine: Engine | None = None) -> Iterator[tuple[int, Mapping[str, Bits]]]:
         """Yield keys and values window by window: the first row, and the window's rows ``[H, t, D]`` by tensor name.
 
         A tensor that ends before the window is left out. The errors are those of :meth:`read`.
         """
-        results = InTurn((engine or CpuEngine()).run(self.tasks(keys_and_values)))
-        for number, window in enumerate(self.container.windows):
-            if window.layered:
-                arrays: list[Bits] = []
-                with naming(self.name):
-                    for b, _ in enumerate(self._blocks(number)):
-                        arrays += results.take(Ticket(0, number, b)).arrays
-                names = (part.tensor.name for part in window.parts)
-                yield window.parts[0].first, dict(zip(names, arrays, strict=True))
+        with awaited((engine or CpuEngine()).run(self.tasks(keys_and_values))) as run:
+            results = InTurn(run)
+            for number, window in enumerate(self.container.windows):
+                if window.layered:
+                    arrays: list[Bits] = []
+                    with naming(self.name):
+                        for b, _ in enumerate(self._blocks(number)):
+                            arrays += results.take(Ticket(0, number, b)).arrays
+                    names = (part.tensor.name for part in window.parts)
+                    yield window.parts[0].first, dict(zip(names, arrays, strict=True))
 
 
 def _describe(identity: Mapping[str, str]) -> str:

@@ -67,7 +67,7 @@ def limits(seconds: float = SECONDS) -> Iterator[None]:
 
 
 def plain(target: Target, inputs: Sequence[bytes], runs: int, seconds: float, seed: int, hang: float = SECONDS) -> int:
-    """Give a reader changes of the inputs, and return how many. Errors carry the input as their last argument."""
+    """Give a reader changes of the inputs, and return how many. Errors have the input as ``data``."""
     rng, end, done = Random(seed), time.monotonic() + seconds, 0
     with limits(hang):
         while done < runs and time.monotonic() < end:
@@ -76,7 +76,6 @@ def plain(target: Target, inputs: Sequence[bytes], runs: int, seconds: float, se
             try:
                 target.attempt(data)
             except BaseException as error:
-                error.add_note(f"input: {data!r}")
                 error.data = data  # type: ignore[attr-defined]
                 raise
             done += 1
@@ -199,13 +198,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help="a target, or the beginning of some, or 'all'")
     parser.add_argument("--list", action="store_true", help="print the targets")
-    parser.add_argument("--runs", type=int, default=RUNS)
-    parser.add_argument("--seconds", type=float, default=1e6)
+    parser.add_argument("--runs", type=int, help=f"executions of a target (default: {RUNS}, or no limit but time)")
+    parser.add_argument("--seconds", type=float)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--plain", action="store_true", help="do without atheris")
     parser.add_argument("--keep", action="store_true", help="keep inputs that reach other lines")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.runs is None:
+        given.runs = RUNS if given.seconds is None else (1 << 31) - 1  # as many as libFuzzer counts
+    given.seconds = given.seconds or 1e6
     faulthandler.enable()
     if given.child:
         child(given.targets[0], given.child, given.runs, given.seconds, given.seed)
@@ -215,7 +217,7 @@ def main() -> None:
     if given.list:
         print("\n".join(TARGETS))
         return
-    chosen = [name for name in TARGETS if any(one in ("all", name) or name.startswith(one) for one in given.targets)]
+    chosen = dict.fromkeys(name for one in given.targets for name in TARGETS if one == "all" or name.startswith(one))
     if not chosen:
         parser.error("no such target: --list prints all")
     for name in chosen:

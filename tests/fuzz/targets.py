@@ -42,6 +42,8 @@ from kvpack.codecs.recipes import CODECS, prefix_stable
 from kvpack.engine import CpuEngine, DecodeTask
 from kvpack.engine.cpu import decode_block
 from kvpack.errors import KvpackError
+from kvpack.fidelity import check
+from kvpack.fidelity import compare as compare_caches
 from kvpack.formats.records import attention_mass, probe_positions, probe_queries, token_ids
 from kvpack.formats.safetensors import TensorFile
 from kvpack.formats.source import Capture
@@ -354,6 +356,19 @@ def there_and_back(data: bytes) -> None:
     assert not codec.lossless or back.getvalue() == raw
 
 
+def verify_pieces(data: bytes) -> None:
+    """Measure a capture of a header and data against the same with other data, as ``verify`` does."""
+    raw = of_header_and_data(data)
+    other = bytearray(raw)
+    start = 8 + int.from_bytes(raw[:8], "little")
+    other[start::7] = bytes(len(other[start::7]))
+    found = TensorFile.of("x", memoryview(raw))
+    if max((spec.shape[-1] for spec in found.header.tensors if len(spec.shape) == 3), default=0) <= MOST_DIMS:
+        report = compare_caches(Capture(found), Capture(TensorFile.of("y", memoryview(bytes(other)))))
+        json.dumps(report.to_json(), allow_nan=False)
+        check(report, 0.1, 0.1, bit_exact=True)
+
+
 FREE = ("lossless", "zstd", "kivi-3", "turboquant-prod-2", "cachegen-4", "local-4")
 """Codecs that compress any capture: without a profile and without a model."""
 
@@ -478,6 +493,7 @@ TARGETS: dict[str, Target] = {
     ),
     "capture": Target(read_pieces, capture_seeds, JSON_FIRST),
     "compress": Target(there_and_back, there_and_back_seeds, of_pieces([mutate_bytes, mutate_json])),
+    "verify": Target(verify_pieces, capture_seeds, JSON_FIRST),
     "object": Target(prove_object, lambda: [whole(object_bytes())], JSON_FIRST),
     "text": Target(read_text, text_seeds, mutate_json),
     "config": Target(read_config, config_seeds, mutate_json),
