@@ -29,7 +29,8 @@ def run(make: Callable[[], Work], items: Sequence[Item], jobs: int) -> Iterator[
     Processes are forked from a server that has no threads and has imported what they need. Where there is no such
     server, they are started afresh. ``make`` is pickled. With one job, everything happens in this process.
     """
-    if min(jobs, len(items)) < 2:
+    streamed = any(common.STDIO in (item.path, item.target) for item in items)  # which are this process's own
+    if min(jobs, len(items)) < 2 or streamed:
         yield from make().outcomes(items)
         return
     for folder in dict.fromkeys(item.target.parent for item in items if item.target is not None):
