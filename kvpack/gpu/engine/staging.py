@@ -25,7 +25,7 @@ ALIGNED = 256
 """Data is sent from addresses that are multiples of this."""
 
 READERS = 4
-"""The number of threads that read captures, head by head. More would wait for each other, as each read ends in Python."""
+"""The number of threads that read captures head by head. More would wait for each other: a read ends in Python."""
 
 READ_BYTES = 192 << 20
 """Blocks of this many bytes, once decoded, are read ahead."""
