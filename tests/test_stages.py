@@ -231,6 +231,16 @@ def test_rotation_is_orthogonal_and_seeded() -> None:
         matrix = rotation_matrix(dims, 1)
         assert np.abs(matrix @ matrix.T - np.eye(dims)).max() < 1e-6
     assert (rotation_matrix(64, 1) != rotation_matrix(64, 2)).any()
+
+
+def test_large_rotations_are_those_of_gram_schmidt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come from another algorithm, which a file that asks for them does not make a reader wait for."""
+    monkeypatch.setattr("kvpack.codecs.chain.random._DIRECT", 100)
+    rotation_matrix.cache_clear()
+    found = rotation_matrix(150, 3)
+    monkeypatch.undo()
+    rotation_matrix.cache_clear()
+    assert np.abs(found - rotation_matrix(150, 3)).max() < 1e-7
     values = np.random.default_rng(0).standard_normal((2, 50, 64)).astype(np.float32)
     rotation, part = Rotation(seed=1), Part("F32", values.shape, 0, 50)
     assert np.abs(rotation.inverse(rotation.forward(values, part), part) - values).max() < 1e-5
