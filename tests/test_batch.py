@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from profiles import profile_for, tiny_capture
 from kvpack.cli import workers
 from kvpack.cli.batch import Item, Outcome
 from kvpack.codecs.recipes import CODECS
+from kvpack.jobs import KvpFile
 
 Cli = Callable[..., Result]
 
@@ -292,30 +294,33 @@ def test_work_that_cannot_be_made_is_one_error() -> None:
         list(workers.run(unable, [Item(Path(name), Path(name)) for name in "abc"], 2))
 
 
-def test_workers_end_with_their_command(tmp_path: Path) -> None:
-    """Also if it is killed, which it cannot tell them."""
-    paths = [tmp_path / f"{number}.safetensors" for number in range(40)]
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_their_command(tmp_path: Path, number: signal.Signals) -> None:
+    """Also if it is killed, which it cannot tell them. What may be left then is a temporary file."""
+    paths = [tmp_path / f"{number}.safetensors" for number in range(60)]
     for path in paths:
         path.write_bytes(SMALL.read_bytes())
     command = [sys.executable, "-m", "kvpack", "compress", "-j", "2", *map(str, paths)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        process.kill()
+        process.send_signal(number)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 143)
     limit = time.monotonic() + 30
     while time.monotonic() < limit and _workers_of(tmp_path):
         time.sleep(0.1)
     assert not _workers_of(tmp_path)
-    assert len(list(tmp_path.glob("*.kvp"))) < len(paths)
+    made = list(tmp_path.glob("*.kvp"))
+    assert len(made) < len(paths)
+    assert all(KvpFile.open(path).lossless for path in made)
+    assert number == signal.SIGKILL or not list(tmp_path.glob(".*.tmp"))
 
 
 def _workers_of(folder: Path) -> list[str]:
-    """Return the processes that have files of a folder open or mapped."""
+    """Return the processes that have files of a folder open."""
     found = []
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        try:
-            if str(folder) in maps.read_text():
-                found.append(maps.parent.name)
-        except OSError:
-            continue
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if os.readlink(link).startswith(f"{folder}/"):
+                found.append(link.parts[2])
     return found
