@@ -329,6 +329,13 @@ def test_compress_json(cli: Cli, small: Path) -> None:
     assert document["size"] == Path(f"{small}.kvp").stat().st_size
 
 
+def test_a_misspelt_codec_and_a_capture_to_decompress(cli: Cli, small: Path) -> None:
+    assert "did you mean turboquant-4 or " in cli("compress", small, "-c", "turboqaunt-4").err
+    wrong = cli("compress", small, "-c", "nonsense")
+    assert (wrong.code, len(wrong.err) < 120) == (2, True)
+    assert "is a capture by its name, and decompress takes .kvp files" in cli("decompress", small).err
+
+
 def test_codecs_are_listed_and_completed(cli: Cli) -> None:
     assert cli("compress", "--list-codecs").out.split() == codec_names()
     environment = {**os.environ, "_KVPACK_COMPLETE": "complete_bash", "COMP_WORDS": "kvpack comp", "COMP_CWORD": "1"}

@@ -327,7 +327,13 @@ def test_promises_of_kl_take_a_profile(small: Path, cli: Cli, promise: tuple[obj
 
 
 def test_what_no_step_reaches_is_said(small: Path, cli: Cli) -> None:
-    assert "no step reaches a ratio" in cli("compress", small, "--ratio", 1e9).err
+    refused = cli("compress", small, "--ratio", 1e9)
+    assert "no step reaches a ratio" in refused.err
+    assert "bytes of it are for measuring fidelity alone: --drop-probes leaves them out" in refused.err
+    assert "fidelity" not in cli("compress", small, "--ratio", 1e9, "--drop-probes").err
+    row = json.loads(cli("compress", small, "--ratio", 1.2, "--json", "-f").out)
+    assert (row["codec"], row["ratio"] > 1.2) == ("lossless", True)
+    assert cli("compress", small, "--ratio", 8, "-c", "lossless", "-f").code == 2
     assert "no step keeps" in cli("compress", small, "--max-attn-err", 1e-9).err
 
 

@@ -34,9 +34,15 @@ def compress(
     inputs: batch.Inputs = None,
     output: batch.Output = None,
     codec: Annotated[
-        str,
-        typer.Option("-c", "--codec", autocompletion=_codec_names, help="Codec to use; see --list-codecs."),
-    ] = "lossless",
+        str | None,
+        typer.Option(
+            "-c",
+            "--codec",
+            autocompletion=_codec_names,
+            help="Codec to use (default: lossless); see --list-codecs.",
+            show_default=False,
+        ),
+    ] = None,
     list_codecs: Annotated[
         bool, typer.Option("--list-codecs", callback=_list_codecs, is_eager=True, help="List all codecs.")
     ] = False,

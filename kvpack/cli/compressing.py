@@ -25,6 +25,9 @@ from kvpack.jobs.replay import require_identity
 if TYPE_CHECKING:
     from kvpack.capture import ReplayModel
 
+DEFAULT = "lossless"
+"""The codec if the user names neither a codec nor a goal."""
+
 FAST = "fast"
 """The token coder that needs no model."""
 
@@ -33,7 +36,7 @@ FAST = "fast"
 class Options:
     """How to compress files. The names are those of the command's options."""
 
-    codec: str
+    codec: str | None
     quality: str | None
     max_kl: float | None
     max_attn_err: float | None
@@ -64,7 +67,7 @@ class Compressing:
 
         """
         self.options = options
-        named, self.goal = codec_named(options.codec), _goal(options)
+        named, self.goal = codec_named(options.codec or DEFAULT), _goal(options)
         if isinstance(named, ReplayCodec):
             named = named.with_token_coder(options.token_coder)
             if options.remove:
@@ -97,8 +100,8 @@ def _goal(options: Options) -> Goal | None:
     if given == (None,) * 4:
         return None
     goal = Goal(*given)
-    if options.codec != "lossless":
-        raise UsageError("give a codec's name (-c) or a guarantee, not both")
+    if options.codec is not None:
+        raise UsageError("give a codec (-c) or a goal (--quality, --max-kl, --max-attn-err, --ratio), not both")
     return goal
 
 

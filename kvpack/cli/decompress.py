@@ -97,6 +97,8 @@ def _name_of(path: Path, *, selection: bool) -> Path:
     if selection:
         raise UsageError("a selection needs -o: the default name is that of the whole capture")
     if path.suffix != ".kvp":
+        if path.suffix == ".safetensors":
+            raise UsageError(f"{path}: is a capture by its name, and decompress takes .kvp files")
         raise UsageError(f"{path}: does not end in .kvp; name the output with -o")
     return path.with_suffix("")
 

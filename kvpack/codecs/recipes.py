@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 
 from kvpack.codecs.chain.chain import Chain
 from kvpack.codecs.chain.codec import ChainCodec
@@ -176,12 +177,14 @@ def codec_named(name: str) -> Codec:
     """Return the codec of that name.
 
     Raises:
-        UsageError: There is no such codec. The message lists the existing ones.
+        UsageError: There is no such codec. The message names those with similar names.
 
     """
     found = CODECS.get(name) or MODEL_CODECS.get(name)
     if found is None:
-        raise UsageError(f"no codec is named {name!r}; there are: {', '.join(codec_names())}")
+        near = " or ".join(get_close_matches(name, codec_names(), 2))
+        hint = f"did you mean {near}? " if near else ""
+        raise UsageError(f"no codec is named {name!r}: {hint}kvpack compress --list-codecs lists all")
     return found
 
 

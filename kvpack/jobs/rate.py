@@ -10,13 +10,13 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from kvpack.codecs.protocol import Codec
-from kvpack.codecs.recipes import fisher, local
+from kvpack.codecs.recipes import CODECS, fisher, local
 from kvpack.engine import Engine
 from kvpack.errors import MismatchError, UsageError
 from kvpack.fidelity import compare
 from kvpack.formats.source import Capture
 from kvpack.formats.temporary import scratch
-from kvpack.jobs.compression import Compressed, compress
+from kvpack.jobs.compression import PROBES, Compressed, compress, without
 from kvpack.jobs.reader import KvpFile
 from kvpack.profiles import Profile
 
@@ -73,6 +73,8 @@ def choose(
 ) -> Codec:
     """Return the codec for ``capture`` that meets ``goal``: ``fisher`` with a profile, ``local`` without one.
 
+    A ratio that ``lossless`` reaches is reached by ``lossless``.
+
     Raises:
         UsageError: No step reaches the goal, the goal needs a profile, or there are no probes to measure attention
             with.
@@ -92,16 +94,25 @@ def choose(
         return fisher(step_for_kl(np.concatenate([curve[:, :1], MARGIN * curve[:, 1:]], axis=1), limit))
     make, finest, last = (local, LOCAL_FINEST, LOCAL_COARSEST) if profile is None else (fisher, FINEST, COARSEST)
 
-    def pack(log_step: int, sink: BinaryIO) -> Compressed:
-        options = {"chunk_tokens": chunk_tokens, "drop": drop, "engine": engine}
-        return compress(capture, sink, make(log_step), profile=profile, **options)  # type: ignore[arg-type]
+    def pack(codec: Codec, sink: BinaryIO) -> Compressed:
+        return compress(capture, sink, codec, profile=profile, chunk_tokens=chunk_tokens, drop=drop, engine=engine)
 
     if goal.ratio is not None:
-        return make(_step_for_ratio(lambda step: pack(step, cast(BinaryIO, _Discarded())), goal.ratio, finest, last))
+
+        def reached(codec: Codec) -> float:
+            done = pack(codec, cast(BinaryIO, _Discarded()))
+            return done.original / done.size
+
+        if reached(CODECS["lossless"]) >= goal.ratio:
+            return CODECS["lossless"]
+        step = _step_for_ratio(lambda step: reached(make(step)), goal.ratio, finest, last)
+        if step is None:
+            raise UsageError(_unreachable(capture, drop, goal.ratio, reached(make(last))))
+        return make(step)
 
     def holds(log_step: int) -> bool:
         with scratch() as (file, path):
-            pack(log_step, file)
+            pack(make(log_step), file)
             file.flush()
             attention = compare(capture, KvpFile.open(path, profile)).attention
         if attention is None:
@@ -114,17 +125,21 @@ def choose(
     return make(found)
 
 
-def _step_for_ratio(pack: Callable[[int], Compressed], ratio: float, finest: int, last: int) -> int:
-    """Return the finest step at which a capture becomes ``ratio`` times smaller."""
-
-    def below(log_step: int) -> bool:
-        done = pack(log_step)
-        return done.original / done.size < ratio
-
-    found = coarsest(below, finest, last)
+def _step_for_ratio(reached: Callable[[int], float], ratio: float, finest: int, last: int) -> int | None:
+    """Return the finest step at which a capture becomes ``ratio`` times smaller, or None if none does."""
+    found = coarsest(lambda step: reached(step) < ratio, finest, last)
     if found is not None and found + RESOLUTION > last:
-        raise UsageError(f"no step reaches a ratio of {ratio:g} on this capture")
+        return None
     return finest if found is None else found + RESOLUTION
+
+
+def _unreachable(capture: Capture, drop: Sequence[str], ratio: float, best: float) -> str:
+    """Say that no step reaches a ratio, and what fills the file."""
+    kept, _ = without(capture.file.header, drop)
+    probes, _ = without(kept, PROBES)
+    size = sum(entry.nbytes for entry in kept.tensors) - sum(entry.nbytes for entry in probes.tensors)
+    advice = f"; {size} bytes of it are for measuring fidelity alone: --drop-probes leaves them out" if size else ""
+    return f"{capture.file.name}: no step reaches a ratio of {ratio:g}: the coarsest has {best:.3g}{advice}"
 
 
 class _Discarded(io.RawIOBase):
