@@ -18,6 +18,7 @@ from profiles import profile_for
 
 from kvpack import jobs
 from kvpack.codecs.recipes import CODECS, codec_names
+from kvpack.formats.source import Capture
 from kvpack.kvp.layout import MAGIC
 
 Cli = Callable[..., "object"]
@@ -327,6 +328,28 @@ def test_compress_json(cli: Cli, small: Path) -> None:
     assert document["schema_version"] == 2
     assert document["original_size"] == small.stat().st_size
     assert document["size"] == Path(f"{small}.kvp").stat().st_size
+
+
+def test_verify_reads_standard_input(cli: Cli, small: Path) -> None:
+    assert cli("compress", small).code == 0
+    packed = Path(f"{small}.kvp").read_bytes()
+    assert "bit-exact: yes" in cli("verify", small, "-", stdin=packed).out
+    assert "bit-exact: yes" in cli("verify", "-", f"{small}.kvp", stdin=small.read_bytes()).out
+    assert cli("verify", "-", stdin=packed).out.startswith("-: compared ")
+    damaged = cli("verify", "-", stdin=packed[:-30])
+    assert (damaged.code, damaged.err.startswith("kvpack: -: truncated")) == (4, True)
+    assert cli("verify", "-", "-").code == 2
+
+
+def test_inspect_shows_lists_of_equal_values_short_and_is_silent_with_q(cli: Cli, small: Path) -> None:
+    assert '2 x "DynamicLayer"' not in cli("inspect", small).out  # of two, both are shown
+    assert cli("inspect", "-q", small).out == ""
+    capture = Capture.open(small)
+    metadata = {**capture.metadata, "layer_classes": json.dumps(["DynamicLayer"] * 30)}
+    tensors = {name: (spec.dtype, capture.read(name)) for name, spec in capture.tensors.items()}
+    source = Capture.of("x", tensors, metadata).file.source
+    small.write_bytes(source.read(0, source.size))
+    assert '30 x "DynamicLayer"' in cli("inspect", small).out
 
 
 def test_a_misspelt_codec_and_a_capture_to_decompress(cli: Cli, small: Path) -> None:

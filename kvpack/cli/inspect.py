@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 WIDEST = 48
 """The most characters that the column of names takes. Longer names are not cut, but others are not padded to them."""
 
+MOST_EQUAL = 3
+"""A longer list of equal values is not shown as a list."""
+
 LONGEST_SETTING = 24
 """The most characters of a codec's setting that are shown."""
 
@@ -32,6 +35,7 @@ def inspect(
     files_from: batch.FilesFrom = None,
     recursive: batch.Recursive = False,
     as_json: common.Json = False,
+    quiet: common.Quiet = False,
     verbose: common.Verbose = False,
 ) -> None:
     """Show what a capture or a .kvp file holds and how many bytes each stream takes.
@@ -40,7 +44,9 @@ def inspect(
     each file.
     """
     items = batch.gather(inputs, files_from, recursive, (".kvp", ".safetensors"))
-    batch.report(_outcomes(items, check), partial(_show, verbose=verbose), as_json=as_json, total=len(items))
+    batch.report(
+        _outcomes(items, check), partial(_show, quiet=quiet, verbose=verbose), as_json=as_json, total=len(items)
+    )
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,9 @@ def _outcomes(items: list[batch.Item], check: bool) -> Iterator[batch.Outcome]:
             yield batch.Outcome.failed(item, error)
 
 
-def _show(outcome: batch.Outcome, *, verbose: bool) -> None:
+def _show(outcome: batch.Outcome, *, quiet: bool, verbose: bool) -> None:
+    if quiet:
+        return
     from rich.console import Console
     from rich.text import Text
 
@@ -73,9 +81,9 @@ def _show(outcome: batch.Outcome, *, verbose: bool) -> None:
     assert report is not None
     console = Console(highlight=False)
     facts = _facts(report)
-    width = min(max(16, *(len(name) + 1 for name, _ in facts)), WIDEST)
+    width = min(max(15, *(len(name) for name, _ in facts)), WIDEST)
     for name, value in facts:
-        console.print(Text.assemble((f"{name:<{width}}", "bold"), value), soft_wrap=True)
+        console.print(Text.assemble((f"{name:<{width}} ", "bold"), value), soft_wrap=True)
     if report.streams:
         console.print(_streams_table(report))
     if verbose or len(report.layers) <= 4:
@@ -105,12 +113,19 @@ def _facts(report: Inspection) -> list[tuple[str, str]]:
     for shape, names in report.shapes.items():
         shown = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)})"
         facts.append((shape, shown))
-    facts += [(key, json.dumps(value)) for key, value in report.identity.items()]
+    facts += [(key, _value(value)) for key, value in report.identity.items()]
     if report.dropped:
         facts.append(("dropped", f"{len(report.dropped)} tensors: {', '.join(report.dropped[:4])}"))
     if report.carried_losslessly:
         facts.append(("carried", f"{len(report.carried_losslessly)} parts losslessly"))
     return [(printable(name), printable(value)) for name, value in facts]
+
+
+def _value(value: object) -> str:
+    """Return a document of the metadata as text. Of a list of equal values one is shown, with their number."""
+    if isinstance(value, list) and len(value) > MOST_EQUAL and all(one == value[0] for one in value):
+        return f"{len(value)} x {json.dumps(value[0])}"
+    return json.dumps(value)
 
 
 def _price(report: Inspection) -> str:

@@ -84,26 +84,29 @@ def verify(
 
     if model is None and any(limit is not None for limit in (max_kl, min_top1, max_ppl_increase)):
         raise UsageError("--max-kl, --min-top1 and --max-ppl-increase need --model")
-    reference = Capture.open(original)
-    other = open_cache(file, common.open_profile(profile))
-    if isinstance(other, KvpFile):
-        common.limit_memory(other, memlimit)
-        stranger = next(differing_parts(other, reference), None)
-        if stranger is not None:
-            raise MismatchError(f"{file}: was not made from {original} ({stranger} differs)")
-        common.attach_model(other, replay_model or model, device)
-    with common.progress_bar("verifying", quiet) as progress:
-        report = compare(reference, other, progress)
-    failures = check(report, max_nmse, max_attn_err, bit_exact)
-    judged = None
-    if model is not None:
-        from kvpack.capture import load_model
-        from kvpack.fidelity.model import Judge, check_model
+    if original == file == common.STDIO:
+        raise UsageError("only one of the files can be standard input")
+    with common.readable(original) as first, common.readable(file) as second:
+        reference = Capture.open(first, str(original))
+        other = open_cache(second, common.open_profile(profile), name=str(file))
+        if isinstance(other, KvpFile):
+            common.limit_memory(other, memlimit)
+            stranger = next(differing_parts(other, reference), None)
+            if stranger is not None:
+                raise MismatchError(f"{file}: was not made from {original} ({stranger} differs)")
+            common.attach_model(other, replay_model or model, device)
+        with common.progress_bar("verifying", quiet) as progress:
+            report = compare(reference, other, progress)
+        failures = check(report, max_nmse, max_attn_err, bit_exact)
+        judged = None
+        if model is not None:
+            from kvpack.capture import load_model
+            from kvpack.fidelity.model import Judge, check_model
 
-        loaded = load_model(None if model == "embedded" else model, dtype, device)
-        with common.progress_bar(f"running {loaded.name}", quiet) as progress:
-            judged = Judge(loaded, reference, progress).measure(other)
-        failures += check_model(judged, max_kl, min_top1, max_ppl_increase)
+            loaded = load_model(None if model == "embedded" else model, dtype, device)
+            with common.progress_bar(f"running {loaded.name}", quiet) as progress:
+                judged = Judge(loaded, reference, progress).measure(other)
+            failures += check_model(judged, max_kl, min_top1, max_ppl_increase)
     if as_json:
         document = {"original": str(original), "file": str(file), **report.to_json()}
         common.print_json({**document, "model": judged.to_json() if judged else None})
@@ -128,12 +131,12 @@ def _check_alone(
     from kvpack.jobs import Integrity, KvpFile, examine, open_cache
 
     found = Integrity()
-    opened = open_cache(path, common.open_profile(profile))
-    if isinstance(opened, KvpFile):
-        common.limit_memory(opened, memlimit)
-        if replay_model is not None:
-            common.attach_model(opened, replay_model, device)
-        with common.progress_bar("checking", quiet) as progress:
+    with common.readable(path) as source, common.progress_bar("checking", quiet) as progress:
+        opened = open_cache(source, common.open_profile(profile), name=str(path))
+        if isinstance(opened, KvpFile):
+            common.limit_memory(opened, memlimit)
+            if replay_model is not None:
+                common.attach_model(opened, replay_model, device)
             found = examine(opened, progress=progress)
     if as_json:
         kind = "kvp" if isinstance(opened, KvpFile) else "capture"

@@ -315,15 +315,17 @@ def _describe(identity: Mapping[str, str]) -> str:
     return f"{identity['name']} (SHA-256 {identity['sha256'][:12]}...)"
 
 
-def open_cache(path: Path, profile: Profile | None = None, model: LanguageModel | None = None) -> Capture | KvpFile:
-    """Open a capture or a ``.kvp`` file. The first bytes tell which one it is.
+def open_cache(
+    path: Path, profile: Profile | None = None, model: LanguageModel | None = None, name: str | None = None
+) -> Capture | KvpFile:
+    """Open a capture or a ``.kvp`` file, which messages call ``name``. The first bytes tell which one it is.
 
     Raises:
         FormatError: The file is neither a capture nor a ``.kvp`` file, or it is damaged.
         MismatchError: The ``.kvp`` file needs another profile.
 
     """
-    file = InputFile(path)
+    file = InputFile(path, name)
     if bytes(file.read(0, min(4, file.size))) == MAGIC[:4]:
         return KvpFile.of(file, profile, model=model)
     return Capture(TensorFile.of(file.name, file))
