@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,21 +31,23 @@ Output = Annotated[
     typer.Option(
         "-o",
         "--output",
-        help="Output file, or a folder for all outputs: DIR/. - is standard output.",
+        help="Output file; DIR/ puts all outputs into a folder; - is standard output.",
         show_default=False,
     ),
 ]
 FilesFrom = Annotated[
     Path | None,
-    typer.Option("--files-from", help="Also take the files named in LIST, one on each line; - is standard input."),
+    typer.Option(
+        "--files-from",
+        help="Also take the files that LIST names, one on each line; - is standard input.",
+        metavar="LIST",
+    ),
 ]
 Recursive = Annotated[bool, typer.Option("-r", "--recursive", help="Take all files of the right kind in folders.")]
 Jobs = Annotated[
     int, typer.Option("-j", "--jobs", min=1, help="Files to work on at a time, each in a process of its own.")
 ]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Skip files whose outputs are there already, after comparing them.")
-]
+Resume = Annotated[bool, typer.Option("--resume", help="Skip inputs whose outputs are there and hold the same data.")]
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,28 @@ class Outcome:
         return found if self.error is None else {**found, "error": self.error, "exit_code": self.exit_code}
 
 
+def each(items: Iterable[Item], work: Callable[[Item], Outcome]) -> Iterator[Outcome]:
+    """Yield what ``work`` makes of each item, in order. An error is the outcome of its item and stops no other."""
+    for item in items:
+        try:
+            if item.problem is not None:
+                raise item.problem
+            outcome = work(item)
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            outcome = Outcome.failed(item, error)
+        yield outcome
+
+
 def gather(
     inputs: Sequence[Path] | None, listed: Path | None, recursive: bool, suffixes: tuple[str, ...]
 ) -> list[Item]:
     """Return the input files in order, each once: those named, those of a list, and those in folders.
 
     Raises:
-        UsageError: There are no files, or the list cannot be read.
+        UsageError: There are no files.
+        OSError: The list cannot be read.
 
     """
     given = list(inputs or ())
@@ -135,6 +152,11 @@ def _names_in(listed: Path) -> list[Path]:
     return [Path(os.fsdecode(line)) for line in data.splitlines() if line.strip()]
 
 
+def folder_of(output: str | None) -> Path | None:
+    """Return the folder that the value of ``-o`` names: with a slash at its end, or a folder that is there."""
+    return Path(output) if output is not None and (output.endswith("/") or Path(output).is_dir()) else None
+
+
 def with_targets(items: Iterable[Item], output: str | None, name_of: Callable[[Path], Path]) -> list[Item]:
     """Give each item its output: ``output``, in the folder ``output``, or beside the input by the name of ``name_of``.
 
@@ -143,7 +165,7 @@ def with_targets(items: Iterable[Item], output: str | None, name_of: Callable[[P
 
     """
     items = list(items)
-    folder = Path(output) if output is not None and (output.endswith("/") or Path(output).is_dir()) else None
+    folder = folder_of(output)
     if output is not None and folder is None and len(items) > 1:
         raise UsageError(f"-o {output}: there are {len(items)} inputs; name a folder for their outputs: -o DIR/")
     placed = [_placed(item, output, folder, name_of) for item in items]
@@ -165,20 +187,20 @@ def _placed(item: Item, output: str | None, folder: Path | None, name_of: Callab
     if item.problem is not None:
         return item
     if output is not None and folder is None:
-        return Item(item.path, item.name, Path(output))
+        return replace(item, target=Path(output))
     if item.path == common.STDIO:
         if folder is not None:
             raise UsageError("standard input has no name: give its output one with -o FILE")
-        return Item(item.path, item.name, common.STDIO)
+        return replace(item, target=common.STDIO)
     try:
-        return Item(item.path, item.name, folder / name_of(item.name) if folder else name_of(item.path))
+        return replace(item, target=folder / name_of(item.name) if folder else name_of(item.path))
     except KvpackError as error:
-        return Item(item.path, item.name, problem=error)
+        return replace(item, problem=error)
 
 
 def make_folder(target: Path, output: str | None) -> None:
     """Make the folder of an output below ``-o DIR/``, if it is not there."""
-    if output is not None and (output.endswith("/") or Path(output).is_dir()):
+    if folder_of(output) is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -230,8 +230,7 @@ class _Run:
             try:
                 self._remove_verified(item)
             except Exception as error:
-                failed = Outcome.failed(item, error)
-                return Outcome(failed.path, row, failed.error, failed.exit_code)
+                return replace(Outcome.failed(item, error), row=row)
         return Outcome(str(item.path), row)
 
     def _remove_verified(self, item: Item) -> None:

@@ -120,26 +120,27 @@ def _show(outcome: batch.Outcome, *, quiet: bool, verbose: bool) -> None:
     if left:
         names = ", ".join(left if verbose or len(left) <= 3 else [*left[:3], "..."])
         of_what = "" if row["missing"] else " of the selection"
-        line = f"kvpack: left out{of_what}: {len(left)} tensors ({names})"
+        line = f"kvpack: {row['input']}: left out{of_what}: {len(left)} tensors ({names})"
         common.say(line, quiet=quiet, to_stderr=True)
 
 
 def _say_missing(row: dict[str, Any], quiet: bool, verbose: bool) -> None:
     """Say what is damaged in a file that was salvaged, and which tokens are whole."""
     for what in row["repaired"]:
-        common.say(f"kvpack: {row['input']}: its {what} is damaged, and was made anew", quiet=quiet, to_stderr=True)
+        common.say(f"kvpack: {row['input']}: its {what} is damaged and was rebuilt", quiet=quiet, to_stderr=True)
     damages = row["missing"] if verbose else row["missing"][:SHOWN]
     for damage in damages:
         first, *others = damage["parts"]
         more = f" and {common.counted(len(others), 'part')} coded with it" if others else ""
         reason = damage["reason"].removeprefix(f"{first}: ")
-        common.say(f"kvpack: missing: {first}{more}: {reason}", quiet=quiet, to_stderr=True)
+        common.say(f"kvpack: {row['input']}: missing {first}{more}: {reason}", quiet=quiet, to_stderr=True)
     if len(damages) < len(row["missing"]):
-        line = f"kvpack: {len(row['missing']) - len(damages)} more are missing; -v names them"
+        line = f"kvpack: {row['input']}: {len(row['missing']) - len(damages)} more are missing; -v names them"
         common.say(line, quiet=quiet, to_stderr=True)
     if row["missing"] and row["whole_tokens"]:
-        line = f"kvpack: every layer is whole up to token {row['whole_tokens']}: --tokens 0:{row['whole_tokens']} gives"
-        common.say(f"{line} these rows alone", quiet=quiet, to_stderr=True)
+        whole = row["whole_tokens"]
+        line = f"every layer is whole up to token {whole}: --tokens 0:{whole} gives these rows alone"
+        common.say(f"kvpack: {row['input']}: {line}", quiet=quiet, to_stderr=True)
 
 
 def _distance(row: dict[str, Any]) -> str:

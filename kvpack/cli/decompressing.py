@@ -50,15 +50,8 @@ class Decompressing:
         self.selection = jobs.Selection(options.layers, options.tokens)
 
     def outcomes(self, items: Iterable[Item]) -> Iterator[Outcome]:
-        """Decompress files and yield the outcome of each, in order."""
-        for item in items:
-            try:
-                outcome = self._outcome(item)
-            except BrokenPipeError:
-                raise
-            except Exception as error:
-                outcome = Outcome.failed(item, error)
-            yield outcome
+        """Decompress files and give the outcome of each, in order."""
+        return batch.each(items, self._outcome)
 
     def _outcome(self, item: Item) -> Outcome:
         row = self._row(item)
@@ -69,8 +62,6 @@ class Decompressing:
         return Outcome(str(item.path), row, error, CorruptError.exit_code)
 
     def _row(self, item: Item) -> dict[str, Any]:
-        if item.problem is not None:
-            raise item.problem
         options = self.options
         title = f"{'testing' if item.target is None else 'decompressing'} {item.path.name}"
         if item.target is not None:

@@ -59,15 +59,12 @@ class _Inspected(batch.Outcome):
 def _outcomes(items: list[batch.Item], check: bool) -> Iterator[batch.Outcome]:
     from kvpack.kvp.inspection import inspect as look
 
-    for item in items:
-        try:
-            if item.problem is not None:
-                raise item.problem
-            with common.readable(item.path) as source:
-                report = look(source, str(item.path), check=check)
-            yield _Inspected(str(item.path), {"input": str(item.path), **report.to_json()}, report=report)
-        except Exception as error:
-            yield batch.Outcome.failed(item, error)
+    def work(item: batch.Item) -> batch.Outcome:
+        with common.readable(item.path) as source:
+            report = look(source, str(item.path), check=check)
+        return _Inspected(str(item.path), {"input": str(item.path), **report.to_json()}, report=report)
+
+    return batch.each(items, work)
 
 
 def _show(outcome: batch.Outcome, *, quiet: bool, verbose: bool) -> None:

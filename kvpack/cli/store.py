@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -62,22 +61,15 @@ def put(
     place, engine = Store.create(store), CpuEngine(threads)
     common.remark_leftovers(store)
 
-    def outcomes() -> Iterator[batch.Outcome]:
-        for item in items:
-            path = item.path
-            try:
-                if item.problem is not None:
-                    raise item.problem
-                with common.readable(path) as source, common.progress_bar(f"storing {path.name}", quiet) as progress:
-                    capture = Capture.open(source, str(path))
-                    done = put_one(
-                        place, capture, chosen, profile=opened, window=window, engine=engine, progress=progress
-                    )
-                yield batch.Outcome(str(path), {"input": str(path), **vars(done)})
-            except Exception as error:
-                yield batch.Outcome.failed(item, error)
+    def work(item: batch.Item) -> batch.Outcome:
+        path = item.path
+        with common.readable(path) as source, common.progress_bar(f"storing {path.name}", quiet) as progress:
+            capture = Capture.open(source, str(path))
+            done = put_one(place, capture, chosen, profile=opened, window=window, engine=engine, progress=progress)
+        return batch.Outcome(str(path), {"input": str(path), **vars(done)})
 
-    batch.report(outcomes(), partial(_say_stored, quiet=quiet), as_json=as_json, total=len(items))
+    show = partial(_say_stored, quiet=quiet)
+    batch.report(batch.each(items, work), show, as_json=as_json, total=len(items))
 
 
 def _codec(name: str, quiet: bool) -> Codec:

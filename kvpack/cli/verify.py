@@ -164,7 +164,7 @@ def _examined(found: Integrity) -> str:
         said.append(f"decoded {common.counted(found.lossy, 'lossy part')}")
     if found.undecoded:
         what = found.lacking or "intact token ids"
-        said.append(f"did not decode {common.counted(found.undecoded, 'part')} for want of {what}")
+        said.append(f"did not decode {common.counted(found.undecoded, 'part')}, because that needs {what}")
     return ", ".join(said)
 
 

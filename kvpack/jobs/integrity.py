@@ -127,7 +127,7 @@ def salvage(
             for part, number in numbers.items()
             if number in blind
         ]
-        every = _decoded(file, lambda part: numbers.get(part, -1) not in (-1, *blind), engine, None)
+        every = _decoded(file, lambda part: part in numbers and numbers[part] not in blind, engine, None)
         damage += [found for _, found in every if found is not None]
         lost = {label for found in damage for label in found.parts}
         lost &= {part.label for part in numbers}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from kvpack.cache import WindowSpec
-
 
 class Stream(NamedTuple):
     """A stream: the name of its kind, its bytes, and their checksum. The decoder verifies the bytes first."""
@@ -25,14 +23,3 @@ class FramePart(NamedTuple):
     digest: int
     streams: tuple[Stream, ...]
     joined: Any = None
-
-
-class Frame(NamedTuple):
-    """An encoded window, or an encoded block of one."""
-
-    spec: WindowSpec
-    parts: tuple[FramePart, ...]
-
-    def take(self, which: slice) -> Frame:
-        """Return a frame of a run of neighbouring parts."""
-        return Frame(self.spec.take(which), self.parts[which])

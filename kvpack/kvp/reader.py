@@ -14,7 +14,7 @@ from kvpack.formats.captures import cache_spec
 from kvpack.formats.input import InputFile, Source, source_of
 from kvpack.formats.safetensors import Header as SourceHeader
 from kvpack.kvp.features import critical_of, names_of
-from kvpack.kvp.frame import Frame, FramePart, Stream
+from kvpack.kvp.frame import FramePart, Stream
 from kvpack.kvp.header import Header
 from kvpack.kvp.layout import (
     FOOTER,
@@ -156,10 +156,6 @@ class Container:
     def stored(self, window: int, which: slice = slice(None)) -> Stored:
         """Return a window, or a run of its parts, as something that can be read."""
         return Stored(self._source, self.header.streams, tuple(self.entries(window)[which]))
-
-    def frame(self, window: int, which: slice = slice(None)) -> Frame:
-        """Read a window, or a run of its parts, as the file stores it, without verifying anything."""
-        return Frame(self.windows[window].take(which), self.stored(window, which)())
 
     def part(self, entry: PartEntry) -> FramePart:
         """Read a part as the file stores it, without verifying anything."""
