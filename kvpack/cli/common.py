@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import io
 import json
-import multiprocessing
 import operator
 import re
 import stat
@@ -214,6 +213,7 @@ Read = Iterable[Path | str | None]
 """What a command reads besides standard input: files, folders of models, and values of options that may be neither."""
 
 _remarked: set[Path] = set()
+"""The folders whose leftovers were named."""
 
 
 def check_target(target: Path, read: Read, *, force: bool) -> None:
@@ -251,7 +251,8 @@ def check_different(target: Path, others: Iterable[Path | None]) -> None:
 
 def remark_leftovers(folder: Path) -> None:
     """Name on stderr what killed commands have left in a folder, once in a command."""
-    if folder in _remarked or multiprocessing.parent_process() is not None:
+    process = sys.modules.get("multiprocessing.process")  # importing it would only delay commands without workers
+    if folder in _remarked or (process is not None and process.parent_process() is not None):
         return
     _remarked.add(folder)
     found = [path for place in places(folder) for path in leftovers(place)]
