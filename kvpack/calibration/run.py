@@ -121,7 +121,7 @@ def _fisher(model: Model, sample: Sample, options: FisherOptions, tell: Say, wor
     arrays |= {f"fisher.{name}": array for name, array in scales.scatter(sample, some, arrays).items()}
     rows = []
     for level, row in scales.curve(network, sample, _spread(held, max(CURVE_SEQUENCES, texts)), arrays):
-        tell(f"fisher-{level}: KL {row[1]:.4f} plain, {row[3]:.4f} repeat")
+        tell(f"fisher-{level}: KL {row[1]:.4f} plain, {row[4]:.4f} repeat")
         rows.append(row)
     return {**arrays, "fisher.curve": np.array(rows, np.float32)}
 
