@@ -15,9 +15,9 @@ import torch
 from conftest import SMALL
 from models import CONFIGS, save_model
 from profiles import PROFILED, profile_for
+from prose import prose
 
 from kvpack.bench.bounds import BOUNDS
-from kvpack.bench.demo import demo_text
 from kvpack.bench.report import markdown
 from kvpack.bench.results import (
     NOISE,
@@ -64,7 +64,7 @@ def bench(tmp_path: Path, cli: Cli) -> tuple[Path, list[Path]]:
     captures = []
     for i in range(2):
         text = tmp_path / f"{i}.txt"
-        text.write_text(demo_text()[1000 * i :][:300])
+        text.write_text(prose()[1000 * i :][:300])
         captures.append(tmp_path / f"{i}.safetensors")
         made = cli("capture", "-m", folder, "--text", text, "-o", captures[-1], "--max-tokens", 180, "--needles", 1)
         assert made.code == 0, made.err

@@ -12,8 +12,8 @@ import pytest
 from conftest import SMALL
 from models import CONFIGS, REFUSED, save_model
 from profiles import grids
+from prose import prose
 
-from kvpack.bench.demo import demo_text
 from kvpack.calibration import (
     CorpusOptions,
     FisherOptions,
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("calibration")
     save_model(CONFIGS["llama-gqa"](), path / "model")
     for i in range(2):
-        (path / f"{i}.txt").write_text(demo_text()[20_000 * (i + 1) :][:2000])
+        (path / f"{i}.txt").write_text(prose()[20_000 * (i + 1) :][:2000])
     return path
 
 
@@ -195,7 +195,7 @@ def test_calibrate_end_to_end(cli: Cli, folder: Path, tmp_path: Path) -> None:
     assert json.loads(profile.metadata["calibration"])["tokens"] == 1024
     capture = tmp_path / "c.safetensors"
     text = tmp_path / "text.txt"
-    text.write_text(demo_text()[:3000])
+    text.write_text(prose()[:3000])
     assert cli("capture", "-m", folder / "model", "--text", text, "-o", capture, "--max-tokens", 400).code == 0
     errors: dict[str, list[float]] = {}
     for name in (name for name, codec in CODECS.items() if Need.PROFILE in codec.traits.needs):

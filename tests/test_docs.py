@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import typer
+from prose import prose
 
-from kvpack.bench.demo import demo_text
 from kvpack.cli.main import app
 from kvpack.codecs.recipes import CODECS
 
@@ -47,7 +47,7 @@ def run(text: str, folder: Path) -> str:
 def test_the_readmes_commands_run(tmp_path: Path, quick: bool) -> None:
     """The short run leaves the bench out, which takes longer than all the others."""
     (tmp_path / "config.json").write_bytes((ROOT / "fixtures" / "llama-3-70b-config.json").read_bytes())
-    (tmp_path / "doc.txt").write_text(demo_text()[:1600])
+    (tmp_path / "doc.txt").write_text(prose()[:1600])
     text = block("sh", "kvpack capture")
     assert "kvpack bench" in text
     lines = [line for line in text.splitlines(keepends=True) if not (quick and line.startswith("kvpack bench"))]

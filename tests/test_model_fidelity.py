@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from models import CONFIGS, save_model
+from prose import prose
 
 from kvpack import jobs
-from kvpack.bench.demo import demo_text
 from kvpack.capture import CaptureOptions, Model, load_model, run, write_capture
 from kvpack.capture.needles import facts, plant
 from kvpack.codecs.recipes import CODECS
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 def capture(model: Model, path: Path, **options: int) -> Capture:
     with path.open("wb") as sink:
-        write_capture(run(model, demo_text(), CaptureOptions(**options)), sink)
+        write_capture(run(model, prose(), CaptureOptions(**options)), sink)
     return Capture.open(path)
 
 
@@ -223,7 +223,7 @@ def test_captures_without_continuation_or_tokens(tiny: tuple[Model, Path]) -> No
 
 def test_needles_are_planted_evenly_and_within_the_limit(tiny: tuple[Model, Path]) -> None:
     model, _ = tiny
-    ids = model.tokenizer(demo_text()).input_ids
+    ids = model.tokenizer(prose()).input_ids
     prompt, needles = plant(model, ids, 8, 2000)
     assert len(prompt) == 2000
     for i, needle in enumerate(needles):
@@ -243,7 +243,7 @@ def test_verify_with_a_model(cli: Cli, tmp_path: Path) -> None:
     folder = save_model(CONFIGS["llama-gqa"](), tmp_path / "model")
     other = save_model(CONFIGS["llama-mha"](), tmp_path / "other")
     text = tmp_path / "text.txt"
-    text.write_text(demo_text()[:400])
+    text.write_text(prose()[:400])
     path, packed = tmp_path / "c.safetensors", tmp_path / "c.kvp"
     made = cli("capture", "-m", folder, "--text", text, "-o", path, "--max-tokens", 200, "--needles", 2)
     assert made.code == 0, made.err

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from conftest import write_tensors
 from models import CONFIGS, save_model
+from prose import prose
 
 from kvpack import jobs
-from kvpack.bench.demo import demo_text
 from kvpack.codecs.recipes import fisher, fisher_log_step
 from kvpack.formats.source import Capture
 from kvpack.jobs.reader import KvpFile
@@ -32,11 +32,11 @@ def calibrated(cli: Cli, folder: Path, name: str) -> Path:
     save_model(CONFIGS[name](), folder / "model")
     texts: list[object] = []
     for i in range(2):
-        (folder / f"{i}.txt").write_text(demo_text()[15_000 * (i + 1) :][:6000])
+        (folder / f"{i}.txt").write_text(prose()[15_000 * (i + 1) :][:6000])
         texts += ["--text", folder / f"{i}.txt"]
     done = cli("calibrate", "-m", folder / "model", *texts, "-o", folder / "p.kvprofile", *SMALL)
     assert done.code == 0, done.err
-    (folder / "judged.txt").write_text(demo_text()[:2000])
+    (folder / "judged.txt").write_text(prose()[:2000])
     for tokens in (5, 120, 300):
         out = folder / f"{tokens}.safetensors"
         given = (

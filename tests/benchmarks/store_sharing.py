@@ -18,8 +18,9 @@ import random
 import shutil
 from pathlib import Path
 
+from installed import topics
+
 from kvpack import jobs
-from kvpack.bench.demo import demo_text
 from kvpack.codecs.protocol import Codec
 from kvpack.codecs.recipes import codec_named, prefix_stable
 from kvpack.formats.source import Capture
@@ -85,7 +86,7 @@ def chats(folder: Path, count: int, prompt: int) -> list[Path]:
     from kvpack.capture import CaptureOptions, load_model, run_tokens, write_capture
 
     model = load_model(None)
-    ids: list[int] = model.tokenizer(demo_text()).input_ids
+    ids: list[int] = model.tokenizer("\n".join(topics().values())).input_ids
     source = random.Random(0)
     for path in paths:
         length = source.randint(40, 500)
