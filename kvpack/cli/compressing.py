@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpack import jobs
@@ -33,7 +32,7 @@ FAST = "fast"
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(batch.FileOptions):
     """How to compress files. The names are those of the command's options."""
 
     codec: str | None
@@ -41,19 +40,10 @@ class Options:
     max_kl: float | None
     max_attn_err: float | None
     ratio: float | None
-    profile: Path | None
-    model: str | None
     token_coder: str
     chunk_tokens: int | None
     drop: list[str]
-    output: str | None
-    resume: bool
-    force: bool
-    remove: bool
     lossy_ok: bool
-    threads: int | None
-    device: str
-    quiet: bool
 
 
 class Compressing:
@@ -173,9 +163,7 @@ class _Run:
             raise item.problem
         target, options = item.target, self.options
         assert target is not None
-        batch.make_folder(target, options.output)
-        there = options.resume and target != common.STDIO and target.is_file()
-        common.check_target(target, [item.path, *self.work.read], force=options.force or there)
+        there = batch.prepare_output(target, options, self.work.read)
         source = self._stack.enter_context(common.readable(item.path))
         capture = Capture.open(source, str(item.path))
         codec, profile = self.work.codec, self.work.profile
@@ -187,7 +175,7 @@ class _Run:
                 found = jobs.require_compressed(target, capture, codec, profile=profile, chunk_tokens=tokens, drop=drop)
             except KvpackError as error:
                 if not options.force:
-                    raise KvpackError(f"{target}: {batch.NOT_IT} ({error}); use -f to overwrite it") from None
+                    raise batch.other_output(target, error) from None
             else:
                 return self._finished(item, _skipped(item, capture, found))
         model = self.work.models.model_for(capture) if self.work.models else None
