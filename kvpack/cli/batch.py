@@ -21,30 +21,58 @@ SCHEMA_VERSION = 2
 
 Inputs = Annotated[
     list[Path] | None,
-    typer.Argument(help="Input files, or folders with -r; - is standard input.", show_default=False),
+    typer.Argument(
+        help="The files to read. With -r, also folders. - is standard input.", show_default=False, metavar="[FILE]..."
+    ),
 ]
 Output = Annotated[
     str | None,
     typer.Option(
         "-o",
         "--output",
-        help="Output file; DIR/ puts all outputs into a folder; - is standard output.",
+        help="Write to this file. DIR/ writes all outputs to a folder. - is standard output.",
         show_default=False,
+        metavar="FILE",
+        rich_help_panel=common.FILES,
     ),
 ]
 FilesFrom = Annotated[
     Path | None,
     typer.Option(
         "--files-from",
-        help="Also take the files that LIST names, one on each line; - is standard input.",
+        help="Also read the files that LIST names, one on each line. - is standard input.",
         metavar="LIST",
+        rich_help_panel=common.FILES,
     ),
 ]
-Recursive = Annotated[bool, typer.Option("-r", "--recursive", help="Take all files of the right kind in folders.")]
-Jobs = Annotated[
-    int, typer.Option("-j", "--jobs", min=1, help="Files to work on at a time, each in a process of its own.")
+Recursive = Annotated[
+    bool,
+    typer.Option(
+        "-r",
+        "--recursive",
+        help="Read all files of the right kind in folders and in the folders below them.",
+        rich_help_panel=common.FILES,
+    ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Skip inputs whose outputs are there and hold the same data.")]
+Jobs = Annotated[
+    int,
+    typer.Option(
+        "-j",
+        "--jobs",
+        min=1,
+        help="Work on this many files at a time, each in a process of its own.",
+        metavar="N",
+        rich_help_panel=common.RUN,
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Skip each input whose output is there already and holds the same data.",
+        rich_help_panel=common.FILES,
+    ),
+]
 
 
 @dataclass(frozen=True)

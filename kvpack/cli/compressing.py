@@ -43,6 +43,7 @@ class Options(batch.FileOptions):
     token_coder: str
     chunk_tokens: int | None
     drop: list[str]
+    keep_probes: bool | None
     lossy_ok: bool
 
 
@@ -67,7 +68,8 @@ class Compressing:
         elif options.model is not None or options.token_coder != FAST:
             raise UsageError("--model and --token-coder are for the codec replay: -c replay")
         self.exact = self.goal is None and named.lossless
-        if options.remove and not options.lossy_ok and (options.drop or not self.exact):
+        whole = self.exact and not jobs.left_out(named, options.drop, options.keep_probes)
+        if options.remove and not options.lossy_ok and not whole:
             raise UsageError("--rm would delete what the output does not hold: give --lossy-ok too, or keep the input")
         if options.lossy_ok and not options.remove:
             raise UsageError("--lossy-ok goes with --rm")
@@ -167,9 +169,13 @@ class _Run:
         source = self._stack.enter_context(common.readable(item.path))
         capture = Capture.open(source, str(item.path))
         codec, profile = self.work.codec, self.work.profile
-        tokens, drop = options.chunk_tokens, options.drop
+        tokens = options.chunk_tokens
         if self.work.goal is not None:
-            codec = choose(capture, profile, self.work.goal, chunk_tokens=tokens, drop=drop, engine=self.engine)
+            goal, probes = self.work.goal, options.keep_probes
+            codec = choose(
+                capture, profile, goal, chunk_tokens=tokens, drop=options.drop, keep_probes=probes, engine=self.engine
+            )
+        drop = jobs.left_out(codec, options.drop, options.keep_probes)
         if there:
             try:
                 found = jobs.require_compressed(target, capture, codec, profile=profile, chunk_tokens=tokens, drop=drop)
@@ -177,7 +183,7 @@ class _Run:
                 if not options.force:
                     raise batch.other_output(target, error) from None
             else:
-                return self._finished(item, _skipped(item, capture, found))
+                return self._finished(item, _skipped(item, found))
         model = self.work.models.model_for(capture) if self.work.models else None
         return jobs.prepare(capture, codec, profile=profile, model=model, chunk_tokens=tokens, drop=drop)
 
@@ -207,6 +213,8 @@ class _Run:
                 "ratio": done.original / done.size,
                 "skipped": False,
                 "carried_losslessly": done.carried,
+                "dropped": done.dropped,
+                "dropped_bytes": done.dropped_bytes,
                 "surprise": done.surprise,
                 "streams": done.streams,
             },
@@ -236,14 +244,14 @@ class _Run:
         item.path.unlink()
 
 
-def _skipped(item: Item, capture: Capture, found: jobs.KvpFile) -> dict[str, Any]:
-    size = found.container.size
+def _skipped(item: Item, found: jobs.KvpFile) -> dict[str, Any]:
+    size, original = found.container.size, found.container.source.file_size
     return {
         "input": str(item.path),
         "output": str(item.target),
         "codec": found.codecs[0].name,
-        "original_size": capture.file.header.file_size,
+        "original_size": original,
         "size": size,
-        "ratio": capture.file.header.file_size / size,
+        "ratio": original / size,
         "skipped": True,
     }

@@ -20,16 +20,16 @@ COLUMNS = ("codec", "bits/elem", "ratio", "K nmse", "V nmse", "attn err", "in, s
 
 
 def demo(
-    folder: Annotated[Path, typer.Option("-o", "--output", help="Folder for the files; created if missing.")] = Path(
-        "kvpack-demo"
-    ),
+    folder: Annotated[
+        Path, typer.Option("-o", "--output", help="Write the files to this folder, which is made.", metavar="DIR")
+    ] = Path("kvpack-demo"),
     svg: Annotated[
         Path | None, typer.Option(help="Also save the table as a picture.", show_default=False, metavar="FILE")
     ] = None,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
-    """Show kvpack at work: capture the embedded model's cache, run the codecs without calibration and measure each.
+    """Show kvpack at work on a small model that comes with it.
 
     The text comes from Python's language reference. All files are kept, and an existing capture is used again.
     """

@@ -16,7 +16,7 @@ from kvpack.errors import MismatchError, UsageError
 from kvpack.fidelity import compare
 from kvpack.formats.source import Capture
 from kvpack.formats.temporary import scratch
-from kvpack.jobs.compression import PROBES, Compressed, compress, without
+from kvpack.jobs.compression import PROBES, Compressed, compress, left_out, without
 from kvpack.jobs.reader import KvpFile
 from kvpack.profiles import Profile
 
@@ -69,11 +69,13 @@ def choose(
     *,
     chunk_tokens: int | None,
     drop: Sequence[str],
+    keep_probes: bool | None = None,
     engine: Engine | None = None,
 ) -> Codec:
     """Return the codec for ``capture`` that meets ``goal``: ``fisher`` with a profile, ``local`` without one.
 
-    A ratio that ``lossless`` reaches is reached by ``lossless``.
+    A ratio that ``lossless`` reaches is reached by ``lossless``. What files leave out is decided by
+    :func:`kvpack.jobs.left_out`.
 
     Raises:
         UsageError: No step reaches the goal, the goal needs a profile, or there are no probes to measure attention
@@ -95,7 +97,8 @@ def choose(
     make, finest, last = (local, LOCAL_FINEST, LOCAL_COARSEST) if profile is None else (fisher, FINEST, COARSEST)
 
     def pack(codec: Codec, sink: BinaryIO) -> Compressed:
-        return compress(capture, sink, codec, profile=profile, chunk_tokens=chunk_tokens, drop=drop, engine=engine)
+        less = left_out(codec, drop, keep_probes)
+        return compress(capture, sink, codec, profile=profile, chunk_tokens=chunk_tokens, drop=less, engine=engine)
 
     if goal.ratio is not None:
 
@@ -107,7 +110,9 @@ def choose(
             return CODECS["lossless"]
         step = _step_for_ratio(lambda step: reached(make(step)), goal.ratio, finest, last)
         if step is None:
-            raise UsageError(_unreachable(capture, drop, goal.ratio, reached(make(last))))
+            raise UsageError(
+                _unreachable(capture, left_out(make(last), drop, keep_probes), goal.ratio, reached(make(last)))
+            )
         return make(step)
 
     def holds(log_step: int) -> bool:
@@ -138,7 +143,7 @@ def _unreachable(capture: Capture, drop: Sequence[str], ratio: float, best: floa
     kept, _ = without(capture.file.header, drop)
     probes, _ = without(kept, PROBES)
     size = sum(entry.nbytes for entry in kept.tensors) - sum(entry.nbytes for entry in probes.tensors)
-    advice = f"; {size} bytes of it are for measuring fidelity alone: --drop-probes leaves them out" if size else ""
+    advice = f"; {size} bytes of it only measure quality, and without --keep-probes they are left out" if size else ""
     return f"{capture.file.name}: no step reaches a ratio of {ratio:g}: the coarsest has {best:.3g}{advice}"
 
 

@@ -1,6 +1,9 @@
 """What several commands share: options, checks of outputs, streams, what does the work, and what people see."""
 
 from kvpack.cli.common.options import (
+    FILES,
+    RUN,
+    SHOWN,
     Device,
     Dtype,
     Force,
@@ -16,7 +19,7 @@ from kvpack.cli.common.options import (
     Threads,
     Verbose,
 )
-from kvpack.cli.common.screen import counted, print_json, progress_bar, say
+from kvpack.cli.common.screen import counted, listed, print_json, print_table, progress_bar, say
 from kvpack.cli.common.streams import naming_system, read_bytes, readable, writable
 from kvpack.cli.common.targets import (
     STDIO,
@@ -43,6 +46,9 @@ from kvpack.cli.common.work import (
 )
 
 __all__ = [
+    "FILES",
+    "RUN",
+    "SHOWN",
     "STDIO",
     "Device",
     "Dtype",
@@ -68,6 +74,7 @@ __all__ = [
     "device_for",
     "engine",
     "limit_memory",
+    "listed",
     "model_files",
     "naming_system",
     "open_profile",
@@ -75,6 +82,7 @@ __all__ = [
     "permissions",
     "places",
     "print_json",
+    "print_table",
     "progress_bar",
     "read_bytes",
     "readable",
