@@ -442,4 +442,4 @@ def test_compress_and_verify_never_import_torch(small: Path) -> None:
 def test_a_real_process_ends_in_one_line(small: Path) -> None:
     done = subprocess.run([_script(), "decompress", str(small), "-o", "-"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (4, "")
-    assert done.stderr == f"kvpack: {small}: not a .kvp file\n"
+    assert done.stderr == f"kvpack: {small}: not a .kvp file: it is a safetensors file, as captures are\n"

@@ -119,7 +119,8 @@ class Outcome:
     @classmethod
     def failed(cls, item: Item, error: Exception) -> Outcome:
         """Return the outcome of an item that ended with an error."""
-        message, code = describe(error, str(item.path))
+        of_output = item.target is not None and str(error).startswith(f"{item.target}: ")
+        message, code = describe(error, None if of_output else str(item.path))
         return cls(str(item.path), None, message, code)
 
     def to_json(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvpack.cli import common
-from kvpack.errors import KvpackError
+from kvpack.errors import KvpackError, naming
 
 
 def capture(
@@ -81,7 +81,7 @@ def capture(
 
     loaded = load_model(model, dtype, device)
     options = CaptureOptions(max_tokens, queries, chunk, generate, continuation, needles)
-    with common.progress_bar(f"running {loaded.name}", quiet) as progress:
+    with common.progress_bar(f"running {loaded.name}", quiet) as progress, naming(str(text)):
         cache = run(loaded, content, options, progress)
     with common.writable(output, force, [text]) as sink:
         size = write_capture(cache, sink)
@@ -94,10 +94,13 @@ def read_text(path: Path) -> str:
     """Return the text of a UTF-8 file, or of standard input for ``-``.
 
     Raises:
-        KvpackError: The data are not UTF-8.
+        KvpackError: The data are not UTF-8, or there is nothing but white space.
 
     """
     try:
-        return common.read_bytes(path).decode()
+        text = common.read_bytes(path).decode()
     except UnicodeDecodeError as error:
         raise KvpackError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    if not text.strip():
+        raise KvpackError(f"{path}: there is no text in it")
+    return text

@@ -164,7 +164,7 @@ def chunk_of(source: Capture, codec: Codec, asked: int | None) -> int:
         replayed = Need.MODEL in codec.traits.needs
         return min(max(rows, CHUNK_MULTIPLE), 1 << 20) if replayed else CHUNK_TOKENS
     if asked < 1 or asked % CHUNK_MULTIPLE or asked > 1 << 20:
-        raise UsageError(f"chunk tokens must be a multiple of {CHUNK_MULTIPLE} up to {1 << 20}")
+        raise UsageError(f"--chunk-tokens is a multiple of {CHUNK_MULTIPLE} up to {1 << 20}, not {asked}")
     return asked
 
 

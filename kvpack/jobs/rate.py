@@ -85,11 +85,11 @@ def choose(
     """
     if profile is None and (goal.quality is not None or goal.max_kl is not None):
         raise UsageError(
-            "--quality and --max-kl are promises from calibration: give a profile (-D FILE, made by kvpack calibrate), "
-            "or --ratio, --max-attn-err or -c local-4"
+            "--quality and --max-kl go by losses that were measured when a profile was made: give one (-D FILE, made "
+            "by kvpack calibrate), or use --ratio, --max-attn-err or -c local-4"
         )
     if profile is not None and "fisher.curve" not in profile:
-        raise MismatchError(f"the profile {profile.name} has no section fisher: calibrate again")
+        raise MismatchError(f"the profile {profile.name} is not for the codec fisher: make one by kvpack calibrate")
     if profile is not None and (goal.quality is not None or goal.max_kl is not None):
         limit = QUALITIES[goal.quality] if goal.quality is not None else float(goal.max_kl or 0)
         curve = np.asarray(profile["fisher.curve"])
