@@ -33,9 +33,10 @@ def show_codecs(*, quiet: bool, as_json: bool) -> None:
         for family in members:
             common.say(f"  {_names(family):<{width}}  {_bits(family):<15}  {family.about}")
     common.say("")
-    common.say("The figures are bits an element, of 16 uncompressed. They were measured on")
-    common.say(f"{MEASURED}. Other models and texts differ,")
-    common.say("and docs/benchmarks.md has what each codec loses. -q lists the names alone.")
+    common.say("The figures are bits an element, of 16 uncompressed, measured on")
+    common.say(f"{MEASURED}.")
+    common.say("Other models and texts differ. docs/benchmarks.md has what each codec loses.")
+    common.say("-q lists the names alone, one on each line.")
 
 
 def _group(family: Family) -> int:

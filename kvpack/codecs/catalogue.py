@@ -25,7 +25,7 @@ ABOUT: dict[str, tuple[float, float, str]] = {
     "aquakv": (4.472, 2.669, "AQUA-KV: layers predict layers"),
     "kvtc": (2.542, 1.131, "KVTC, with 132 tokens kept whole"),
     "kvtc-all": (1.766, 0.2463, "KVTC, with 4 tokens kept whole"),
-    "replay": (0.00148, 0.00148, "stores text: the model runs to read it"),
+    "replay": (0.00148, 0.00148, "the text: the model runs to read it"),
 }
 """By family: the bits an element of its largest and of its smallest codec on :data:`MEASURED`, and what it is."""
 
