@@ -267,7 +267,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
 @pytest.mark.parametrize(
     "command",
     [
-        "capture --text text -o a.safetensors --max-tokens 32",
+        pytest.param("capture --text text -o a.safetensors --max-tokens 32", marks=pytest.mark.long),
         "compress IN -f -c local-4",
         "decompress IN.kvp -f -o b",
         "verify IN IN.kvp",

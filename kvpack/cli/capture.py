@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvpack.cli import common
-from kvpack.errors import KvpackError, naming
+from kvpack.errors import KvpackError
 
 
 def capture(
@@ -81,7 +81,7 @@ def capture(
 
     loaded = load_model(model, dtype, device)
     options = CaptureOptions(max_tokens, queries, chunk, generate, continuation, needles)
-    with common.progress_bar(f"running {loaded.name}", quiet) as progress, naming(str(text)):
+    with common.progress_bar(f"running {loaded.name}", quiet) as progress:
         cache = run(loaded, content, options, progress)
     with common.writable(output, force, [text]) as sink:
         size = write_capture(cache, sink)
