@@ -155,7 +155,7 @@ def test_wrong_usage_does_nothing(cli: Cli, tree: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ([a, c, "-o", tmp_path / "x"], "name a folder"),
         ([a, twin, "-o", f"{tmp_path}/"], "would both become"),
-        ([a, "-o", a, "-f"], "is itself an input"),
+        ([a, "-o", a, "-f"], "the command reads this file"),
         (["-", "-o", f"{tmp_path}/"], "has no name"),
         ([tmp_path / "in/deep/er/none", "-r", "--rm", "-k"], "contradict"),
         ([a, "-j", 2, "--device", "cuda"], "-j is for the CPU"),

@@ -141,7 +141,7 @@ def test_bad_requests(cli: Cli, llama: Path, text: Path, tmp_path: Path) -> None
     (tmp_path / "latin").write_bytes(b"\xe9\xff")
     (tmp_path / "long").write_text(TEXT * 4)
     for options, code, words in (
-        (["-m", llama, "--text", tmp_path / "empty"], 2, "no tokens"),
+        (["-m", llama, "--text", tmp_path / "empty"], 1, "there is no text in it"),
         (["-m", llama, "--text", tmp_path / "latin"], 1, "not UTF-8"),
         (["-m", llama, "--text", tmp_path / "long"], 2, "--max-tokens"),
         (["-m", llama, "--text", tmp_path / "nowhere"], 1, "No such file"),

@@ -230,10 +230,39 @@ def test_selection(cli: Cli, small: Path, tmp_path: Path) -> None:
         assert (part.read(name) == cut).all()
 
 
-def test_dropping_is_said(cli: Cli, small: Path) -> None:
-    assert cli("compress", small, "--drop-probes").code == 0
+PROBES = ["attention_mass", "queries.0", "queries.29", "query_positions"]
+
+
+@pytest.mark.parametrize(
+    ("options", "dropped"),
+    [
+        ([], []),
+        (["--drop-probes"], PROBES),
+        (["--drop", "tok*"], ["tokens"]),
+        (["-c", "kivi-4"], PROBES),
+        (["-c", "kivi-4", "--keep-probes"], []),
+        (["-c", "kivi-4", "--drop", "tokens"], [*PROBES, "tokens"]),
+        (["--ratio", "8"], PROBES),
+        (["--ratio", "1.2"], []),
+    ],
+    ids=" ".join,
+)
+def test_what_is_left_out_is_said_and_not_counted(
+    cli: Cli, small: Path, options: list[str], dropped: list[str]
+) -> None:
+    """Lossy files have no probes unless told otherwise; a ratio that lossless reaches is lossless, and whole."""
+    done = cli("compress", small, *options)
     report = json.loads(cli("inspect", f"{small}.kvp", "--json").out)
-    assert sorted(report["dropped"]) == ["attention_mass", "queries.0", "queries.29", "query_positions"]
+    assert sorted(report["dropped"]) == dropped
+    assert f"ratio {report['ratio']:.3f}" in done.out
+    row = json.loads(cli("compress", small, *options, "-f", "--json").out)
+    assert (sorted(row["dropped"]), row["original_size"]) == (dropped, report["original_size"])
+    sizes = {name: spec.nbytes for name, spec in ((s.name, s) for s in Capture.open(small).file.header.tensors)}
+    assert row["dropped_bytes"] == sum(sizes[name] for name in dropped)
+    assert (f"({row['dropped_bytes']} bytes)" in done.out) == bool(dropped)
+    assert ("that only measure quality" in done.out) == (dropped == PROBES)
+    skipped = json.loads(cli("compress", small, *options, "--resume", "--json").out)
+    assert (skipped["skipped"], skipped["ratio"]) == (True, row["ratio"])
 
 
 def test_verify_thresholds(cli: Cli, small: Path) -> None:
@@ -241,7 +270,9 @@ def test_verify_thresholds(cli: Cli, small: Path) -> None:
     path = f"{small}.kvp"
     fine = cli("verify", small, path, "--max-nmse", "0.5", "--max-attn-err", "0.9")
     assert (fine.code, fine.err) == (0, "")
-    assert fine.out.splitlines()[-1].startswith("bit-exact: no")
+    assert fine.out.splitlines()[-2] == "bit-exact: no"
+    left_out = "attention_mass, queries.0, queries.29, ... (4 in all)"
+    assert fine.out.splitlines()[-1] == f"tensors that the file leaves out: {left_out}"
     for option in (["--max-nmse", "1e-9"], ["--max-attn-err", "1e-9"], ["--bit-exact"]):
         result = cli("verify", small, path, *option, "--json")
         assert result.code == 3
@@ -360,7 +391,7 @@ def test_a_misspelt_codec_and_a_capture_to_decompress(cli: Cli, small: Path) -> 
 
 
 def test_codecs_are_listed_and_completed(cli: Cli) -> None:
-    assert cli("compress", "--list-codecs").out.split() == codec_names()
+    assert cli("compress", "--list-codecs", "-q").out.split() == codec_names()
     environment = {**os.environ, "_KVPACK_COMPLETE": "complete_bash", "COMP_WORDS": "kvpack comp", "COMP_CWORD": "1"}
     done = subprocess.run([_script()], env=environment, capture_output=True, text=True, check=False)
     assert "compress" in done.stdout
@@ -411,4 +442,4 @@ def test_compress_and_verify_never_import_torch(small: Path) -> None:
 def test_a_real_process_ends_in_one_line(small: Path) -> None:
     done = subprocess.run([_script(), "decompress", str(small), "-o", "-"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (4, "")
-    assert done.stderr == f"kvpack: {small}: not a .kvp file\n"
+    assert done.stderr == f"kvpack: {small}: not a .kvp file: it is a safetensors file, as captures are\n"

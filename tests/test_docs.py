@@ -23,10 +23,33 @@ BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def block(language: str, containing: str) -> str:
-    """The first fenced block of the README in that language with that text."""
-    blocks = re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
-    return next(text for text in blocks if containing in text)
+SLOW = r"kvpack (bench|calibrate|demo)\b|-D |--compare"
+"""Commands of the README that the short run leaves out, with those that take what they have made."""
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """The fenced blocks of a page that can be run: languages and texts."""
+    return re.findall(r"^```(sh|python)\n(.*?)^```", text, flags=re.M | re.S)
+
+
+def as_one_script(text: str, leave_out: str) -> str:
+    """All blocks of a page, one after another, as somebody types who follows it from top to bottom.
+
+    What has been installed is not installed again, and the tests do not run themselves. Lines that match ``leave_out``
+    are left out.
+    """
+    lines = []
+    for language, block in blocks(text):
+        if language == "python":
+            lines.append(f"{shlex.quote(sys.executable)} - <<'END'\n{block}END")
+            continue
+        for line in block.replace("\\\n", " ").splitlines():
+            parts = [
+                part for part in line.split(" && ") if not re.match(r"\s*(pip|pytest|git|cd|python3? -m venv)\b", part)
+            ]
+            if parts and not (leave_out and re.search(leave_out, line)):
+                lines.append(" && ".join(parts))
+    return "\n".join(lines) + "\n"
 
 
 def run(text: str, folder: Path) -> str:
@@ -43,19 +66,35 @@ def run(text: str, folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.long)], ids=["but-the-bench", "all"])
-def test_the_readmes_commands_run(tmp_path: Path, quick: bool) -> None:
-    """The short run leaves the bench out, which takes longer than all the others."""
+@pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.long)], ids=["quick", "all"])
+def test_the_readme_runs_from_top_to_bottom(tmp_path: Path, quick: bool) -> None:
+    """Shell and Python in one folder, in their order, by copy and paste. A reader brings a text and a configuration."""
     (tmp_path / "config.json").write_bytes((ROOT / "fixtures" / "llama-3-70b-config.json").read_bytes())
-    (tmp_path / "doc.txt").write_text(prose()[:1600])
-    text = block("sh", "kvpack capture")
-    assert "kvpack bench" in text
-    lines = [line for line in text.splitlines(keepends=True) if not (quick and line.startswith("kvpack bench"))]
-    out = run("".join(lines), tmp_path)
-    assert "doc.safetensors.kvp ok (bit-exact)" in out
-    assert (tmp_path / "back.safetensors").read_bytes() == (tmp_path / "doc.safetensors").read_bytes()
-    (tmp_path / "example.py").write_text(block("python", "jobs.compress"))
-    run(f"{sys.executable} example.py", tmp_path)
+    (tmp_path / "doc.txt").write_text(prose()[: 1600 if quick else 12_000])
+    for name, part in (("some.txt", slice(0, 30_000)), ("others.txt", slice(30_000, 60_000))):
+        (tmp_path / name).write_text(prose()[part])
+    script = as_one_script(README, SLOW if quick else "")
+    assert script.count("kvpack ") > 3
+    assert "<<'END'" in script
+    out = run(script, tmp_path)
+    assert "(bit-exact)" in out
+    for path in tmp_path.glob("back*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "doc.safetensors").read_bytes()
+
+
+def test_the_example_of_contributing_runs(tmp_path: Path) -> None:
+    (tmp_path / "fixtures").symlink_to(ROOT / "fixtures")
+    ((language, text),) = blocks((ROOT / "docs" / "CONTRIBUTING.md").read_text())
+    assert language == "python"
+    (tmp_path / "example.py").write_text(text)
+    assert run(f"{sys.executable} example.py", tmp_path).endswith("bytes, and back, bit for bit\n")
+
+
+def test_blocks_become_one_script() -> None:
+    page = (
+        "```sh\npip install x && kvpack a\npytest\nkvpack bench\n```\n\n```python\nprint(1)\n```\n```\nkvpack no\n```\n"
+    )
+    assert as_one_script(page, SLOW) == f"kvpack a\n{sys.executable} - <<'END'\nprint(1)\nEND\n"
 
 
 def commands(page: Path) -> list[tuple[str, bool]]:

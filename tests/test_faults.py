@@ -279,7 +279,7 @@ def test_leftovers_are_named_and_removed(cli: Cli, small: Path, monkeypatch: pyt
     left.write_bytes(b"half")
     handle, live = create_beside(target)
     monkeypatch.setattr("kvpack.formats.temporary._live", set())  # as another process sees it
-    monkeypatch.setattr("kvpack.cli.common._remarked", set())
+    monkeypatch.setattr("kvpack.cli.common.targets._remarked", set())
     found = cli("compress", small)
     assert found.code == 0
     assert found.err.count("\n") == 1
@@ -301,7 +301,7 @@ def test_leftovers_of_a_store(cli: Cli, small: Path, tmp_path: Path, monkeypatch
     assert cli("store", "put", small, "--store", store).code == 0
     left = store / "tmp" / ".x.kvp.0123abcd.tmp"
     left.write_bytes(b"half")
-    monkeypatch.setattr("kvpack.cli.common._remarked", set())
+    monkeypatch.setattr("kvpack.cli.common.targets._remarked", set())
     assert str(left) in cli("store", "put", small, "--store", store).err
     assert str(left) in cli("clean", store).out
     assert not left.exists()

@@ -327,10 +327,10 @@ def test_promises_of_kl_take_a_profile(small: Path, cli: Cli, promise: tuple[obj
 
 
 def test_what_no_step_reaches_is_said(small: Path, cli: Cli) -> None:
-    refused = cli("compress", small, "--ratio", 1e9)
+    refused = cli("compress", small, "--ratio", 1e9, "--keep-probes")
     assert "no step reaches a ratio" in refused.err
-    assert "bytes of it are for measuring fidelity alone: --drop-probes leaves them out" in refused.err
-    assert "fidelity" not in cli("compress", small, "--ratio", 1e9, "--drop-probes").err
+    assert "47264 bytes of it only measure quality, and without --keep-probes they are left out" in refused.err
+    assert "--keep-probes" not in cli("compress", small, "--ratio", 1e9).err
     row = json.loads(cli("compress", small, "--ratio", 1.2, "--json", "-f").out)
     assert (row["codec"], row["ratio"] > 1.2) == ("lossless", True)
     assert cli("compress", small, "--ratio", 8, "-c", "lossless", "-f").code == 2

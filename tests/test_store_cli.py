@@ -15,7 +15,8 @@ from profiles import TINY, tiny_capture
 from test_store import made_up
 from texts import holds, text
 
-from kvpack.cli.store import SIZES, TIMES, amount, parse_ids
+from kvpack.cli.prompts import parse_ids
+from kvpack.cli.upkeep import SIZES, TIMES, amount
 from kvpack.errors import UsageError
 from kvpack.formats.captures import layer_of
 from kvpack.formats.source import Capture
@@ -110,7 +111,8 @@ def test_a_text_by_the_models_tokenizer(
         tokenizer=lambda content: SimpleNamespace(input_ids=[ord(letter) for letter in content]),
         weights_sha256="5" * 64,
     )
-    monkeypatch.setattr("kvpack.cli.store._model", lambda _: loaded)
+    for module in ("prompts", "upkeep"):
+        monkeypatch.setattr(f"kvpack.cli.{module}.named_model", lambda _: loaded)
     said = "a text that is long enough"
     path = written(tmp_path / "x.safetensors", text([ord(letter) for letter in said]))
     assert cli("store", "put", path, *store).code == 0

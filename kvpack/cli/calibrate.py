@@ -16,40 +16,97 @@ from kvpack.errors import KvpackError, UsageError
 
 NEW = "new.kvprofile"
 """Name of a profile in the folder of installed ones until its digest is known."""
+TUNING = "Tuning"
+"""The panel of options that few need."""
 
 
 def calibrate(
     text: Annotated[
-        list[Path], typer.Option("--text", help="UTF-8 text file to learn from; repeatable.", show_default=False)
+        list[Path],
+        typer.Option(
+            "--text",
+            help="A text to learn from: a UTF-8 file. Repeat the option for several.",
+            show_default=False,
+            metavar="FILE",
+        ),
     ],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Profile to write.", show_default=False)] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Write the profile to this file (.kvprofile).",
+            show_default=False,
+            metavar="FILE",
+        ),
+    ] = None,
     install: Annotated[
-        bool, typer.Option("--install", help="Keep the profile where all commands find it, so that -D is not needed.")
+        bool, typer.Option("--install", help="Keep the profile where all commands find it, so that none needs -D.")
     ] = False,
     model: common.Model = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Total number of tokens, split evenly between texts.")] = 65536,
-    context: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 2048,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Learn from this many tokens, the same number of each text.", metavar="N")
+    ] = 65536,
+    context: Annotated[
+        int, typer.Option(min=1, help="Run the model over sequences of this many tokens.", metavar="N")
+    ] = 2048,
     codecs: Annotated[
-        str, typer.Option(help="Codec families, comma-separated: fisher, kvtc, aquakv; or 'all'.", metavar="FAMILIES")
+        str,
+        typer.Option(
+            help="Calibrate these codecs: fisher, kvtc, aquakv, with commas between them, or all.", metavar="LIST"
+        ),
     ] = "fisher",
     rank: Annotated[
         int,
         typer.Option(
-            min=1, max=8192, help="Common directions of fisher; each of 6 layer groups adds nearly half as many."
+            min=1,
+            max=8192,
+            help="For fisher: keep this many directions that all layers share. Each of 6 groups of layers adds nearly "
+            "half as many. More make a larger profile and a lower loss.",
+            metavar="N",
+            rich_help_panel=TUNING,
         ),
     ] = 960,
-    gradients: Annotated[int, typer.Option(min=1, help="Sequences that fisher back-propagates through.")] = 12,
-    units: Annotated[int, typer.Option(min=1, max=16384, help="Units of fisher's prediction from token ids.")] = 512,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of those units; use thousands on a GPU.")] = 100,
+    gradients: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="For fisher: measure on this many sequences how much each element matters, by back-propagation.",
+            metavar="N",
+            rich_help_panel=TUNING,
+        ),
+    ] = 12,
+    units: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=16384,
+            help="For fisher: predict the cache from token ids with a network of this many units.",
+            metavar="N",
+            rich_help_panel=TUNING,
+        ),
+    ] = 512,
+    steps: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="For fisher: train that network for this many steps. Thousands are better, and take a GPU.",
+            metavar="N",
+            rich_help_panel=TUNING,
+        ),
+    ] = 100,
     dtype: common.Dtype = "auto",
     device: common.Device = "auto",
     force: common.Force = False,
     quiet: common.Quiet = False,
 ) -> None:
-    """Learn what calibrated codecs need about a model; compress and decompress take the profile with -D.
+    """Learn from texts what a calibrated codec needs of a model.
 
-    Choose texts like those to compress, of several kinds, and none on which a codec will be judged. Intermediate
-    results are kept in OUTPUT.partial until the command is done; the same command resumes from them.
+    The result is a profile, which serves all caches of the model. Commands take it with -D, or find it by themselves
+    after --install.
+
+    Give texts of many kinds, like those that you will compress, and none on which a codec will be judged. Results so
+    far are kept in OUTPUT.partial until the command is done. The same command continues from them.
     """
     if output is None and not install:
         raise UsageError("say where the profile goes: -o FILE, --install, or both")

@@ -28,30 +28,51 @@ HEADER = (
 
 def claims(
     config: Annotated[
-        list[Path] | None, typer.Option("--config", help="A model's config.json; may be repeated.", show_default=False)
+        list[Path] | None,
+        typer.Option(
+            "--config",
+            help="The config.json of a model. Repeat the option for several.",
+            show_default=False,
+            metavar="FILE",
+        ),
     ] = None,
-    bits: Annotated[float, typer.Option(min=0.1, help="TurboQuant's bits per element.")] = 3.0,
-    norm_bits: Annotated[float, typer.Option(min=0, help="Bits of a norm in TurboQuant; 0 in the paper.")] = 0,
-    token_bits: Annotated[float, typer.Option(min=0.001, help="Assumed entropy of a token in bits.")] = 4.3,
-    context: Annotated[int, typer.Option(min=1, help="Tokens of the cache whose replay is priced.")] = 2048,
+    bits: Annotated[float, typer.Option(min=0.1, help="Bits that TurboQuant takes for an element.", metavar="X")] = 3.0,
+    norm_bits: Annotated[
+        float, typer.Option(min=0, help="Bits that TurboQuant takes for a norm, 0 in the paper.", metavar="X")
+    ] = 0,
+    token_bits: Annotated[
+        float, typer.Option(min=0.001, help="The entropy of a token that is assumed, in bits.", metavar="X")
+    ] = 4.3,
+    context: Annotated[
+        int, typer.Option(min=1, help="State the price of replay for a cache of this many tokens.", metavar="N")
+    ] = 2048,
     text: Annotated[
-        Path | None, typer.Option(help="Measure the entropy on this text instead of assuming it.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Measure the entropy of a token on this text instead of assuming it.",
+            show_default=False,
+            metavar="FILE",
+        ),
     ] = None,
     measured: Annotated[
         Path | None,
-        typer.Option("--measured", help="Also measure codecs and replay on this capture.", show_default=False),
+        typer.Option(
+            "--measured", help="Also measure codecs and replay on this capture.", show_default=False, metavar="FILE"
+        ),
     ] = None,
     profile: common.ProfileFile = None,
     model: common.Model = None,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Use at most this many tokens of the text.")] = 2048,
+    max_tokens: Annotated[
+        int, typer.Option(min=2, help="Read at most this many tokens of the text.", metavar="N")
+    ] = 2048,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
-    """Set what arXiv 2604.15356 claims beside measurements: bits per token, ratios, and the price of replay.
+    """Compare the claim of arXiv 2604.15356 with measurements.
 
-    With --text, the entropy of a token is measured under --model (default: the embedded model). With --measured, files
-    of a capture of that model are measured too. To store tokens is to run the model again: each line that does so names
-    its floating-point operations.
+    The paper says that a token of a cache need take no more bits than the token itself. With --text, these bits are
+    measured under --model. With --measured, real files of a capture are measured too. Who stores tokens runs the model
+    again to read them: the table has the floating-point operations that this takes.
     """
     from kvpack.bench.claims import claim, lines, read_config
 

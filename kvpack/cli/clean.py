@@ -15,16 +15,20 @@ from kvpack.formats.temporary import leftovers, remove_leftover
 def clean(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(help="Folders to look in, stores among them (default: the current one).", show_default=False),
+        typer.Argument(
+            help="The folders to look in, which may be stores (default: the current one).",
+            show_default=False,
+            metavar="[DIR]...",
+        ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Remove nothing: list what would be removed.")] = False,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
-    """Remove the temporary files that commands left behind because they were killed.
+    """Remove temporary files that killed commands left behind.
 
-    Such a file lies beside the output that it was to become, and is named .NAME.XXXXXXXX.tmp. Those that a running
-    command is writing stay.
+    A command writes to a temporary file beside its output, named .NAME.XXXXXXXX.tmp, and removes it even when it fails.
+    Only a command that is killed cannot. Files that a running command is writing are not touched.
     """
     rows = []
     for folder in folders or [Path()]:

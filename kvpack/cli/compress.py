@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Annotated, Any
 
@@ -15,12 +16,6 @@ def _codec_names() -> list[str]:
     from kvpack.codecs.recipes import codec_names
 
     return codec_names()
-
-
-def _list_codecs(value: bool) -> None:
-    if value:
-        typer.echo("\n".join(_codec_names()))
-        raise typer.Exit
 
 
 class TokenCoder(StrEnum):
@@ -39,55 +34,87 @@ def compress(
             "-c",
             "--codec",
             autocompletion=_codec_names,
-            help="Codec to use (default: lossless); see --list-codecs.",
+            help="Use this codec (default: lossless). --list-codecs describes them all.",
             show_default=False,
+            metavar="NAME",
         ),
     ] = None,
     list_codecs: Annotated[
-        bool, typer.Option("--list-codecs", callback=_list_codecs, is_eager=True, help="List all codecs.")
+        bool,
+        typer.Option(
+            "--list-codecs", help="Say what each codec is, what it needs and how small it is. -q lists names alone."
+        ),
     ] = False,
     profile: common.ProfileFile = None,
     model: common.ReplayedBy = None,
     token_coder: Annotated[
         TokenCoder,
-        typer.Option(help="How replay stores token ids: fast, or model: smaller, slow, for this machine only."),
+        typer.Option(
+            help="For the codec replay: how to store the token ids. 'model' is smaller and slower than 'fast', and is "
+            "read only on machines that compute as this one does.",
+            metavar="fast|model",
+        ),
     ] = TokenCoder.FAST,
     quality: Annotated[
         str | None,
         typer.Option(
-            help="Lossy at a quality that calibration promises: high, balanced, small. Needs -D.", show_default=False
+            help="Choose a lossy codec by quality: high, balanced or small. Needs a profile (-D).",
+            show_default=False,
+            metavar="LEVEL",
         ),
     ] = None,
     max_kl: Annotated[
         float | None,
         typer.Option(
-            help="Largest next-token KL (nats) on texts held back from calibration. Needs -D.", show_default=False
+            help="Choose a lossy codec by the loss that was measured when the profile was made: the next-token KL in "
+            "nats. Other texts may lose more. Needs a profile (-D).",
+            show_default=False,
+            metavar="X",
         ),
     ] = None,
     max_attn_err: Annotated[
         float | None,
-        typer.Option(help="Largest relative error of attention outputs at the probe queries.", show_default=False),
+        typer.Option(
+            help="Choose a lossy codec by the relative error of attention outputs, measured at the capture's probe "
+            "queries.",
+            show_default=False,
+            metavar="X",
+        ),
     ] = None,
     ratio: Annotated[
-        float | None, typer.Option(help="Smallest compression ratio to reach.", show_default=False)
+        float | None,
+        typer.Option(
+            help="Make the file at least this many times smaller, with as little loss as that takes.",
+            show_default=False,
+            metavar="X",
+        ),
     ] = None,
     chunk_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Number of tokens in a chunk, the unit of range reads; a multiple of 128 "
-            "(default: 2048; for replay, all tokens).",
+            help="Code this many tokens together, a multiple of 128 (default: 2048; for replay, all). To read a few "
+            "tokens, all of their chunk are decoded.",
             show_default=False,
+            metavar="N",
         ),
     ] = None,
     drop: Annotated[
         list[str] | None,
         typer.Option(
-            help="Leave out tensors by name or pattern, e.g. 'queries.*'. Can be repeated.", show_default=False
+            help="Leave out the tensors of this name or pattern, as 'queries.*'. May be repeated.",
+            show_default=False,
+            metavar="NAME",
         ),
     ] = None,
     drop_probes: Annotated[
-        bool, typer.Option("--drop-probes", help="Leave out tensors that are only used to measure fidelity.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--drop-probes/--keep-probes",
+            help="Leave out, or keep, the tensors that only measure quality, as verify does with the original "
+            "(default: lossless files keep them, lossy files do not).",
+            show_default=False,
+        ),
+    ] = None,
     files_from: batch.FilesFrom = None,
     recursive: batch.Recursive = False,
     jobs: batch.Jobs = 1,
@@ -97,7 +124,11 @@ def compress(
     remove: common.Remove = False,
     lossy_ok: Annotated[
         bool,
-        typer.Option("--lossy-ok", help="With --rm: delete inputs though the output is lossy or leaves tensors out."),
+        typer.Option(
+            "--lossy-ok",
+            help="With --rm: delete inputs even if their outputs are lossy or leave tensors out.",
+            rich_help_panel=common.FILES,
+        ),
     ] = False,
     threads: common.Threads = None,
     device: common.Gpu = "auto",
@@ -105,23 +136,26 @@ def compress(
     verbose: common.Verbose = False,
     as_json: common.Json = False,
 ) -> None:
-    """Compress captures (safetensors) to .kvp files, losslessly unless you choose another codec.
+    """Compress captures to .kvp files, without loss unless you ask for it.
 
-    Tensors other than keys and values are stored losslessly, and so are parts that a lossy codec cannot represent.
+    To accept loss, name a codec (-c) or a goal (--quality, --max-kl, --max-attn-err or --ratio), not both.
 
-    A bad file does not stop the others: each is reported, and the exit code is the largest. --json prints one line for
-    each file.
+    A lossy codec changes keys and values alone. Other tensors are stored without loss. What only measures quality is
+    left out of lossy files: see --keep-probes.
 
-    A GPU codes all files of one command together, which makes many small files faster. --device auto decides by the
-    total size of the files.
+    Several files may be given. A bad file does not stop the others: it is reported, and the exit code is the largest.
+    --json prints one line for each file.
     """
-    del list_codecs
+    if list_codecs:
+        from kvpack.cli.codecs import show_codecs
+
+        show_codecs(quiet=quiet, as_json=as_json)
+        return
     items = batch.gather(inputs, files_from, recursive, (".safetensors",))
     items = batch.with_targets(items, output, lambda path: path.with_name(path.name + ".kvp"))
     common.check_streams([(item.path, item.target) for item in items], remove=remove, keep=keep, as_json=as_json)
     from kvpack.cli import workers
     from kvpack.cli.compressing import Compressing, Options
-    from kvpack.jobs import PROBES
 
     options = Options(
         codec=codec,
@@ -133,7 +167,8 @@ def compress(
         model=model,
         token_coder=token_coder.value,
         chunk_tokens=chunk_tokens,
-        drop=[*(drop or []), *(PROBES if drop_probes else ())],
+        drop=drop or [],
+        keep_probes=None if drop_probes is None else not drop_probes,
         output=output,
         resume=resume,
         force=force,
@@ -171,7 +206,18 @@ def _show(outcome: batch.Outcome, *, quiet: bool, verbose: bool) -> None:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return "{input} -> {output}: {codec}, {original_size} -> {size} bytes, ratio {ratio:.3f}".format(**row)
+    line = "{input} -> {output}: {codec}, {original_size} -> {size} bytes, ratio {ratio:.3f}".format(**row)
+    return f"{line}, without {_left_out(row)}" if row["dropped"] else line
+
+
+def _left_out(row: dict[str, Any]) -> str:
+    """Say which tensors of the input are not in the output. Neither size counts them."""
+    from kvpack.jobs import PROBES
+
+    names = row["dropped"]
+    probes = all(any(fnmatchcase(name, pattern) for pattern in PROBES) for name in names)
+    what = " that only measure quality" if probes else ""
+    return f"{common.counted(len(names), 'tensor')}{what} ({row['dropped_bytes']} bytes)"
 
 
 def _carried(names: list[str], verbose: bool) -> str:
@@ -188,6 +234,6 @@ def _otherwise(row: dict[str, Any], missed: int) -> str:
 
 def _surprised(row: dict[str, Any]) -> str:
     return (
-        f"kvpack: {row['input']} takes {row['surprise']:.1f} times the bits that the profile expects: it is unlike the "
-        "texts of its calibration, and the guarantee may not hold; verify --model measures it"
+        f"kvpack: {row['input']}: takes {row['surprise']:.1f} times the bits that the profile expects. It is unlike "
+        "the texts that the profile was made from, so it may lose more than they did: kvpack verify --model measures it"
     )

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpack import jobs
@@ -33,7 +32,7 @@ FAST = "fast"
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(batch.FileOptions):
     """How to compress files. The names are those of the command's options."""
 
     codec: str | None
@@ -41,19 +40,11 @@ class Options:
     max_kl: float | None
     max_attn_err: float | None
     ratio: float | None
-    profile: Path | None
-    model: str | None
     token_coder: str
     chunk_tokens: int | None
     drop: list[str]
-    output: str | None
-    resume: bool
-    force: bool
-    remove: bool
+    keep_probes: bool | None
     lossy_ok: bool
-    threads: int | None
-    device: str
-    quiet: bool
 
 
 class Compressing:
@@ -77,7 +68,8 @@ class Compressing:
         elif options.model is not None or options.token_coder != FAST:
             raise UsageError("--model and --token-coder are for the codec replay: -c replay")
         self.exact = self.goal is None and named.lossless
-        if options.remove and not options.lossy_ok and (options.drop or not self.exact):
+        whole = self.exact and not jobs.left_out(named, options.drop, options.keep_probes)
+        if options.remove and not options.lossy_ok and not whole:
             raise UsageError("--rm would delete what the output does not hold: give --lossy-ok too, or keep the input")
         if options.lossy_ok and not options.remove:
             raise UsageError("--lossy-ok goes with --rm")
@@ -173,23 +165,25 @@ class _Run:
             raise item.problem
         target, options = item.target, self.options
         assert target is not None
-        batch.make_folder(target, options.output)
-        there = options.resume and target != common.STDIO and target.is_file()
-        common.check_target(target, [item.path, *self.work.read], force=options.force or there)
+        there = batch.prepare_output(target, options, self.work.read)
         source = self._stack.enter_context(common.readable(item.path))
         capture = Capture.open(source, str(item.path))
         codec, profile = self.work.codec, self.work.profile
-        tokens, drop = options.chunk_tokens, options.drop
+        tokens = options.chunk_tokens
         if self.work.goal is not None:
-            codec = choose(capture, profile, self.work.goal, chunk_tokens=tokens, drop=drop, engine=self.engine)
+            goal, probes = self.work.goal, options.keep_probes
+            codec = choose(
+                capture, profile, goal, chunk_tokens=tokens, drop=options.drop, keep_probes=probes, engine=self.engine
+            )
+        drop = jobs.left_out(codec, options.drop, options.keep_probes)
         if there:
             try:
                 found = jobs.require_compressed(target, capture, codec, profile=profile, chunk_tokens=tokens, drop=drop)
             except KvpackError as error:
                 if not options.force:
-                    raise KvpackError(f"{target}: {batch.NOT_IT} ({error}); use -f to overwrite it") from None
+                    raise batch.other_output(target, error) from None
             else:
-                return self._finished(item, _skipped(item, capture, found))
+                return self._finished(item, _skipped(item, found))
         model = self.work.models.model_for(capture) if self.work.models else None
         return jobs.prepare(capture, codec, profile=profile, model=model, chunk_tokens=tokens, drop=drop)
 
@@ -219,6 +213,8 @@ class _Run:
                 "ratio": done.original / done.size,
                 "skipped": False,
                 "carried_losslessly": done.carried,
+                "dropped": done.dropped,
+                "dropped_bytes": done.dropped_bytes,
                 "surprise": done.surprise,
                 "streams": done.streams,
             },
@@ -248,14 +244,14 @@ class _Run:
         item.path.unlink()
 
 
-def _skipped(item: Item, capture: Capture, found: jobs.KvpFile) -> dict[str, Any]:
-    size = found.container.size
+def _skipped(item: Item, found: jobs.KvpFile) -> dict[str, Any]:
+    size, original = found.container.size, found.container.source.file_size
     return {
         "input": str(item.path),
         "output": str(item.target),
         "codec": found.codecs[0].name,
-        "original_size": capture.file.header.file_size,
+        "original_size": original,
         "size": size,
-        "ratio": capture.file.header.file_size / size,
+        "ratio": original / size,
         "skipped": True,
     }

@@ -16,23 +16,28 @@ def decompress(
     inputs: batch.Inputs = None,
     output: batch.Output = None,
     layers: Annotated[
-        str | None, typer.Option(help="Decompress only these layers, e.g. 3-5,8.", show_default=False, metavar="LIST")
+        str | None, typer.Option(help="Decompress these layers only, as 3-5,8.", show_default=False, metavar="LIST")
     ] = None,
     tokens: Annotated[
         str | None,
-        typer.Option(help="Decompress only tokens START:STOP, e.g. 0:256.", show_default=False, metavar="RANGE"),
+        typer.Option(
+            help="Decompress these tokens only, as 0:256 for the first 256.", show_default=False, metavar="START:STOP"
+        ),
     ] = None,
     profile: common.ProfileFile = None,
     model: common.ReplayedBy = None,
     approximate: Annotated[
         bool,
-        typer.Option("--approximate", help="Take what replay's model computes here even if it is not bit for bit."),
+        typer.Option(
+            "--approximate",
+            help="For the codec replay: accept what the model computes here, even if bits differ from the original's.",
+        ),
     ] = False,
     salvage: Annotated[
         bool,
-        typer.Option("--salvage", help="Write what is intact of a damaged file, with NaN where parts are missing."),
+        typer.Option("--salvage", help="Of a damaged file, write what is intact. What is missing is written as NaN."),
     ] = False,
-    test: Annotated[bool, typer.Option("-t", "--test", help="Decode and check everything, but write nothing.")] = False,
+    test: Annotated[bool, typer.Option("-t", "--test", help="Decode and check everything. Write nothing.")] = False,
     files_from: batch.FilesFrom = None,
     recursive: batch.Recursive = False,
     jobs: batch.Jobs = 1,
@@ -47,10 +52,12 @@ def decompress(
     verbose: common.Verbose = False,
     as_json: common.Json = False,
 ) -> None:
-    """Decompress .kvp files. A losslessly compressed file is restored byte for byte, and digests verify this.
+    """Decompress .kvp files to captures (safetensors).
 
-    A bad file does not stop the others: each is reported, and the exit code is the largest. --json prints one line for
-    each file.
+    A file that was compressed without loss is restored byte for byte, and its digests prove it.
+
+    Several files may be given. A bad file does not stop the others: it is reported, and the exit code is the largest.
+    --json prints one line for each file.
     """
     partial_cache = layers is not None or tokens is not None
     if remove and (partial_cache or test):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from kvpack import jobs
@@ -17,7 +16,7 @@ from kvpack.formats.output import sync_folder
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(batch.FileOptions):
     """How to decompress files. The names are those of the command's options; ``memlimit`` is in bytes.
 
     ``layers`` and ``tokens`` are the selection of :class:`kvpack.jobs.Selection`.
@@ -25,19 +24,10 @@ class Options:
 
     layers: frozenset[int] | None
     tokens: tuple[int, int] | None
-    profile: Path | None
-    model: str | None
     approximate: bool
     salvage: bool
-    output: str | None
-    resume: bool
-    force: bool
-    remove: bool
-    threads: int | None
     memlimit: int | None
     jobs: int
-    device: str
-    quiet: bool
 
 
 class Decompressing:
@@ -65,10 +55,7 @@ class Decompressing:
         options = self.options
         title = f"{'testing' if item.target is None else 'decompressing'} {item.path.name}"
         if item.target is not None:
-            batch.make_folder(item.target, options.output)
-            there = options.resume and item.target != common.STDIO and item.target.is_file()
-            read = [item.path, options.profile, common.model_files(options.model)]
-            common.check_target(item.target, read, force=options.force or there)
+            batch.prepare_output(item.target, options, [options.profile, common.model_files(options.model)])
         with common.readable(item.path) as source, common.progress_bar(title, options.quiet) as progress:
             file = jobs.KvpFile.open(
                 source, self.profile, str(item.path), approximate=options.approximate, damaged=options.salvage
@@ -123,5 +110,5 @@ class Decompressing:
         except KvpackError as error:
             if self.options.force:
                 return False
-            raise KvpackError(f"{item.target}: {batch.NOT_IT} ({error}); use -f to overwrite it") from None
+            raise batch.other_output(item.target, error) from None
         return True

@@ -28,9 +28,9 @@ fisher uses a profile of 12 MB that comes with kvpack and was calibrated on othe
 
 
 def demo(
-    folder: Annotated[Path, typer.Option("-o", "--output", help="Folder for the files; created if missing.")] = Path(
-        "kvpack-demo"
-    ),
+    folder: Annotated[
+        Path, typer.Option("-o", "--output", help="Write the files to this folder, which is made.", metavar="DIR")
+    ] = Path("kvpack-demo"),
     svg: Annotated[
         Path | None, typer.Option(help="Also save the table as a picture.", show_default=False, metavar="FILE")
     ] = None,

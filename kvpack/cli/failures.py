@@ -14,8 +14,10 @@ from kvpack.errors import KvpackError
 def describe(error: Exception, name: str | None = None) -> tuple[str, int]:
     """Return the message and the exit code for an error. ``name`` is the file that was worked on, if it was one.
 
-    With ``KVPACK_DEBUG`` in the environment, an error that is a bug is raised again instead, with its traceback.
+    With ``KVPACK_DEBUG`` in the environment, its traceback is printed on stderr.
     """
+    if os.environ.get("KVPACK_DEBUG"):
+        traceback.print_exception(error)
     if isinstance(error, KvpackError):
         return _named(str(error), name), error.exit_code
     if isinstance(error, MemoryError):
@@ -24,10 +26,8 @@ def describe(error: Exception, name: str | None = None) -> tuple[str, int]:
         if error.filename:
             return f"{error.filename}: {error.strerror}", 1
         return f"{name or _unnamed(error)}: {error.strerror or error}", 1
-    if os.environ.get("KVPACK_DEBUG"):
-        raise error
     text = _named(f"internal error: {error!r}", name)
-    return f"{text}; set KVPACK_DEBUG=1 to see where, and please report it", 1
+    return f"{text}; please report it, with what kvpack prints when KVPACK_DEBUG=1 is set", 1
 
 
 def _named(text: str, name: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +15,6 @@ from kvpack.cache.untrusted import printable
 from kvpack.cli import batch, common
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from kvpack.kvp.inspection import Inspection
 
 
@@ -25,23 +24,29 @@ WIDEST = 48
 MOST_EQUAL = 3
 """A longer list of equal values is not shown as a list."""
 
+MOST_LAYERS = 4
+"""Of a cache with more layers, what each takes is shown with -v alone."""
+
 LONGEST_SETTING = 24
-"""The most characters of a codec's setting that are shown."""
+"""A setting of a codec with more characters is not shown. Its length is, and --json has it."""
+
+NARROWEST = 30
+"""Values are broken into lines of no fewer characters."""
 
 
 def inspect(
     inputs: batch.Inputs = None,
-    check: Annotated[bool, typer.Option("--check", help="Also verify the checksum of every stream.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Also compare the checksum of every stream.")] = False,
     files_from: batch.FilesFrom = None,
     recursive: batch.Recursive = False,
     as_json: common.Json = False,
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
 ) -> None:
-    """Show what a capture or a .kvp file holds and how many bytes each stream takes.
+    """Show what is in a capture or a .kvp file, and where its bytes go.
 
-    A bad file does not stop the others: each is reported, and the exit code is the largest. --json prints one line for
-    each file.
+    Several files may be given. A bad file does not stop the others: it is reported, and the exit code is the largest.
+    --json prints one line for each file.
     """
     items = batch.gather(inputs, files_from, recursive, (".kvp", ".safetensors"))
     batch.report(
@@ -80,11 +85,21 @@ def _show(outcome: batch.Outcome, *, quiet: bool, verbose: bool) -> None:
     facts = _facts(report)
     width = min(max(15, *(len(name) for name, _ in facts)), WIDEST)
     for name, value in facts:
-        console.print(Text.assemble((f"{name:<{width}} ", "bold"), value), soft_wrap=True)
+        first, *more = _wrapped(value, console.width - width - 2 if console.is_terminal else 0)
+        console.print(Text.assemble((f"{name:<{width}}  ", "bold"), first), soft_wrap=True)
+        for line in more:
+            console.print(Text(f"{'':<{width}}  {line}"), soft_wrap=True)
     if report.streams:
-        console.print(_streams_table(report))
-    if verbose or len(report.layers) <= 4:
-        console.print(_layers_table(report))
+        _show_streams(report)
+    if report.layers and (verbose or len(report.layers) <= MOST_LAYERS):
+        _show_layers(report)
+
+
+def _wrapped(value: str, room: int) -> list[str]:
+    """Return a value in lines of ``room`` characters, broken between words, or in one line if that is too little."""
+    if room < NARROWEST:
+        return [value]
+    return textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False) or [value]
 
 
 def _facts(report: Inspection) -> list[tuple[str, str]]:
@@ -112,7 +127,7 @@ def _facts(report: Inspection) -> list[tuple[str, str]]:
         facts.append((shape, shown))
     facts += [(key, _value(value)) for key, value in report.identity.items()]
     if report.dropped:
-        facts.append(("dropped", f"{len(report.dropped)} tensors: {', '.join(report.dropped[:4])}"))
+        facts.append(("left out", common.listed(report.dropped)))
     if report.carried_losslessly:
         facts.append(("carried", f"{len(report.carried_losslessly)} parts losslessly"))
     return [(printable(name), printable(value)) for name, value in facts]
@@ -145,34 +160,22 @@ def _stage(stage: dict[str, object]) -> str:
 
 
 def _short(value: object) -> str:
-    """Return a setting as text, cut if it is long, like replay's sample."""
+    """Return a setting as text, or how long it is, as for replay's sample."""
     text = str(value)
-    return text if len(text) <= LONGEST_SETTING else f"{text[:LONGEST_SETTING]}..."
+    return text if len(text) <= LONGEST_SETTING else f"({len(text)} characters)"
 
 
-def _table(title: str, *columns: str) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
-    return table
-
-
-def _streams_table(report: Inspection) -> Table:
-    from rich.text import Text
-
-    table = _table("where the bytes went", "stream", "bytes", "share")
+def _show_streams(report: Inspection) -> None:
     rows = {**report.streams, "(header)": report.header, "(index, footer)": report.index}
-    for name, size in rows.items():
-        table.add_row(Text(printable(name)), f"{size:,}", f"{100 * size / report.size:.2f} %")
-    return table
+    cells = [(name, f"{size:,}", f"{100 * size / report.size:.2f} %") for name, size in rows.items()]
+    common.say("")
+    common.print_table(("stream", "bytes", "share"), cells, "where the bytes went")
 
 
-def _layers_table(report: Inspection) -> Table:
-    table = _table("layers", "layer", "tokens", "keys, bytes", "values, bytes", "bits/element")
-    for row in report.layers:
-        table.add_row(
-            str(row.layer), str(row.tokens), f"{row.keys:,}", f"{row.values:,}", f"{row.bits_per_element:.3f}"
-        )
-    return table
+def _show_layers(report: Inspection) -> None:
+    cells = [
+        (str(row.layer), f"{row.tokens:,}", f"{row.keys:,}", f"{row.values:,}", f"{row.bits_per_element:.3f}")
+        for row in report.layers
+    ]
+    common.say("")
+    common.print_table(("layer", "tokens", "keys, bytes", "values, bytes", "bits/element"), cells, "layers")

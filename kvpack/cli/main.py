@@ -27,10 +27,31 @@ from kvpack.cli.verify import verify
 from kvpack.errors import EXIT_CODES
 from kvpack.formats.temporary import discard_all
 
+ENVIRONMENT = {
+    "KVPACK_CACHE_DIR": "the folder for compiled code (default: ~/.cache/kvpack)",
+    "KVPACK_DEBUG": "set to 1, errors are shown with their traceback",
+    "TMPDIR": "the folder for temporary files without a name (default: /tmp)",
+    "NO_COLOR": "set to 1, nothing is printed in colour",
+}
+"""The variables of the environment that kvpack reads. docs/usage.md has the same table, with more words."""
+
+
+def _epilog() -> str:
+    """Return what stands below the help: a paragraph for each line."""
+    codes = [f"{code} {meaning}" for code, meaning in EXIT_CODES.items()]
+    variables = [f"{name}: {meaning}" for name, meaning in ENVIRONMENT.items()]
+    return "\n\n".join(["\n".join(["Exit codes:", *codes]), "\n".join(["Environment:", *variables])])
+
+
+def _flowing(text: str | None) -> str:
+    """Return a docstring with each paragraph in one line, so that the help fills the width of the terminal."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in (text or "").split("\n\n"))
+
+
 app = typer.Typer(
     name="kvpack",
-    help="Compress saved KV caches of language models and measure what was lost.",
-    epilog=f"Exit codes: {', '.join(f'{code} {meaning}' for code, meaning in EXIT_CODES.items())}.",
+    help="Compress saved KV caches of language models, and measure what was lost.",
+    epilog=_epilog(),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -38,6 +59,8 @@ app = typer.Typer(
 for command in (capture, compress, decompress, verify, inspect, calibrate, bench, demo, claims, clean):
     app.command()(command)
 app.add_typer(store)
+for registered in (*app.registered_commands, *store.registered_commands):
+    registered.help = _flowing(registered.callback.__doc__)
 
 
 def _version(value: bool) -> None:

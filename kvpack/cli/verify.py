@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvpack.cache.untrusted import printable
 from kvpack.cli import common
 from kvpack.errors import CorruptError, MismatchError, QualityError, UsageError
 
@@ -18,17 +17,46 @@ if TYPE_CHECKING:
     from kvpack.fidelity.model import ModelReport
     from kvpack.jobs import Integrity
 
+LIMITS = "Limits"
+"""The panel of options that make the command fail when too much was lost."""
+
 
 def verify(
     original: Annotated[
-        Path, typer.Argument(help="The capture that was compressed; or alone, a file to check.", show_default=False)
+        Path,
+        typer.Argument(
+            help="The capture that was compressed. Without FILE: the file to check by itself.",
+            show_default=False,
+            metavar="ORIGINAL",
+        ),
     ],
-    file: Annotated[Path | None, typer.Argument(help="The .kvp file, or another capture.", show_default=False)] = None,
-    max_nmse: Annotated[float | None, typer.Option(help="Fail above this NMSE.", show_default=False)] = None,
-    max_attn_err: Annotated[
-        float | None, typer.Option(help="Fail above this relative error of attention outputs.", show_default=False)
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            help="The .kvp file that was made from it, or another capture.", show_default=False, metavar="[FILE]"
+        ),
     ] = None,
-    bit_exact: Annotated[bool, typer.Option("--bit-exact", help="Fail unless every bit is the same.")] = False,
+    max_nmse: Annotated[
+        float | None,
+        typer.Option(
+            help="Fail if the squared error of keys or of values is above this share of their energy.",
+            show_default=False,
+            metavar="X",
+            rich_help_panel=LIMITS,
+        ),
+    ] = None,
+    max_attn_err: Annotated[
+        float | None,
+        typer.Option(
+            help="Fail if the relative error of attention outputs is above this.",
+            show_default=False,
+            metavar="X",
+            rich_help_panel=LIMITS,
+        ),
+    ] = None,
+    bit_exact: Annotated[
+        bool, typer.Option("--bit-exact", help="Fail unless every bit is the same.", rich_help_panel=LIMITS)
+    ] = False,
     model: Annotated[
         str | None,
         typer.Option(
@@ -36,18 +64,35 @@ def verify(
             "--model",
             help="Also run this model from both caches: a hub id, a directory, a .gguf file, or 'embedded'.",
             show_default=False,
+            metavar="MODEL",
         ),
     ] = None,
     max_kl: Annotated[
         float | None,
-        typer.Option(help="Fail above this mean next-token KL in nats. Needs --model.", show_default=False),
+        typer.Option(
+            help="Fail if the mean KL of next-token predictions is above this, in nats. Needs --model.",
+            show_default=False,
+            metavar="X",
+            rich_help_panel=LIMITS,
+        ),
     ] = None,
     min_top1: Annotated[
-        float | None, typer.Option(help="Fail below this top-1 agreement. Needs --model.", show_default=False)
+        float | None,
+        typer.Option(
+            help="Fail if the most likely next token is the same less often than this (0 to 1). Needs --model.",
+            show_default=False,
+            metavar="X",
+            rich_help_panel=LIMITS,
+        ),
     ] = None,
     max_ppl_increase: Annotated[
         float | None,
-        typer.Option(help="Fail above this relative increase in perplexity. Needs --model.", show_default=False),
+        typer.Option(
+            help="Fail if perplexity grows by more than this share: 0.05 for 5 %. Needs --model.",
+            show_default=False,
+            metavar="X",
+            rich_help_panel=LIMITS,
+        ),
     ] = None,
     dtype: common.Dtype = "auto",
     device: common.Device = "auto",
@@ -56,21 +101,23 @@ def verify(
     replay_model: Annotated[
         str | None,
         typer.Option(
-            help="The model that made the cache, for files of the codec replay (default: that of --model, else the "
+            help="For files of the codec replay: the model that made the cache (default: that of --model, or else the "
             "embedded one).",
             show_default=False,
+            metavar="MODEL",
         ),
     ] = None,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
-    """Measure what compression lost: the reconstruction error, and the attention error at the capture's probe queries.
+    """Measure what compression lost, or check one file for damage.
 
-    With --model, also compare the model's predictions from both caches: next-token KL, perplexity, greedy generation
-    and needles. The exit code is 3 if a threshold is not met, and 5 if FILE was not made from ORIGINAL.
+    With two files, the error of keys and values is measured, and how much it changes what the model's attention reads,
+    at the probe queries of ORIGINAL. With --model, the model itself runs from both caches, and its predictions are
+    compared. The exit code is 3 if a limit is exceeded, and 5 if FILE was not made from ORIGINAL.
 
-    With one file alone, check that it is as it was written: every checksum, and the digests of what is stored
-    losslessly. The exit code is 4 if not, and each damaged part is named.
+    With one file, every checksum is compared, and the digests of what is stored without loss. The exit code is 4 if
+    something is damaged, and each damaged part is named.
     """
     if file is None:
         limits = (max_nmse, max_attn_err, max_kl, min_top1, max_ppl_increase)
@@ -169,54 +216,56 @@ def _examined(found: Integrity) -> str:
 
 
 def _print(report: Report) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in ("layer", "K nmse", "K max", "K cos", "V nmse", "V max", "V cos", "KL", "attn err", "top16"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in report.layers:
-        table.add_row(str(row.index), *_cells(row.keys), *_cells(row.values), *_attention_cells(row.attention))
-    table.add_row("all", *_cells(report.keys), *_cells(report.values), *_attention_cells(report.attention))
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(f"bit-exact: {'yes' if report.bit_exact else 'no'}")
+    columns = ("layer", "K nmse", "K max", "K cos", "V nmse", "V max", "V cos", "KL", "attn err", "top16")
+    rows = [
+        (str(row.index), *_cells(row.keys), *_cells(row.values), *_attention_cells(row.attention))
+        for row in report.layers
+    ]
+    rows.append(("all", *_cells(report.keys), *_cells(report.values), *_attention_cells(report.attention)))
+    common.print_table(columns, rows)
+    common.say(f"bit-exact: {'yes' if report.bit_exact else 'no'}")
     extras = report.extras
-    for what, names in (("differs", extras.differ), ("missing", extras.missing), ("added", extras.added)):
-        for name in names:
-            console.print(printable(f"{what}: {name}"), markup=False, emoji=False)
+    for what, names in (
+        ("other tensors that differ", extras.differ),
+        ("tensors that the file leaves out", extras.missing),
+        ("tensors that only the file has", extras.added),
+    ):
+        if names:
+            common.say(f"{what}: {common.listed(names)}")
     for note in report.notes:
-        console.print(printable(f"note: {note}"), markup=False, emoji=False)
+        common.say(f"note: {note}")
 
 
 def _print_model(report: ModelReport) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in ("continuation", "tokens", "KL mean", "KL p90", "KL p99", "top-1", "ppl", "ppl change"):
-        table.add_column(column, justify="left" if column == "continuation" else "right", no_wrap=True)
+    rows = []
     for name, part in (("plain", report.plain), ("repeat", report.repeat)):
         if part is None:
             continue
-        kl = [f"{value:.2e}" for value in (part.kl_mean, part.kl_p90, part.kl_p99)]
-        perplexity = [f"{exp(part.nll):.3f}", f"{100 * part.ppl_change:+.2f} %"]
-        table.add_row(name, str(part.positions), *kl, f"{part.top1:.3f}", *perplexity)
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(f"greedy generation identical: {report.greedy_identical} of {report.greedy_length} tokens")
+        kl = map(_short, (part.kl_mean, part.kl_p90, part.kl_p99))
+        perplexity = (f"{exp(part.nll):.3f}", f"{100 * part.ppl_change:+.2f} %")
+        rows.append((name, str(part.positions), *kl, f"{part.top1:.3f}", *perplexity))
+    common.say("")
+    columns = ("continuation", "tokens", "KL mean", "KL p90", "KL p99", "top-1", "ppl", "ppl change")
+    common.print_table(columns, rows)
+    common.say(f"greedy generation identical: {report.greedy_identical} of {report.greedy_length} tokens")
     if report.needles:
         found, original = (sum(values) for values in zip(*((n.found, n.original) for n in report.needles), strict=True))
-        console.print(f"needles found: {found} of {len(report.needles)} (original cache: {original})")
+        common.say(f"needles found: {found} of {len(report.needles)} (original cache: {original})")
     for note in report.notes:
-        console.print(printable(f"note: {note}"), markup=False, emoji=False)
+        common.say(f"note: {note}")
+
+
+def _short(number: float) -> str:
+    """Return a number with two digits and its power of ten: 1.1e-2."""
+    digits, _, power = f"{number:.1e}".partition("e")
+    return f"{digits}e{int(power)}" if power else digits
 
 
 def _cells(part: Reconstruction) -> list[str]:
-    return [f"{part.nmse:.1e}", f"{part.max_abs_error:.1e}", f"{part.cosine:.4f}"]
+    return [_short(part.nmse), _short(part.max_abs_error), f"{part.cosine:.4f}"]
 
 
 def _attention_cells(part: Attention | None) -> list[str]:
     if part is None:
         return ["-", "-", "-"]
-    return [f"{part.kl:.1e}", f"{part.output_error:.1e}", f"{part.topk_overlap:.3f}"]
+    return [_short(part.kl), _short(part.output_error), f"{part.topk_overlap:.3f}"]

@@ -20,6 +20,7 @@ from typing import Any
 from kvpack.cache.untrusted import MAX_VALUES, parse_json
 from kvpack.errors import FormatError, TruncatedError, UnsupportedError
 from kvpack.formats.input import InputFile, Source, source_of
+from kvpack.formats.kinds import begins, instead
 
 MAX_HEADER = 100_000_000
 """The longest header in bytes that the safetensors library itself accepts."""
@@ -227,12 +228,10 @@ class TensorFile:
         """Validate a file's bytes ``data``; messages call it ``name``. The errors are those of :meth:`open`."""
         source = source_of(data)
         size = source.size
-        if size < 8:
-            raise FormatError(f"{name}: not a safetensors file (only {size} bytes)")
-        start = source.read(0, min(9, size))
+        start = begins(source)
         length = int.from_bytes(start[:8], "little")
-        if length > MAX_HEADER or bytes(start[8:]) != b"{":
-            raise FormatError(f"{name}: not a safetensors file")
+        if length > MAX_HEADER or start[8:] != b"{":
+            raise FormatError(f"{name}: not a safetensors file{instead(start)}")
         if 8 + length > size:
             raise TruncatedError(f"{name}: truncated: its header says {length} bytes, the file has {size - 8}")
         header = parse_header(bytes(source.read(8, 8 + length)), name)

@@ -1,6 +1,6 @@
 """The Python interface to what kvpack does with files. The command line is a thin layer over it."""
 
-from kvpack.jobs.compression import PROBES, Compressed, CompressJob, Write, compress, compress_many, prepare
+from kvpack.jobs.compression import PROBES, Compressed, CompressJob, Write, compress, compress_many, left_out, prepare
 from kvpack.jobs.decompression import Selection, check, decoded, decompress, differing_parts
 from kvpack.jobs.integrity import Damage, Integrity, Salvaged, examine, salvage
 from kvpack.jobs.reader import KvpFile, open_cache
@@ -24,6 +24,7 @@ __all__ = [
     "decompress",
     "differing_parts",
     "examine",
+    "left_out",
     "open_cache",
     "prepare",
     "require_compressed",

@@ -41,14 +41,25 @@ PROBES = ("queries.*", "query_positions", "attention_mass", "continuation")
 """These tensors of a capture are used only to measure fidelity."""
 
 
+def left_out(codec: Codec, drop: Sequence[str], keep_probes: bool | None) -> list[str]:
+    """Return the patterns of the tensors that a file leaves out: ``drop``, and :data:`PROBES` unless they are kept.
+
+    With ``keep_probes`` None, lossless files keep them, so that they come back byte for byte, and lossy files do not:
+    the original is what a lossy file is measured with, and probes would take more bytes in it than the cache.
+    """
+    kept = codec.lossless if keep_probes is None else keep_probes
+    return [*drop, *(() if kept else PROBES)]
+
+
 @dataclass(frozen=True)
 class Compressed:
     """The result of a compression.
 
     It holds the codec's name, the sizes in bytes, the bytes of each kind of stream, and the parts that had to be stored
-    losslessly. ``surprise`` is the
-    number of bits that the coefficients took, divided by the number that the profile expects for texts like those of
-    its calibration. It is None if the codec cannot compute it.
+    losslessly. ``original`` is the size of the capture that the file gives back, without the tensors that were left out
+    (``dropped``, of ``dropped_bytes`` in all). ``surprise`` is the number of bits that the coefficients took, divided
+    by the number that the profile expects for texts like those of its calibration. It is None if the codec cannot
+    compute it.
     """
 
     codec: str
@@ -57,6 +68,8 @@ class Compressed:
     streams: Mapping[str, int] = field(default_factory=dict)
     carried: list[str] = field(default_factory=list)
     surprise: float | None = None
+    dropped: list[str] = field(default_factory=list)
+    dropped_bytes: int = 0
 
 
 def compress(
@@ -154,7 +167,7 @@ def chunk_of(source: Capture, codec: Codec, asked: int | None) -> int:
         replayed = Need.MODEL in codec.traits.needs
         return min(max(rows, CHUNK_MULTIPLE), 1 << 20) if replayed else CHUNK_TOKENS
     if asked < 1 or asked % CHUNK_MULTIPLE or asked > 1 << 20:
-        raise UsageError(f"chunk tokens must be a multiple of {CHUNK_MULTIPLE} up to {1 << 20}")
+        raise UsageError(f"--chunk-tokens is a multiple of {CHUNK_MULTIPLE} up to {1 << 20}, not {asked}")
     return asked
 
 
@@ -268,8 +281,16 @@ class CompressJob:
                 if progress:
                     progress(done, total)
         surprise = None if carried else self._surprise(sizes)
+        whole = sum(entry.nbytes for entry in self.source.file.header.tensors)
         return Compressed(
-            self.codec.name, self.source.file.header.file_size, writer.finish(), dict(sizes), carried, surprise
+            self.codec.name,
+            self.kept.file_size,
+            writer.finish(),
+            dict(sizes),
+            carried,
+            surprise,
+            self.dropped,
+            whole - sum(entry.nbytes for entry in self.kept.tensors),
         )
 
     def _surprise(self, sizes: Mapping[str, int]) -> float | None:

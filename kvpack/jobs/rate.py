@@ -16,7 +16,7 @@ from kvpack.errors import MismatchError, UsageError
 from kvpack.fidelity import compare
 from kvpack.formats.source import Capture
 from kvpack.formats.temporary import scratch
-from kvpack.jobs.compression import PROBES, Compressed, compress, without
+from kvpack.jobs.compression import PROBES, Compressed, compress, left_out, without
 from kvpack.jobs.reader import KvpFile
 from kvpack.profiles import Profile, profile_for
 
@@ -78,13 +78,15 @@ def choose(
     *,
     chunk_tokens: int | None,
     drop: Sequence[str],
+    keep_probes: bool | None = None,
     engine: Engine | None = None,
 ) -> Codec:
     """Return the codec for ``capture`` that meets ``goal``.
 
     With a profile it is ``fisher``, without one ``local``. Without ``profile``, promises of KL and ratios look for an
     installed one; such a profile is not used for a ratio that is far from what ``fisher`` is for, where ``local`` loses
-    less (:data:`LOCAL_UP_TO`). A ratio that ``lossless`` reaches is reached by ``lossless``.
+    less (:data:`LOCAL_UP_TO`). A ratio that ``lossless`` reaches is reached by ``lossless``. What
+    files leave out is decided by :func:`kvpack.jobs.left_out`.
 
     Raises:
         UsageError: No step reaches the goal, the goal needs a profile, or there are no probes to measure attention
@@ -102,7 +104,8 @@ def choose(
         return _promised(profile, limit)
 
     def pack(codec: Codec, sink: BinaryIO) -> Compressed:
-        return compress(capture, sink, codec, profile=profile, chunk_tokens=chunk_tokens, drop=drop, engine=engine)
+        less = left_out(codec, drop, keep_probes)
+        return compress(capture, sink, codec, profile=profile, chunk_tokens=chunk_tokens, drop=less, engine=engine)
 
     def reached(codec: Codec) -> float:
         done = pack(codec, cast(BinaryIO, _Discarded()))
@@ -117,7 +120,9 @@ def choose(
     if goal.ratio is not None:
         step = _step_for_ratio(lambda step: reached(make(step)), goal.ratio, finest, last)
         if step is None:
-            raise UsageError(_unreachable(capture, drop, goal.ratio, reached(make(last))))
+            raise UsageError(
+                _unreachable(capture, left_out(make(last), drop, keep_probes), goal.ratio, reached(make(last)))
+            )
         return make(step)
 
     def holds(log_step: int) -> bool:
@@ -139,7 +144,7 @@ def _promised(profile: Profile | None, limit: float) -> Codec:
     """Return ``fisher`` at the coarsest step whose promise is a KL of at most ``limit`` nats."""
     if profile is None:
         raise UsageError(
-            "--quality and --max-kl are promises from calibration, and no profile is installed for this model: give "
+            "--quality and --max-kl go by what calibration measured, and no profile is installed for this model: give "
             "one (-D FILE, made by kvpack calibrate), or use --ratio, --max-attn-err or -c local-4"
         )
     return fisher(step_for_kl(np.asarray(profile["fisher.curve"]), limit))
@@ -175,7 +180,7 @@ def _unreachable(capture: Capture, drop: Sequence[str], ratio: float, best: floa
     kept, _ = without(capture.file.header, drop)
     probes, _ = without(kept, PROBES)
     size = sum(entry.nbytes for entry in kept.tensors) - sum(entry.nbytes for entry in probes.tensors)
-    advice = f"; {size} bytes of it are for measuring fidelity alone: --drop-probes leaves them out" if size else ""
+    advice = f"; {size} bytes of it only measure quality, and without --keep-probes they are left out" if size else ""
     return f"{capture.file.name}: no step reaches a ratio of {ratio:g}: the coarsest has {best:.3g}{advice}"
 
 

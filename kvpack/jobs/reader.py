@@ -22,12 +22,12 @@ from kvpack.engine.memory import default_limit, require_memory
 from kvpack.errors import CorruptError, FormatError, MismatchError, naming
 from kvpack.formats.captures import layer_of
 from kvpack.formats.input import InputFile
+from kvpack.formats.kinds import is_container
 from kvpack.formats.records import preceded, token_ids
 from kvpack.formats.safetensors import TensorFile, TensorSpec
 from kvpack.formats.source import Capture, in_shape
 from kvpack.jobs import replay
 from kvpack.kvp import Container
-from kvpack.kvp.layout import MAGIC
 from kvpack.numerics.floats import Bits
 from kvpack.profiles import Profile, profile_with
 
@@ -328,6 +328,6 @@ def open_cache(
 
     """
     file = InputFile(path, name)
-    if bytes(file.read(0, min(4, file.size))) == MAGIC[:4]:
+    if is_container(file.name, file):
         return KvpFile.of(file, profile, model=model)
     return Capture(TensorFile.of(file.name, file))

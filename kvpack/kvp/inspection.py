@@ -15,11 +15,11 @@ from kvpack.cache.metadata import parse_metadata, parse_values
 from kvpack.errors import naming
 from kvpack.formats.captures import layer_of
 from kvpack.formats.input import InputFile
+from kvpack.formats.kinds import is_container
 from kvpack.formats.safetensors import Header, TensorFile
 from kvpack.kvp import Container, PartEntry
 from kvpack.kvp.features import names_of
 from kvpack.kvp.header import FAST_TOKENS, runs_model
-from kvpack.kvp.layout import MAGIC
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def inspect(path: Path, name: str | None = None, *, check: bool = False) -> Insp
 
     """
     file = InputFile(path, name)
-    if bytes(file.read(0, min(4, file.size))) == MAGIC[:4]:
+    if is_container(file.name, file):
         return inspect_container(file.name, Container.of(file), check=check)
     return inspect_capture(file.name, TensorFile.of(file.name, file).header)
 

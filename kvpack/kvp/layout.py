@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 from kvpack.cache import PartSpec
 from kvpack.errors import CorruptError, FormatError, TruncatedError, UnsupportedError
+from kvpack.formats.kinds import KVP, instead
 from kvpack.kvp.features import KNOWN_CRITICAL, VERSION, written_version
 
-MAGIC = b"\x89KVP\r\n\x1a\n"
+MAGIC = KVP + b"\r\n\x1a\n"
 END_MAGIC = b"\x89KVPEND\n"
 INDEX = struct.Struct("<II")
 PART_BYTES, STREAM_BYTES = 10, 17
@@ -90,7 +91,7 @@ def unpack_prologue(raw: bytes) -> Prologue:
 
     """
     if raw[:8] != MAGIC[: len(raw[:8])] or not raw:
-        raise FormatError("not a .kvp file")
+        raise FormatError(f"not a .kvp file{'' if raw.startswith(KVP) else instead(raw[:9])}")
     if len(raw) < PROLOGUE.size:
         raise TruncatedError("truncated: the file ends within its prologue")
     _, major, minor, critical, _, length, crc, own = PROLOGUE.unpack(raw)

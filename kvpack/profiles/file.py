@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from kvpack.cache.metadata import parse_metadata
 from kvpack.errors import FormatError, MismatchError, UnsupportedError, naming
 from kvpack.formats.input import InputFile
+from kvpack.formats.kinds import begins, instead, is_safetensors
 from kvpack.formats.safetensors import TensorFile, build_header
 
 PROFILE_VERSION = 1
@@ -39,7 +40,7 @@ class Profile(Mapping[str, NDArray[Any]]):
 
         """
         if file.metadata.get("kvpack_profile_version") != str(PROFILE_VERSION):
-            raise MismatchError("not a .kvprofile of version 1")
+            raise MismatchError("not a .kvprofile file of version 1")
         unsupported = next((spec.name for spec in file.tensors.values() if spec.dtype not in _NUMPY), None)
         if unsupported is not None:
             raise MismatchError(f"{unsupported}: a profile's tensors are F16, F32, I32 or U8")
@@ -58,6 +59,8 @@ class Profile(Mapping[str, NDArray[Any]]):
         """
         source = InputFile(path)
         with naming(str(path)), _malformed():
+            if not is_safetensors(start := begins(source)):
+                raise MismatchError(f"not a .kvprofile file{instead(start)}")
             return cls(TensorFile.of(source.name, source), path, source.sha256())
 
     @property
