@@ -41,7 +41,7 @@ QUICK = ("lossless", "kivi-4", "kivi-2", "turboquant-4", "turboquant-2", "cacheg
 Progress = Callable[[int, int], None]
 
 Extra = Bound | Recompute | Noise | None
-"""What is measured beside codecs; None is the token entropy."""
+"""What is measured in addition to codecs; None is the token entropy."""
 
 
 @dataclass(frozen=True)

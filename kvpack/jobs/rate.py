@@ -21,7 +21,7 @@ from kvpack.jobs.reader import KvpFile
 from kvpack.profiles import Profile
 
 QUALITIES = {"high": 0.03, "balanced": 0.06, "small": 0.12}
-"""Next-token KL, in nats a token. Of the sequences held back from calibration, none exceeded it over :data:`MARGIN`."""
+"""Next-token KL, in nats per token. No sequence that calibration held back exceeded it divided by :data:`MARGIN`."""
 
 MARGIN = 1.5
 """The sequences that were held back are texts like those of the calibration. Other texts lose more."""
@@ -38,7 +38,7 @@ RESOLUTION = 4
 
 @dataclass(frozen=True)
 class Goal:
-    """One goal: ``quality`` (a name), ``max_kl`` (nats a token), ``max_attn_err`` or ``ratio``. The others are None."""
+    """A goal: ``quality`` (a name), ``max_kl`` (nats per token), ``max_attn_err`` or ``ratio``. The others are None."""
 
     quality: str | None = None
     max_kl: float | None = None
@@ -126,7 +126,7 @@ def choose(
 
 
 def _step_for_ratio(reached: Callable[[int], float], ratio: float, finest: int, last: int) -> int | None:
-    """Return the finest step at which a capture becomes ``ratio`` times smaller, or None if none does."""
+    """Return the finest step at which a capture reaches the compression ratio, or None if no step does."""
     found = coarsest(lambda step: reached(step) < ratio, finest, last)
     if found is not None and found + RESOLUTION > last:
         return None

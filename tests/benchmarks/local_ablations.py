@@ -1,4 +1,4 @@
-"""What each idea of ``local`` gives: bits an element and KL with it changed, one row each.
+"""What each idea of ``local`` gives: bits per element and KL with it changed, one row each.
 
     python tests/benchmarks/local_ablations.py manual.safetensors code.safetensors
 
