@@ -33,10 +33,13 @@ PLAIN_SHARE = 0.1
 
 RIVALS_TOKENS = 32768
 CURVE_SEQUENCES = 6
+"""Number of sequences held back on which the curve is measured, or the number of texts if there are more."""
+
 EXPECTED_BYTES = 0.32
 """Expected size of each weight of the prediction in bytes."""
 
 SCATTER_SEQUENCES = 12
+"""Number of sequences held back on which scatter is measured, or the number of texts if there are more."""
 
 BUDGET = 0.0495
 """Target size of the section ``fisher``, relative to the bytes of the model's weights in bf16."""
@@ -87,7 +90,7 @@ def calibrate(
 def _fisher(model: Model, sample: Sample, options: FisherOptions, tell: Say, work: Work) -> Arrays:
     held, learnt = sample.held, sample.learnt
     network = Network(model, sample)
-    chosen = learnt[:: max(1, len(learnt) // max(options.gradients, 1))][: options.gradients]
+    chosen = _spread(learnt, options.gradients)
     tell(f"fisher: gradients of {len(chosen)} sequences")
 
     def measured() -> Arrays:
@@ -112,14 +115,21 @@ def _fisher(model: Model, sample: Sample, options: FisherOptions, tell: Say, wor
     parts |= work.once("prediction", predicted)
     arrays: Arrays = {"rope.inv_freq": sample.frequencies}
     arrays |= {f"fisher.{name}": array for name, array in parts.items()}
-    some = held[:: -(-len(held) // SCATTER_SEQUENCES)]
+    texts = len(sample.documents)
+    some = _spread(held, max(SCATTER_SEQUENCES, texts))
     tell(f"fisher: scatter on {len(some)} sequences held back")
     arrays |= {f"fisher.{name}": array for name, array in scales.scatter(sample, some, arrays).items()}
     rows = []
-    for level, row in scales.curve(network, sample, held[:: -(-len(held) // CURVE_SEQUENCES)], arrays):
-        tell(f"fisher-{level}: KL {row[1]:.4f} plain, {row[3]:.4f} repeat")
+    for level, row in scales.curve(network, sample, _spread(held, max(CURVE_SEQUENCES, texts)), arrays):
+        tell(f"fisher-{level}: KL {row[1]:.4f} plain, {row[4]:.4f} repeat")
         rows.append(row)
     return {**arrays, "fisher.curve": np.array(rows, np.float32)}
+
+
+def _spread(sequences: list[int], most: int) -> list[int]:
+    """Return at most ``most`` of the sequences, evenly spaced from the first to the last."""
+    count = min(most, len(sequences))
+    return [sequences[i] for i in np.linspace(0, len(sequences) - 1, count).round().astype(int)]
 
 
 def _gathered(steps: Iterator[tuple[str, Arrays]], tell: Say) -> Arrays:

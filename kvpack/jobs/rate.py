@@ -21,10 +21,13 @@ from kvpack.jobs.reader import KvpFile
 from kvpack.profiles import Profile
 
 QUALITIES = {"high": 0.03, "balanced": 0.06, "small": 0.12}
-"""Next-token KL, in nats per token. No sequence that calibration held back exceeded it divided by :data:`MARGIN`."""
+"""Next-token KL in nats per token that nine of ten sequences held back from calibration did not exceed."""
 
-MARGIN = 1.5
-"""The sequences that were held back are texts like those of the calibration. Other texts lose more."""
+PROMISES = {5: (2, 4), 7: (2, 5)}
+"""By the number of columns of a profile's curve: the two that a promise is made from.
+
+Profiles with five columns have the largest KL of six sequences where later ones have that of nine in ten.
+"""
 
 FINEST, COARSEST = -480, -96
 """The range of steps that is searched for ``fisher``, in 32nds of an octave."""
@@ -90,8 +93,7 @@ def choose(
         raise MismatchError(f"the profile {profile.name} has no section fisher: calibrate again")
     if profile is not None and (goal.quality is not None or goal.max_kl is not None):
         limit = QUALITIES[goal.quality] if goal.quality is not None else float(goal.max_kl or 0)
-        curve = np.asarray(profile["fisher.curve"])
-        return fisher(step_for_kl(np.concatenate([curve[:, :1], MARGIN * curve[:, 1:]], axis=1), limit))
+        return fisher(step_for_kl(np.asarray(profile["fisher.curve"]), limit))
     make, finest, last = (local, LOCAL_FINEST, LOCAL_COARSEST) if profile is None else (fisher, FINEST, COARSEST)
 
     def pack(codec: Codec, sink: BinaryIO) -> Compressed:
@@ -162,19 +164,22 @@ def coarsest(holds: Callable[[int], bool], finest: int = FINEST, last: int = COA
 
 
 def step_for_kl(curve: np.ndarray, limit: float) -> int:
-    """Return the coarsest step at which the largest KL of both continuations was at most ``limit``.
+    """Return the coarsest step at which the KL of nine in ten continuations of both kinds was at most ``limit``.
 
-    Each row of the profile's ``curve`` has log_step, then the mean and the largest KL of the plain continuation, then
-    those of the repeated continuation. Between rows, log KL is interpolated over log_step. A limit above all measured
-    values gives the coarsest measured step.
+    ``curve`` is the array ``fisher.curve`` of a profile (``docs/profile-format.md``). Between its rows, log KL is
+    interpolated over log_step. A limit above all measured values gives the coarsest measured step.
 
     Raises:
+        MismatchError: The array has another shape, or numbers that are not finite.
         UsageError: The limit is below the KL at the finest measured step. A profile keeps only R directions, so its KL
             cannot fall below some value.
 
     """
-    order = np.argsort(curve[:, 0])
-    steps, worst = curve[order, 0], np.log2(np.maximum(np.maximum.accumulate(curve[order][:, [2, 4]].max(1)), 1e-12))
+    if curve.ndim != 2 or not len(curve) or curve.shape[1] not in PROMISES or not np.isfinite(curve).all():
+        raise MismatchError("the profile's fisher.curve is not a table of finite numbers with 5 or 7 columns")
+    curve = curve[np.argsort(curve[:, 0])]
+    steps, promised = curve[:, 0], curve[:, PROMISES[curve.shape[1]]].max(1)
+    worst = np.log2(np.maximum(np.maximum.accumulate(promised), 1e-12))
     wanted = float(np.log2(limit))
     if wanted >= worst[-1]:
         return int(steps[-1])

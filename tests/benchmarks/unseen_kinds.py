@@ -1,0 +1,124 @@
+"""Calibrates with all kinds of text and with some left out, and judges ``fisher`` on documents of each kind.
+
+    python tests/benchmarks/documents.py docs-text
+    python tests/benchmarks/unseen_kinds.py docs-text results --device cuda --jobs 3
+
+A document is judged with the profile of all kinds (its kind was seen, its text was not) and with one that was made
+without its kind. Profiles, captures and results are kept in the folder ``results``, and what is there is not made
+again. The tables of docs/benchmarks.md are printed at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+CALIBRATION = ("--gradients", "60", "--units", "1024", "--steps", "2500")
+SEQUENCES = 10
+"""Number of sequences of 2,048 tokens that are taken of each kind."""
+
+Document = dict[str, Any]
+
+
+def main() -> None:
+    """Run what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", type=Path, help="folder that documents.py has written")
+    parser.add_argument("results", type=Path, help="folder for profiles, captures and results")
+    parser.add_argument("--model", help="model, as for kvpack")
+    parser.add_argument("--device", default="auto", help="device, as for kvpack")
+    parser.add_argument("--jobs", type=int, default=1, help="commands at a time")
+    parser.add_argument("--folds", help="calibrate only these, comma-separated: 'all' or the number of a fold")
+    parser.add_argument("--codecs", default="fisher", help="codecs to judge, as for kvpack bench")
+    options = parser.parse_args()
+    options.results.mkdir(parents=True, exist_ok=True)
+    found = json.loads((options.texts / "documents.json").read_text())
+    folds = {"all": ()} | {str(i): tuple(kinds) for i, kinds in enumerate(found["folds"])}
+    wanted = options.folds.split(",") if options.folds else list(folds)
+    model = ("--model", options.model) if options.model else ()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        made = [pool.submit(calibrate, options, name, folds[name], model) for name in wanted]
+        for future in made:
+            future.result()
+        if options.folds:
+            return
+        names = sorted(path.stem for path in options.texts.glob("*.txt") if not path.stem.startswith("calibration-"))
+        list(pool.map(lambda name: capture(options, name, model), names))
+        pairs = [
+            (name, fold) for name in names for fold in folds if fold == "all" or found["kinds"].get(name) in folds[fold]
+        ]
+        list(pool.map(lambda pair: bench(options, *pair, model), pairs))
+    table(options.results, names, found["kinds"], folds)
+
+
+def run(log: Path, *arguments: object) -> None:
+    """Run ``kvpack`` with these arguments; what it prints goes to ``log``."""
+    with log.open("w") as sink:
+        command = [sys.executable, "-m", "kvpack", *map(str, arguments)]
+        subprocess.run(command, stdout=sink, stderr=subprocess.STDOUT, check=True)
+
+
+def calibrate(options: argparse.Namespace, name: str, without: Sequence[str], model: Sequence[str]) -> None:
+    """Make the profile ``NAME.kvprofile`` from all kinds of text but those of ``without``."""
+    output = options.results / f"{name}.kvprofile"
+    paths = [path for path in sorted(options.texts.glob("calibration-*.txt")) if path.stem[12:] not in without]
+    if not output.exists():
+        texts = [word for path in paths for word in ("--text", path)]
+        size = ("--tokens", 2048 * SEQUENCES * len(paths), *CALIBRATION)
+        run(output.with_suffix(".log"), "calibrate", *texts, "-o", output, *size, "--device", options.device, *model)
+
+
+def capture(options: argparse.Namespace, name: str, model: Sequence[str]) -> None:
+    """Capture the cache of a document."""
+    output = options.results / f"{name}.safetensors"
+    needles = () if name.startswith("other-") else ("--needles", 8)
+    if not output.exists():
+        size = ("--max-tokens", 1792, *needles, "--device", options.device, *model)
+        run(output.with_suffix(".log"), "capture", "--text", options.texts / f"{name}.txt", "-o", output, *size)
+
+
+def bench(options: argparse.Namespace, name: str, fold: str, model: Sequence[str]) -> None:
+    """Judge the codecs on a document with the profile of ``fold``."""
+    output, profile = options.results / f"{name}.{fold}.json", options.results / f"{fold}.kvprofile"
+    if not output.exists():
+        judge = ("--codecs", options.codecs, "--quick", "--device", options.device, *model)
+        capture = options.results / f"{name}.safetensors"
+        run(output.with_suffix(".log"), "bench", capture, "-D", profile, "-o", output, "-q", *judge)
+
+
+def table(results: Path, names: Sequence[str], kinds: dict[str, str], folds: dict[str, Sequence[str]]) -> None:
+    """Print a Markdown row for each document and codec: ratio and KL with its kind seen and with its kind left out."""
+    print(
+        "| document | codec | kind seen: ratio | KL plain | KL repeat | kind left out: ratio | KL plain | KL repeat |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    sums: dict[str, list[list[float]]] = {}
+    for name in names:
+        fold = next((fold for fold, without in folds.items() if kinds.get(name) in without), None)
+        seen, unseen = rows(results / f"{name}.all.json"), rows(results / f"{name}.{fold}.json") if fold else {}
+        for codec, figures in seen.items():
+            both = [*figures, *unseen.get(codec, figures if fold is None else ())]
+            sums.setdefault(codec, []).append(both)
+            print(f"| {name} | {codec} | " + " | ".join(f"{x:.4g}" for x in both) + " |")
+    for codec, found in sums.items():
+        print(f"| mean | {codec} | " + " | ".join(f"{mean(column):.4g}" for column in zip(*found, strict=True)) + " |")
+
+
+def rows(path: Path) -> dict[str, list[float]]:
+    """Return for each codec of a result its ratio and its KL, plain and repeated."""
+    found = {}
+    for row in json.loads(path.read_text())["rows"]:
+        if row["ratio"] and row["model"]:
+            found[row["codec"]] = [row["ratio"], row["model"]["plain"]["kl_mean"], row["model"]["repeat"]["kl_mean"]]
+    return found
+
+
+if __name__ == "__main__":
+    main()
