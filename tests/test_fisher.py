@@ -420,6 +420,18 @@ def test_step_for_kl_reads_the_worst_continuation(order: int) -> None:
             step_for_kl(curve, floor)
 
 
+def test_step_for_kl_reads_what_nine_of_ten_had() -> None:
+    """Newer profiles tell nine in ten from the largest, which promises nothing."""
+    wide = np.insert(np.insert(CURVE, 3, 1.0, axis=1), 6, 1.0, axis=1)
+    assert step_for_kl(wide, 0.03) == step_for_kl(CURVE, 0.03)
+
+
+@pytest.mark.parametrize("bad", [CURVE[0], CURVE[:0], CURVE[:, :4], np.where(CURVE > 0, np.nan, CURVE)])
+def test_malformed_curves_are_a_wrong_profile(bad: np.ndarray) -> None:
+    with pytest.raises(MismatchError, match="5 or 7 columns"):
+        step_for_kl(bad, 0.03)
+
+
 def test_step_for_kl_trusts_no_dip() -> None:
     """A coarser step that measured better by chance promises nothing."""
     curve = CURVE.copy()

@@ -35,8 +35,11 @@ from kvpack.formats.records import layer_tensors
 from kvpack.formats.source import Capture
 from kvpack.profiles import Profile
 
-QUICK = ("lossless", "kivi-4", "kivi-2", "turboquant-4", "turboquant-2", "cachegen-4", "aquakv-2", "kvtc-1")
-"""Codecs of ``--quick``; calibrated ones are run only with a profile."""
+QUICK = (
+    *("lossless", "kivi-4", "kivi-2", "turboquant-4", "turboquant-2", "local-4", "fisher-5"),
+    *("cachegen-4", "aquakv-2", "kvtc-1"),
+)
+"""Codecs of ``--quick``; calibrated ones are run only with a profile that has their section."""
 
 Progress = Callable[[int, int], None]
 

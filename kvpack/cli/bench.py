@@ -76,6 +76,7 @@ def bench(
     from kvpack.codecs.protocol import Need
     from kvpack.codecs.recipes import codecs_matching
     from kvpack.formats.source import Capture
+    from kvpack.profiles import profile_for
 
     for path in captures:
         Capture.open(path)  # A file that is no capture is named now and not after hours of work.
@@ -83,12 +84,17 @@ def bench(
         student_t(len(captures) - 1)  # If scipy is missing, this says so now and not after hours of work.
     names = ",".join(run.QUICK) if quick and codecs == "all" else codecs
     chosen = codecs_matching(names.split(","))
-    opened = common.open_profile(profile)
-    if opened is None and any(Need.PROFILE in codec.traits.needs for codec in chosen):
+    opened = common.open_profile(profile) if profile else profile_for(Capture.open(captures[0]).metadata)
+    known = {name.split(".")[0].split("-")[0] for name in opened or ()}
+    unknown = [
+        codec for codec in chosen if Need.PROFILE in codec.traits.needs and codec.name.split("-")[0] not in known
+    ]
+    if unknown:
+        families = ", ".join(dict.fromkeys(codec.name.split("-")[0] for codec in unknown))
         if "all" not in codecs.split(","):
-            raise UsageError("codecs that are calibrated need a profile: -D FILE, made by kvpack calibrate")
-        chosen = [codec for codec in chosen if Need.PROFILE not in codec.traits.needs]
-        common.say("no profile given (-D): calibrated codecs are left out", quiet=quiet, to_stderr=True)
+            raise UsageError(f"no profile for {families}: give one with -D FILE, made by kvpack calibrate --codecs all")
+        chosen = [codec for codec in chosen if codec not in unknown]
+        common.say(f"no profile for {families} (-D): these codecs are left out", quiet=quiet, to_stderr=True)
     judge = None if model == "none" else load_model(None if model == "embedded" else model, dtype, device)
     if any(map(needs_model, chosen)) and not all(can_replay(path, judge) for path in captures):
         if "all" not in codecs.split(","):

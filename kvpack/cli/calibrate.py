@@ -14,12 +14,18 @@ from kvpack.cli import common
 from kvpack.cli.capture import read_text
 from kvpack.errors import KvpackError, UsageError
 
+NEW = "new.kvprofile"
+"""Name of a profile in the folder of installed ones until its digest is known."""
+
 
 def calibrate(
     text: Annotated[
         list[Path], typer.Option("--text", help="UTF-8 text file to learn from; repeatable.", show_default=False)
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Profile to write.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Profile to write.", show_default=False)] = None,
+    install: Annotated[
+        bool, typer.Option("--install", help="Keep the profile where all commands find it, so that -D is not needed.")
+    ] = False,
     model: common.Model = None,
     tokens: Annotated[int, typer.Option(min=1, help="Total number of tokens, split evenly between texts.")] = 65536,
     context: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 2048,
@@ -45,11 +51,17 @@ def calibrate(
     Choose texts like those to compress, of several kinds, and none on which a codec will be judged. Intermediate
     results are kept in OUTPUT.partial until the command is done; the same command resumes from them.
     """
+    if output is None and not install:
+        raise UsageError("say where the profile goes: -o FILE, --install, or both")
     contents = [(str(path), read_text(path)) for path in text]
-    common.check_target(output, [*text, common.model_files(model)], force=force)
     from kvpack import calibration
     from kvpack.capture import load_model
-    from kvpack.profiles import write_profile
+    from kvpack.profiles import install_profile, installed_folder, write_profile
+
+    if output is None:
+        output, force = installed_folder() / NEW, True
+        output.parent.mkdir(parents=True, exist_ok=True)
+    common.check_target(output, [*text, common.model_files(model)], force=force)
 
     sections = calibration.SECTIONS if codecs == "all" else tuple(codecs.split(","))
     unknown = [name for name in sections if name not in calibration.SECTIONS]
@@ -71,6 +83,8 @@ def calibrate(
         size = write_profile(arrays, calibration.metadata(loaded, sample, options), sink)
     work.remove()
     count = sum(document["sequences"] for document in sample.documents)
+    if install:
+        output = install_profile(output, loaded.name, move=output.name == NEW)
     common.say(f"{output}: {count} sequences, {sample.tokens.size} tokens, {size} bytes", quiet=quiet)
 
 

@@ -63,7 +63,12 @@ Gpu = Annotated[
 ]
 ProfileFile = Annotated[
     Path | None,
-    typer.Option("-D", "--profile", help="The .kvprofile file, which calibrated codecs need.", show_default=False),
+    typer.Option(
+        "-D",
+        "--profile",
+        help="The .kvprofile of calibrated codecs; without it, an installed one that fits is taken.",
+        show_default=False,
+    ),
 ]
 
 

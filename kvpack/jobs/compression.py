@@ -31,7 +31,7 @@ from kvpack.jobs import replay
 from kvpack.jobs.hints import encoder_hints
 from kvpack.kvp import ContainerWriter
 from kvpack.kvp.header import Header
-from kvpack.profiles import Profile
+from kvpack.profiles import Profile, profile_for
 
 CHUNK_TOKENS = 2048
 CHUNK_MULTIPLE = 128
@@ -121,10 +121,13 @@ def prepare(
         raise FormatError(f"{source.file.name}: no layers.N.keys or layers.N.values to compress lossily")
     needed = None
     if Need.PROFILE in codec.traits.needs:
-        if profile is None:
-            raise UsageError(f"{codec.name} needs a calibration profile: -D FILE, made by kvpack calibrate")
-        profile.require_model(source.metadata)
-        needed = profile
+        needed = profile if profile is not None else profile_for(source.metadata)
+        if needed is None:
+            raise UsageError(
+                f"{codec.name} needs a calibration profile, and none is installed for this model: -D FILE, made by "
+                "kvpack calibrate"
+            )
+        needed.require_model(source.metadata)
     tokens = None
     if Need.TOKENS in codec.traits.needs and any(entry.name == "tokens" for entry in kept.tensors):
         tokens = preceded(token_ids(source), before)

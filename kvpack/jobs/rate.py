@@ -18,7 +18,7 @@ from kvpack.formats.source import Capture
 from kvpack.formats.temporary import scratch
 from kvpack.jobs.compression import PROBES, Compressed, compress, without
 from kvpack.jobs.reader import KvpFile
-from kvpack.profiles import Profile
+from kvpack.profiles import Profile, profile_for
 
 QUALITIES = {"high": 0.03, "balanced": 0.06, "small": 0.12}
 """Next-token KL in nats per token that nine of ten sequences held back from calibration did not exceed."""
@@ -27,6 +27,12 @@ PROMISES = {5: (2, 4), 7: (2, 5)}
 """By the number of columns of a profile's curve: the two that a promise is made from.
 
 Profiles with five columns have the largest KL of six sequences where later ones have that of nine in ten.
+"""
+
+LOCAL_UP_TO = 1 / 3
+"""Up to this share of the ratio of ``fisher`` at its finest calibrated step, ``local`` is taken for a ratio.
+
+On the documents of docs/benchmarks.md ``fisher-8`` has ratio 47, and ``local`` reaches its KL at about 16.
 """
 
 FINEST, COARSEST = -480, -96
@@ -74,9 +80,11 @@ def choose(
     drop: Sequence[str],
     engine: Engine | None = None,
 ) -> Codec:
-    """Return the codec for ``capture`` that meets ``goal``: ``fisher`` with a profile, ``local`` without one.
+    """Return the codec for ``capture`` that meets ``goal``.
 
-    A ratio that ``lossless`` reaches is reached by ``lossless``.
+    With a profile it is ``fisher``, without one ``local``. Without ``profile``, promises of KL and ratios look for an
+    installed one; such a profile is not used for a ratio that is far from what ``fisher`` is for, where ``local`` loses
+    less (:data:`LOCAL_UP_TO`). A ratio that ``lossless`` reaches is reached by ``lossless``.
 
     Raises:
         UsageError: No step reaches the goal, the goal needs a profile, or there are no probes to measure attention
@@ -84,29 +92,29 @@ def choose(
         MismatchError: The profile has no section ``fisher``, or is for another model.
 
     """
-    if profile is None and (goal.quality is not None or goal.max_kl is not None):
-        raise UsageError(
-            "--quality and --max-kl are promises from calibration: give a profile (-D FILE, made by kvpack calibrate), "
-            "or --ratio, --max-attn-err or -c local-4"
-        )
+    given = profile
+    if profile is None and goal.max_attn_err is None:
+        profile = profile_for(capture.metadata)
     if profile is not None and "fisher.curve" not in profile:
         raise MismatchError(f"the profile {profile.name} has no section fisher: calibrate again")
-    if profile is not None and (goal.quality is not None or goal.max_kl is not None):
+    if goal.quality is not None or goal.max_kl is not None:
         limit = QUALITIES[goal.quality] if goal.quality is not None else float(goal.max_kl or 0)
-        return fisher(step_for_kl(np.asarray(profile["fisher.curve"]), limit))
-    make, finest, last = (local, LOCAL_FINEST, LOCAL_COARSEST) if profile is None else (fisher, FINEST, COARSEST)
+        return _promised(profile, limit)
 
     def pack(codec: Codec, sink: BinaryIO) -> Compressed:
         return compress(capture, sink, codec, profile=profile, chunk_tokens=chunk_tokens, drop=drop, engine=engine)
 
+    def reached(codec: Codec) -> float:
+        done = pack(codec, cast(BinaryIO, _Discarded()))
+        return done.original / done.size
+
     if goal.ratio is not None:
-
-        def reached(codec: Codec) -> float:
-            done = pack(codec, cast(BinaryIO, _Discarded()))
-            return done.original / done.size
-
         if reached(CODECS["lossless"]) >= goal.ratio:
             return CODECS["lossless"]
+        if given is None and profile is not None and goal.ratio < LOCAL_UP_TO * reached(fisher(_finest(profile))):
+            profile = None
+    make, finest, last = (local, LOCAL_FINEST, LOCAL_COARSEST) if profile is None else (fisher, FINEST, COARSEST)
+    if goal.ratio is not None:
         step = _step_for_ratio(lambda step: reached(make(step)), goal.ratio, finest, last)
         if step is None:
             raise UsageError(_unreachable(capture, drop, goal.ratio, reached(make(last))))
@@ -125,6 +133,33 @@ def choose(
     if found is None:
         raise UsageError(f"no step keeps attention's error below {goal.max_attn_err:g} on this capture")
     return make(found)
+
+
+def _promised(profile: Profile | None, limit: float) -> Codec:
+    """Return ``fisher`` at the coarsest step whose promise is a KL of at most ``limit`` nats."""
+    if profile is None:
+        raise UsageError(
+            "--quality and --max-kl are promises from calibration, and no profile is installed for this model: give "
+            "one (-D FILE, made by kvpack calibrate), or use --ratio, --max-attn-err or -c local-4"
+        )
+    return fisher(step_for_kl(np.asarray(profile["fisher.curve"]), limit))
+
+
+def _finest(profile: Profile) -> int:
+    """Return the finest step that calibration measured."""
+    return int(_curve(profile["fisher.curve"])[0, 0])
+
+
+def _curve(found: np.ndarray) -> np.ndarray:
+    """Return the array ``fisher.curve`` of a profile, finest step first, after checking it.
+
+    Raises:
+        MismatchError: It is not a table of finite numbers with a number of columns that :data:`PROMISES` knows.
+
+    """
+    if found.ndim != 2 or not len(found) or found.shape[1] not in PROMISES or not np.isfinite(found).all():
+        raise MismatchError("the profile's fisher.curve is not a table of finite numbers with 5 or 7 columns")
+    return found[np.argsort(found[:, 0])]
 
 
 def _step_for_ratio(reached: Callable[[int], float], ratio: float, finest: int, last: int) -> int | None:
@@ -175,9 +210,7 @@ def step_for_kl(curve: np.ndarray, limit: float) -> int:
             cannot fall below some value.
 
     """
-    if curve.ndim != 2 or not len(curve) or curve.shape[1] not in PROMISES or not np.isfinite(curve).all():
-        raise MismatchError("the profile's fisher.curve is not a table of finite numbers with 5 or 7 columns")
-    curve = curve[np.argsort(curve[:, 0])]
+    curve = _curve(curve)
     steps, promised = curve[:, 0], curve[:, PROMISES[curve.shape[1]]].max(1)
     worst = np.log2(np.maximum(np.maximum.accumulate(promised), 1e-12))
     wanted = float(np.log2(limit))

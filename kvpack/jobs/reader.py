@@ -29,7 +29,7 @@ from kvpack.jobs import replay
 from kvpack.kvp import Container
 from kvpack.kvp.layout import MAGIC
 from kvpack.numerics.floats import Bits
-from kvpack.profiles import Profile
+from kvpack.profiles import Profile, profile_with
 
 Wanted = Callable[[PartSpec], bool]
 """A function that says whether a part is wanted."""
@@ -86,6 +86,8 @@ class KvpFile:
         if needed and profile and profile.sha256 != needed["sha256"]:
             mine = _describe(profile.identity())
             raise MismatchError(f"was made with the profile {_describe(needed)}, not with {mine}")
+        if needed and profile is None:
+            self.profile = profile_with(needed["sha256"])
         self.spec: CacheSpec = container.cache
         self.tensors: Mapping[str, TensorSpec] = {entry.name: entry for entry in container.source.tensors}
         self.metadata: Mapping[str, str] = container.source.metadata

@@ -24,7 +24,7 @@ from kvpack.formats.sink import SafetensorsSink
 from kvpack.jobs import KvpFile, decoded
 from kvpack.jobs.reader import keys_and_values
 from kvpack.kvp import Container
-from kvpack.profiles import Profile
+from kvpack.profiles import Profile, profile_with
 from kvpack.store.identity import Document, identity_of
 from kvpack.store.keys import Ids
 from kvpack.store.objects import Entry, open_object
@@ -170,8 +170,12 @@ def _kinds(store: Store, prompt: Prompt, codec: Codec, kind: str | None) -> list
 
 
 def _with_profile(kinds: list[tuple[str, Document]], profile: Profile | None) -> list[tuple[str, Document]]:
-    own = profile.sha256 if profile else None
-    usable = [one for one in kinds if one[1]["recipe"]["profile"] in (None, own)]
+    def fits(needed: str | None) -> bool:
+        if needed is None:
+            return True
+        return profile_with(needed) is not None if profile is None else profile.sha256 == needed
+
+    usable = [one for one in kinds if fits(one[1]["recipe"]["profile"])]
     if not usable:
         needed = kinds[0][1]["recipe"]["profile"]
         given = "not with the one given" if profile else "give it with -D"

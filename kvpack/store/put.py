@@ -14,7 +14,7 @@ from kvpack.errors import FormatError, MismatchError, UsageError, naming
 from kvpack.formats.source import Capture
 from kvpack.jobs import CompressJob, KvpFile, Write, compress_many, differing_parts, prepare
 from kvpack.jobs.compression import CHUNK_MULTIPLE
-from kvpack.profiles import Profile
+from kvpack.profiles import Profile, profile_for
 from kvpack.store.identity import identity_of, recipe_of
 from kvpack.store.keys import Ids, object_name
 from kvpack.store.objects import cut, notes_of, open_object, text_of
@@ -77,6 +77,8 @@ def put(
         tokens, identity = text_of(capture), identity_of(capture.metadata, capture.tensors)
         if "lossy" in capture.metadata:
             raise MismatchError("was decoded from a lossy codec: stored again it would pass for the model's own")
+        if Need.PROFILE in codec.traits.needs and profile is None:
+            profile = profile_for(capture.metadata)
         work = _Work(store, capture, tokens, codec, profile, window)
         work.job(0, min(window, len(tokens)), "", "")  # This refuses what cannot be coded before anything is written.
         needed = profile.sha256 if profile and Need.PROFILE in codec.traits.needs else None
