@@ -95,7 +95,7 @@ def written(path: Path, tensors: dict[str, tuple[str, np.ndarray]], metadata: di
 
 
 def jobs(folder: Path, capture: Path | None, profile: Path | None) -> Iterator[list[object]]:
-    """What both versions do: label, source, codec, tokens a window, profile, selections."""
+    """What both versions do: label, source, codec, tokens per window, profile, selections."""
     from kvpack.codecs.protocol import Need
     from kvpack.codecs.recipes import CODECS
 

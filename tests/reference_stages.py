@@ -28,7 +28,7 @@ ITEM_BYTES = {
 }
 
 Plane = tuple[str, tuple[int, int, int], int]
-"""Name, shape (rows, tokens, dims), bits a code."""
+"""Name, shape (rows, tokens, dims), bits per code."""
 
 Array = dict[str, Any]
 Profile = dict[str, np.ndarray]

@@ -107,7 +107,7 @@ def test_measured_files_stand_in_the_same_table(cli: Cli, tmp_path: Path, captur
     names = [line["stored"] for line in mine]
     assert names == [
         "raw",
-        "TurboQuant, 3 bits an element",
+        "TurboQuant, 3 bits per element",
         *("lossless", "turboquant-3", "replay"),
         "tokens as 32-bit integers, replayed",
         "tokens by their entropy, replayed",

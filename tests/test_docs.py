@@ -189,3 +189,31 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_files_named_in_the_docs_exist(page: Path) -> None:
     for name in re.findall(r"`((?:tests|docs|fixtures|kvpack)/[\w./-]+\.\w+)`", page.read_text()):
         assert (ROOT / name).exists(), name
+
+
+def lines_without_code(page: Path) -> list[str]:
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S).splitlines()
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    titles = [line.lstrip("#").strip().lower() for line in lines_without_code(page) if line.startswith("#")]
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_to_headings_lead_to_headings(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", page.read_text()):
+        assert anchor in anchors(page.parent / target if target else page), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_tables_render(page: Path) -> None:
+    """Every table has a header, a line below it, and rows of as many cells. An empty line would break it in two."""
+    cells = [len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else 0 for line in lines_without_code(page)]
+    below = [bool(re.fullmatch(r"\|( ?:?-+:? ?\|)+", line)) for line in lines_without_code(page)]
+    for i, count in enumerate(cells):
+        if count and not (i and cells[i - 1]):
+            assert below[i + 1], lines_without_code(page)[i]
+        elif count:
+            assert count == cells[i - 1], lines_without_code(page)[i]

@@ -27,13 +27,13 @@ LAYERS: list[str] = [
     "cli",
     "__main__",
 ]
-"""Rooms of ``kvpack/``, lowest first. A room may import rooms below it, and its own modules."""
+"""Packages of ``kvpack/``, lowest first. A package may import packages below it, and its own modules."""
 
 ONLY_IN_CLI = {"typer", "rich"}
 FILES = sorted((ROOT / "kvpack").rglob("*.py"))
 
 
-def room(path: Path) -> str:
+def package(path: Path) -> str:
     return path.relative_to(ROOT / "kvpack").parts[0].removesuffix(".py")
 
 
@@ -69,7 +69,7 @@ def test_imports_go_down(path: Path) -> None:
     if path == ROOT / "kvpack" / "__init__.py":
         assert imported_at_start(path) <= {"__future__", "typing"}  # starting takes no time
         return
-    own = room(path)
+    own = package(path)
     for name in imported(path):
         top, _, rest = name.partition(".")
         target = rest.split(".")[0].removeprefix("__version__")

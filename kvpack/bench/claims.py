@@ -138,7 +138,7 @@ def claim(
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the table: a way to store a cache, how many times smaller it is than others, and what it costs to read.
+    """A line of the table: a way to store a cache, its ratios to other ways, and what it costs to read.
 
     Attributes:
         model: The model.
@@ -217,11 +217,11 @@ def lines(
         bits = one.turboquant_bits / basis.elements
         table += [
             basis.line(f"raw, {whose}", one.raw_bits, "computed"),
-            basis.line(f"TurboQuant, {bits:g} bits an element", one.turboquant_bits, "computed"),
+            basis.line(f"TurboQuant, {bits:g} bits per element", one.turboquant_bits, "computed"),
         ]
         if bits != PACKED_TURBOQUANT_BITS:
             packed = basis.elements * PACKED_TURBOQUANT_BITS
-            table.append(basis.line(f"TurboQuant, {PACKED_TURBOQUANT_BITS:g} bits an element", packed, "computed"))
+            table.append(basis.line(f"TurboQuant, {PACKED_TURBOQUANT_BITS:g} bits per element", packed, "computed"))
         table += [
             basis.replay("tokens as 32-bit integers, replayed", 32, "computed", plain, None),
             basis.replay("tokens by their entropy, replayed", one.token_bits, how, both, None),

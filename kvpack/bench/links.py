@@ -16,7 +16,7 @@ from kvpack.bench.results import RECOMPUTE, REPLAY, Interval, Row, Summary
 
 
 def speed_below(small: tuple[float, float], large: tuple[float, float]) -> float:
-    """Return the link speed in bytes a second below which the way ``small`` is faster than ``large``.
+    """Return the link speed in bytes per second below which the way ``small`` is faster than ``large``.
 
     Each way is its bytes and its seconds of decoding. Infinity means at every speed: ``small`` takes neither more bytes
     nor more seconds. 0 means that there is no such speed.
@@ -28,7 +28,7 @@ def speed_below(small: tuple[float, float], large: tuple[float, float]) -> float
 
 
 def with_links(rows: Sequence[Row], summaries: Sequence[Summary]) -> list[Summary]:
-    """Add two figures to the summaries of codecs, in bytes a second, from their rows' means over documents.
+    """Add two figures to the summaries of codecs, in bytes per second, from their rows' means over documents.
 
     ``raw_below`` is the speed below which the codec's file is faster than the uncompressed cache, and ``replay_below``
     that below which replay is faster than the codec's file. Replay's bytes and seconds are those of the codec
@@ -64,7 +64,7 @@ def _way(rows: Sequence[Row], codec: str) -> tuple[float, float, float] | None:
 
 
 def show_speed(speed: float) -> str:
-    """Return a link speed in words: ``any``, ``never``, or bytes a second with a unit."""
+    """Return a link speed in words: ``any``, ``never``, or bytes per second with a unit."""
     if math.isinf(speed):
         return "any"
     if speed <= 0:

@@ -60,7 +60,7 @@ def measured_lines(
     _report(progress, 1, steps)
     table = [
         basis.line("raw", raw, "measured"),
-        basis.line(f"TurboQuant, {turboquant_bits:g} bits an element", basis.turboquant_bits, "computed"),
+        basis.line(f"TurboQuant, {turboquant_bits:g} bits per element", basis.turboquant_bits, "computed"),
     ]
     for done, codec in enumerate(codecs):
         bits = 8 * through_file(path, codec, profile, model).size / count

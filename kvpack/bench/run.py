@@ -44,7 +44,7 @@ QUICK = (
 Progress = Callable[[int, int], None]
 
 Extra = Bound | Recompute | Noise | None
-"""What is measured beside codecs; None is the token entropy."""
+"""What is measured in addition to codecs; None is the token entropy."""
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ class Role(StrEnum):
 class TensorInfo:
     """A tensor of a cache.
 
-    ``shape`` is ``(H, T, D)``: for keys and values these are heads, rows (one a token) and dimensions. The shape of any
-    other tensor is folded to three axes. ``dtype`` has the spelling of safetensors, and an element has ``itemsize``
+    ``shape`` is ``(H, T, D)``: for keys and values these are heads, rows (one per token) and dimensions. The shape of
+    any other tensor is folded to three axes. ``dtype`` has the spelling of safetensors, and an element has ``itemsize``
     bytes. ``origin`` is the position of the first row in the text: in every tensor rows are counted from 0, but
     positions may start later.
     """

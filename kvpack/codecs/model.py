@@ -73,7 +73,7 @@ class Replay:
         """
         found = self._cache.get(tensor.name)
         if found is None or found.shape != tensor.shape or found.itemsize != tensor.itemsize:
-            has = "none" if found is None else f"{list(found.shape)}, {8 * found.itemsize} bits an element"
+            has = "none" if found is None else f"{list(found.shape)}, {8 * found.itemsize} bits per element"
             raise MismatchError(f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}, the model computes {has}")
         return found
 

@@ -78,7 +78,7 @@ def _cachegen(bits: int) -> ChainCodec:
 
 
 def _kvtc(rate: str, window: bool) -> ChainCodec:
-    """Return KVTC with ``rate`` bits an element before DEFLATE.
+    """Return KVTC with ``rate`` bits per element before DEFLATE.
 
     The first 4 tokens are kept whole and, with ``window``, the last 128.
     """
@@ -142,7 +142,7 @@ def local_log_step(level: int) -> int:
 LOCAL_LEVELS = (8, 7, 6, 5, 4, 3, 2, 1)
 
 KVTC_RATES = ("2", "1", "0.5", "0.25")
-"""The rates, in bits an element before DEFLATE, for which profiles have plans."""
+"""The rates, in bits per element before DEFLATE, for which profiles have plans."""
 
 AQUAKV_BITS = (4, 3, 2)
 

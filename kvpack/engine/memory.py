@@ -17,7 +17,7 @@ SHARE = 0.5
 """The share of the machine's memory that decoding may take if the user gives no limit."""
 
 EXACT_COST, LOSSY_COST = 3, 10
-"""Bytes that decoding holds at once for each byte of a block: of bit patterns, and of values in float32 beside them."""
+"""Bytes that decoding holds at once for each byte of a block: of bit patterns alone, and with values in float32."""
 
 LEAST = 64 << 20
 """Blocks that take no more than this are decoded whatever the limit is."""

@@ -16,7 +16,7 @@ class _GivenUpError(Exception):
 def awaited(results: Iterator[Done]) -> Iterator[Iterator[Done]]:
     """Give an engine's results to a block. If an error leaves it, what is under way ends before the error goes on.
 
-    Threads decode into rooms, which belong to whoever handles the error.
+    Threads decode into memory that belongs to the code that handles the error.
     """
     try:
         yield results

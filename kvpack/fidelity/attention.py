@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Attention:
-    """What attention over a reconstructed cache is worth beside attention over the original.
+    """How attention over a reconstructed cache differs from attention over the original.
 
     A row of attention belongs to one query head and one probe query.
 

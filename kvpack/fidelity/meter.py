@@ -183,7 +183,7 @@ def measure_attention(
     other: tuple[NDArray[Any], NDArray[Any]],
     scale: float,
 ) -> Attention:
-    """Attention over ``original`` beside attention over ``other``, with all tokens of one layer at once.
+    """Attention over ``original`` compared with attention over ``other``, with all tokens of one layer at once.
 
     Args:
         queries: ``[H_q, P, D]`` floats, after RoPE. Query head h reads the key-value head ``h // (H_q / H)``.

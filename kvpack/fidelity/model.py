@@ -1,4 +1,4 @@
-"""Model fidelity: what the model itself predicts from a compressed cache, beside what it predicts from the original.
+"""Model fidelity: what the model itself predicts from a compressed cache, compared with the original.
 
 Every test crops the cache by its last token and feeds that token again, so that its prediction counts too; the
 other cached tokens are read as they are. Logits are compared position by position in float64.
@@ -36,7 +36,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Continuation:
-    """Next-token predictions over a continuation, from the compressed cache beside those from the original.
+    """Next-token predictions over a continuation, from the compressed cache, compared with those from the original.
 
     Attributes:
         positions: The number of positions predicted.

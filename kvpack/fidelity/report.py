@@ -116,7 +116,7 @@ class _LayerMeter:
 def _notes(
     layers: Mapping[int, Mapping[str, str]], probes: Probes, original: CacheReader, other: CacheReader
 ) -> list[str]:
-    """What the reader of the report must know beside its figures."""
+    """What the reader of the report must know in addition to its figures."""
     notes = [] if layers else ["no keys or values in ORIGINAL: only bits were compared"]
     single = [index for index, names in layers.items() if len(names) == 1]
     if single:

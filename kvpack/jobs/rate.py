@@ -47,7 +47,7 @@ RESOLUTION = 4
 
 @dataclass(frozen=True)
 class Goal:
-    """One goal: ``quality`` (a name), ``max_kl`` (nats a token), ``max_attn_err`` or ``ratio``. The others are None."""
+    """A goal: ``quality`` (a name), ``max_kl`` (nats per token), ``max_attn_err`` or ``ratio``. The others are None."""
 
     quality: str | None = None
     max_kl: float | None = None
@@ -168,7 +168,7 @@ def _curve(found: np.ndarray) -> np.ndarray:
 
 
 def _step_for_ratio(reached: Callable[[int], float], ratio: float, finest: int, last: int) -> int | None:
-    """Return the finest step at which a capture becomes ``ratio`` times smaller, or None if none does."""
+    """Return the finest step at which a capture reaches the compression ratio, or None if no step does."""
     found = coarsest(lambda step: reached(step) < ratio, finest, last)
     if found is not None and found + RESOLUTION > last:
         return None

@@ -25,7 +25,7 @@ MAX_NAME = 1 << 10
 """The longest name in a compact header, in characters."""
 
 MAX_EXPANDED = 1 << 24
-"""The most characters that the names and shapes of a compact header may come to."""
+"""The most characters that the names and shapes of a compact header may have in all."""
 
 _NUMBERED = re.compile(r"layers\.(0|[1-9][0-9]{0,3})\.([^*]*)")
 
@@ -95,7 +95,7 @@ def _count(item: Any) -> int:
 
 
 def _length(item: list[Any]) -> int:
-    """Return how many characters an item's names and shapes come to at most, without writing them."""
+    """Return the most characters that an item's names and shapes can have, without writing them."""
     times, run = (1, [item]) if isinstance(item[0], str) else (item[0], item[1:])
     entries = [_entry(one) for one in run]
     return int(times) * sum(len(name) + 4 * name.count("*") + 20 * len(shape) for name, _, shape in entries)

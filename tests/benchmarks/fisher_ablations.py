@@ -5,9 +5,9 @@
 
 CAPTUREs are of the judged documents, as docs/benchmarks.md makes them. Each variant of the codec is learnt from the
 calibration texts, in floats; its coefficients are quantised, and counted by ideal code lengths from static tables
-that sequences held back have given; the KL is the model's, means over the captures. A row has the ratio to 16 bits an
+that sequences held back have given; the KL is the model's, means over the captures. A row has the ratio to 16 bits per
 element at which KL is 0.03 after plain continuations, and 0.03 and 0.06 after both (0.0 where the finest step is
-above it); the KL without any rounding; bits an element and KL (plain/repeat) at every step.
+above it); the KL without any rounding; bits per element and KL (plain/repeat) at every step.
 
 Sequences of 2,048 tokens take 47 MB each of the device's memory, for SmolLM2-135M. Noise of the seeds is about 5%.
 """

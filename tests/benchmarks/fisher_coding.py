@@ -23,7 +23,7 @@ SEEN = 100
 """Magnitudes of a class from which its centroid is used."""
 
 Point = tuple[float, float, float]
-"""Bits an element, KL after plain continuations, KL after repeated passages; nats a token."""
+"""Bits per element, KL after plain continuations, KL after repeated passages; nats per token."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""What products in 16 bits cost ``fisher``: codes that change, squared error, harm of what comes back.
+"""What products in 16 bits cost ``fisher``: codes that change, squared error, harm to the decoded values.
 
     python tests/benchmarks/half_precision.py CAPTURE PROFILE LEVEL
 
-Products are taken in float32, one after the other as ``token_klt/cuda.py`` takes them, of what is rounded to halves, to
-bf16 or to TF32 (10 bits behind the point), and held against float64. Harm is squared error whitened by the profile's
-Fisher information: of what decompressing adds, over the codec's own.
+Products are computed in float32, one after the other as in ``kvpack/gpu/kernels/token_klt``, from numbers that are
+rounded to fp16, to bf16 or to TF32 (10 bits after the point), and compared with float64. Harm is squared error whitened
+by the profile's Fisher information: the error that decompressing adds, relative to the codec's own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each idea of ``local`` gives: bits an element and KL with it changed, one row each.
+"""What each idea of ``local`` gives: bits per element and KL with it changed, one row each.
 
     python tests/benchmarks/local_ablations.py manual.safetensors code.safetensors
 
@@ -37,7 +37,7 @@ STEP = local_log_step(3)
 
 @contextmanager
 def stacks_by(key: Callable[[PartSpec], object]) -> Iterator[None]:
-    """Stacks of parts of the same key, rather than all of one shape."""
+    """Join the parts that have the same key, instead of all parts of one shape."""
 
     with patch.object(LowRankCodec, "stack_key", lambda _, part: key(part)):
         yield
@@ -53,19 +53,37 @@ def constants(**changed: Any) -> ExitStack:
 
 PROBES = ("queries.*", "query_positions")
 ROWS: list[tuple[str, Any, int, tuple[str, ...], bool]] = [
-    ("as it is", ExitStack, 10, (), True),
-    ("a basis a tensor", lambda: stacks_by(lambda plan: plan.tensor.name), 10, (), True),
-    ("a basis a layer, keys and values as one", lambda: stacks_by(lambda plan: plan.tensor.layer), 10, (), True),
-    ("keys and values apart", lambda: stacks_by(lambda plan: plan.tensor.name.rpartition(".")[2]), 10, (), True),
-    ("numbers to the nearest", lambda: constants(BASIS_PRICE=0.0), 10, (), True),
-    ("the first tokens like others", lambda: constants(SINKS=0), 10, (), True),
-    ("all tokens alike but the first", ExitStack, 0, (), True),
-    ("twice the exponent of tokens' weights", ExitStack, 20, (), True),
-    ("no spread of elements", lambda: constants(_spreads=lambda values: np.zeros(len(values), np.int64)), 10, (), True),
-    ("a key's error twice as important", lambda: patch.object(hints, "KEY_WEIGHT", 2 * hints.KEY_WEIGHT), 10, (), True),
+    ("unchanged", ExitStack, 10, (), True),
+    ("one basis per tensor", lambda: stacks_by(lambda plan: plan.tensor.name), 10, (), True),
+    (
+        "one basis per layer, for keys and values together",
+        lambda: stacks_by(lambda plan: plan.tensor.layer),
+        10,
+        (),
+        True,
+    ),
+    (
+        "one basis for all keys and one for all values",
+        lambda: stacks_by(lambda plan: plan.tensor.name.rpartition(".")[2]),
+        10,
+        (),
+        True,
+    ),
+    ("basis rounded to the nearest numbers", lambda: constants(BASIS_PRICE=0.0), 10, (), True),
+    ("no finer steps for the first four tokens", lambda: constants(SINKS=0), 10, (), True),
+    ("equal steps for all tokens but the first four", ExitStack, 0, (), True),
+    ("exponent of token weights 0.20 instead of 0.10", ExitStack, 20, (), True),
+    ("no spread per element", lambda: constants(_spreads=lambda values: np.zeros(len(values), np.int64)), 10, (), True),
+    (
+        "errors of keys weighted twice as much",
+        lambda: patch.object(hints, "KEY_WEIGHT", 2 * hints.KEY_WEIGHT),
+        10,
+        (),
+        True,
+    ),
     ("no attention mass", ExitStack, 10, ("attention_mass",), True),
-    ("no probes, no mass", ExitStack, 10, ("attention_mass", *PROBES), True),
-    ("no probes, no mass, RoPE unknown", ExitStack, 10, ("attention_mass", *PROBES), False),
+    ("no probe queries, no attention mass", ExitStack, 10, ("attention_mass", *PROBES), True),
+    ("no probe queries, no attention mass, RoPE unknown", ExitStack, 10, ("attention_mass", *PROBES), False),
 ]
 """What is changed, how, the importance, tensors left out of the capture, and whether its metadata are kept."""
 

@@ -1,4 +1,4 @@
-"""How close the lossless codec comes to its model: bits an element, from the entropy to the whole file.
+"""How close the lossless codec comes to its model: bits per element, from the entropy to the whole file.
 
     python tests/benchmarks/lossless_entropy.py CAPTURE
 

@@ -118,8 +118,8 @@ def main() -> None:
     capture, generator = Capture.open(given.capture), np.random.default_rng(0)
     least, most = given.tokens
     drawn = generator.integers(least, most + 1, given.files)
-    print(f"{given.files} files a row, medians of {given.rounds} rounds")
-    print(f"{'tokens a file':<22} {'way':<16} {'seconds':>8} {'spread':>16} {'GB/s':>7} {'files/s':>9}")
+    print(f"{given.files} files per row, medians of {given.rounds} rounds")
+    print(f"{'tokens per file':<22} {'way':<16} {'seconds':>8} {'spread':>16} {'GB/s':>7} {'files/s':>9}")
     for title, lengths in (
         (f"{most}", np.full(given.files, most)),
         (f"{least} to {most}", drawn),

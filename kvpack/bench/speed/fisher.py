@@ -44,7 +44,7 @@ def rows(gpu: Timed, one: Given) -> Iterator[Speed]:
         raise RuntimeError(f"{one.name}: what comes back is not near what went in ({error}, at most {one.worst})")
     label = f"{one.name}, {units} x {chunk}, R {kernels.rank}"
     bits = 8 * int(coded.sizes.sum()) / given.numel()
-    yield speed("fisher compress", label, size, seconds(compress), f"{bits:.4f} bits an element, error {error:.4f}")
+    yield speed("fisher compress", label, size, seconds(compress), f"{bits:.4f} bits per element, error {error:.4f}")
     yield speed("fisher decompress", label, size, seconds(decompress))
     for what, function in (("fisher compress", compress), ("fisher decompress", decompress)):
         yield speed(f"{what}, two streams", label, size, seconds(function, streams=2))

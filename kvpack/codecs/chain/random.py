@@ -35,7 +35,7 @@ def _gaussian(dims: int, seed: int) -> NDArray[np.float64]:
     if dims > MAX_DIMS:
         raise UnrepresentableError(f"random matrices have at most {MAX_DIMS} dimensions, not {dims}")
     found = np.empty(dims * dims)
-    for first in range(0, len(found), _DIRECT**2):  # so that little memory is taken beside the matrix
+    for first in range(0, len(found), _DIRECT**2):  # so that little memory is needed besides the matrix
         stop = min(first + _DIRECT**2, len(found))
         uniform = ((_splitmix64(seed, 2 * first, 2 * stop) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
         radius, angle = uniform[0::2], uniform[1::2]

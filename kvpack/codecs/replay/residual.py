@@ -2,7 +2,8 @@
 
 Floats of one dtype are numbered in the order of their values, so that neighbouring numbers differ by 1. The residual is
 the difference of these numbers, modulo the number of bit patterns. Small differences are frequent, so they are coded
-by symbols that stand for buckets, like the integers of ``scaled_rans``, with the lower bits of large ones beside them.
+by symbols that stand for buckets, like the integers of ``scaled_rans``. A second stream has the lower bits of large
+ones.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from kvpack.gpu.runtime.launch import Launcher
 
 
 class Geometry(NamedTuple):
-    """What the planes coded by one launch have in common. Their array has ``item`` bytes an element."""
+    """What the planes coded by one launch have in common. Their array has ``item`` bytes per element."""
 
     shape: tuple[int, int, int]
     item: int

@@ -1,7 +1,7 @@
 """``fisher`` on a GPU: windows of a cache to streams, and back.
 
 A batch is a run of neighbouring windows of one length. The CPU decides the tokens' levels before a window is sent, and
-the GPU decides their shifts. The CPU codes the streams of both, which take a few bits a token.
+the GPU decides their shifts. The CPU codes the streams of both, which take a few bits per token.
 """
 
 from __future__ import annotations

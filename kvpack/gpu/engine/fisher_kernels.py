@@ -95,7 +95,7 @@ class FisherKernels:
 
     @staticmethod
     def supports(part: Part, chain: Chain, tensors: int, max_shared: int) -> bool:
-        """Return whether the kernels support windows of ``tensors`` tensors, given ``max_shared`` bytes a block."""
+        """Return whether the kernels support windows of ``tensors`` tensors, given ``max_shared`` bytes per block."""
         if part.dtype != "BF16" or not is_fisher(chain):
             return False
         stage = chain.transforms[0]

@@ -53,7 +53,7 @@ class Launcher(Protocol):
     def side_stream(self) -> AbstractContextManager[Any]:
         """Return a context in which launches go to a second stream, until :meth:`join`.
 
-        That stream first waits for what the current stream was given so far, and then runs beside it.
+        That stream first waits for what the current stream was given so far, and then runs at the same time as it.
         """
 
     def join(self) -> None:

@@ -302,7 +302,7 @@ def decode(gpu: Launcher, streams: Tensor, sizes: Tensor, parts: Parts, mantissa
         mantissas: int64 ``[P]``, addresses divisible by 4 of packed mantissas without their mode byte, for floats.
         shared: bytes of shared memory of a block for its tables, as :func:`shared_for` says. A GPU that has less uses
             what it has; parts whose tables need more are decoded more slowly.
-        ranges: addresses and sizes, both int64 ``[S]``, of bytes whose checksums are taken beside the reading of
+        ranges: addresses and sizes, both int64 ``[S]``, of bytes whose checksums are computed during the reading of
             tables, before codes are decoded.
 
     Returns:

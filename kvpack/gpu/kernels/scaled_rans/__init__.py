@@ -35,7 +35,7 @@ META, FAULT = SCALED_RANS["META"], SCALED_RANS["FAULT"]
 """Number of int32 values that are known of each plane's stream (``meta`` ``[U, META]``), and the fault's position."""
 SYMBOLS, RUN, WARPS, ROW_WARPS = (SCALED_RANS[name] for name in ("SYMBOLS", "RUN", "WARPS", "ROW_WARPS"))
 GROUP_OVERHEAD = SCALED_RANS["GROUP_OVERHEAD"]
-"""Bytes that a group takes beside its words: its length and its 32 states."""
+"""Bytes that a group takes in addition to its words: its length and its 32 states."""
 RING_BYTES = COMMON["RING"]
 """Bytes of shared memory in which a decoding warp holds the words that come next."""
 MAX_TABLES = 64

@@ -1,4 +1,4 @@
-// Finds what a plane's codes will cost, and from that how many symbols a group takes (docs/format.md).
+// Finds what a plane's codes will cost, and from that how many symbols each group takes (docs/format.md).
 #include "planes.cuh"
 
 // costs [K, SYMBOLS] are in 64ths of a bit. Written are raw [U * T], the number of raw bits of each row, and picks [U * T * D],
