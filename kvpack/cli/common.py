@@ -370,6 +370,11 @@ def progress_bar(title: str, quiet: bool) -> Iterator[Callable[[int, int], None]
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def command_line() -> list[str]:
+    """Return the words of the command that runs."""
+    return ["kvpack", *sys.argv[1:]]
+
+
 def counted(number: int, what: str) -> str:
     """Return a number with its noun: ``1 part``, ``2 parts``."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
