@@ -42,16 +42,16 @@ function rateChart(rate, panel, axis, theme, width) {
     field, type: "quantitative", title: panel.axis, scale: { type: "log", nice: false, padding: 10 },
     axis: { format: "~g", labelOverlap: true, tickCount: 6 },
   });
+  const legend = {
+    title: null, orient: "bottom", direction: "horizontal", symbolOpacity: 1,
+    columns: Math.max(2, Math.floor(width / 125)), labelLimit: 110,
+  };
   const colour = {
-    field: "family", type: "nominal",
+    field: "family", type: "nominal", legend,
     scale: { domain: families, range: families.map((_, i) => theme.palette[i % theme.palette.length]) },
-    legend: {
-      title: null, orient: "bottom", direction: "horizontal", symbolType: "circle", symbolOpacity: 1,
-      columns: Math.max(2, Math.floor(width / 125)), labelLimit: 110,
-    },
   };
   const shape = {
-    field: "family", type: "nominal", legend: null,
+    field: "family", type: "nominal", legend,
     scale: { domain: families, range: families.map((_, i) => SHAPES[i % SHAPES.length]) },
   };
   const faded = { condition: { param: "family", value: 1, empty: true }, value: 0.12 };
@@ -172,7 +172,7 @@ function mapChart(entry, needles, name, theme, width) {
   }));
   const layer = [
     {
-      mark: { type: "rect", aria: false, strokeWidth: 0 },
+      mark: { type: "rect", aria: false, strokeWidth: 0, invalid: null },
       encoding: {
         x, x2: { field: "to" },
         y: { field: "layer", type: "ordinal", title: "layer", scale: { paddingInner: 0 },

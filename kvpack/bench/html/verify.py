@@ -115,7 +115,7 @@ def _figures(report: Report) -> list[str]:
 def _model(model: ModelReport) -> list[str]:
     rows = [
         [
-            *(name, f"{part.positions}", f"{part.kl_mean:.2e}", f"{part.kl_p90:.2e}", f"{part.kl_p99:.2e}"),
+            *(name, f"{part.positions}", f"{part.kl_mean:.3g}", f"{part.kl_p90:.3g}", f"{part.kl_p99:.3g}"),
             *(f"{part.top1:.3f}", f"{exp(part.nll):.3f}", f"{100 * part.ppl_change:+.2f} %"),
         ]
         for name, part in (("the text goes on", model.plain), ("a passage repeated", model.repeat))
@@ -131,10 +131,10 @@ def _model(model: ModelReport) -> list[str]:
 
 
 def _cells(part: Reconstruction) -> list[str]:
-    return [f"{part.nmse:.2e}", f"{part.max_abs_error:.2e}", f"{part.cosine:.4f}"]
+    return [f"{part.nmse:.3g}", f"{part.max_abs_error:.3g}", f"{part.cosine:.4f}"]
 
 
 def _attention(part: Attention | None) -> list[str]:
     if part is None:
         return ["–", "–", "–"]
-    return [f"{part.kl:.2e}", f"{part.output_error:.2e}", f"{part.topk_overlap:.3f}"]
+    return [f"{part.kl:.3g}", f"{part.output_error:.3g}", f"{part.topk_overlap:.3f}"]
