@@ -11,7 +11,7 @@ from kvpack.bench.html.made import Made
 from kvpack.bench.html.page import Page, chart, commands, paragraph, table
 from kvpack.bench.links import with_links
 from kvpack.bench.report import COLUMNS, cells, noise_floor
-from kvpack.bench.results import Results, Summary, summarize
+from kvpack.bench.results import RECOMPUTE, Results, Summary, summarize
 from kvpack.cache.metadata import NeedleEntry
 from kvpack.codecs.recipes import family_of
 
@@ -20,7 +20,23 @@ PANELS = (
     ("kl_repeat", "A passage is repeated", "KL in nats a token"),
     ("attention_error", "Attention", "relative error of attention outputs"),
 )
-"""What is drawn against the rate. Attention is drawn where no model ran."""
+"""What is drawn against the rate, if there are figures of it. Attention is drawn where no model ran."""
+
+TITLES = {
+    "bits": "bits an element",
+    "ratio": "times smaller",
+    "kl_plain": "KL, text goes on",
+    "kl_repeat": "KL, repeated",
+    "ppl_plain": "perplexity, text goes on",
+    "ppl_repeat": "perplexity, repeated",
+    "top1_plain": "same top token",
+    "greedy": "greedy tokens",
+    "attention_error": "attention error",
+    "compress_seconds": "compress, s",
+    "decompress_seconds": "decompress, s",
+    "decode_flops": "decode, FLOPs",
+}
+"""Headings of the tables, longer than in a terminal."""
 
 
 def bench_page(
@@ -101,6 +117,8 @@ def _rate(summaries: Sequence[Summary]) -> list[str]:
 def _point(summary: Summary, row: str) -> dict[str, Any]:
     figures = {name: [figure.mean, figure.half] for name, figure in summary.figures.items() if name in dict(_POINT)}
     kind = "noise" if summary.noise else "bound" if summary.bound else "codec"
+    if kind == "codec" and "decode_flops" in summary.figures and summary.figures["decode_flops"].mean:
+        kind = "replay"
     columns = [name for name, _ in _POINT]
     shown = cells(summary, columns)[1:]
     tip = {title: cell for (_, title), cell in zip(_POINT, shown, strict=True) if cell != "-"}
@@ -108,6 +126,7 @@ def _point(summary: Summary, row: str) -> dict[str, Any]:
         "codec": summary.codec,
         "family": family_of(summary.codec),
         "kind": kind,
+        "drawn": not summary.noise and summary.codec != RECOMPUTE,
         "row": row,
         "figures": figures,
         "tip": tip,
@@ -136,7 +155,7 @@ def _tables(summaries: Sequence[Summary], ids: dict[str, str], documents: int) -
             used = [name for name in COLUMNS if any(name in s.figures for s in some)]
             rows = [cells(summary, used) for summary in some]
             caption = f"{title}. Means over {documents} documents ± 95 % confidence." if documents > 1 else f"{title}."
-            heads = ("codec", *(COLUMNS[name][0] for name in used))
+            heads = ("codec", *(TITLES.get(name, COLUMNS[name][0]) for name in used))
             parts.append(table(caption, heads, rows, names=[ids[s.codec] for s in some]))
     return parts
 

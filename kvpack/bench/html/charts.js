@@ -18,7 +18,7 @@ function niceNumber(value) {
 }
 
 function rateChart(rate, panel, axis, theme, width) {
-  const shown = rate.rows.filter((row) => row.kind !== "noise" && row.figures[axis] && row.figures[panel.name]);
+  const shown = rate.rows.filter((row) => row.drawn && row.figures[axis] && row.figures[panel.name]);
   const least = belowAll([...shown.map((row) => row.figures[panel.name][0]), panel.floor || Infinity].filter(isFinite));
   const values = shown.map((row) => {
     const [mean, half] = row.figures[panel.name];
@@ -28,11 +28,11 @@ function rateChart(rate, panel, axis, theme, width) {
       low: Math.max(mean - (half || 0), least), high: Math.max(mean + (half || 0), least), half: half || 0,
     };
   });
+  const top = Math.max(...values.map((value) => value.high));
   const families = [...new Set(values.map((value) => value.family))];
   const tips = Object.keys(Object.assign({}, ...shown.map((row) => row.tip)));
   for (const value of values) tips.forEach((name, i) => { value[`tip${i}`] = value.tip[name] || "–"; });
   const ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000];
-  const xs = values.map((value) => value.x);
   const x = {
     field: "x", type: "quantitative", title: axis === "bits" ? "bits an element, whole file" : "times smaller",
     scale: { type: "log", nice: false, padding: 16 },
@@ -40,7 +40,7 @@ function rateChart(rate, panel, axis, theme, width) {
   };
   const y = (field) => ({
     field, type: "quantitative", title: panel.axis, scale: { type: "log", nice: false, padding: 10 },
-    axis: { format: "~g", labelOverlap: true, tickCount: 6 },
+    axis: { format: "~g", labelOverlap: true, values: logTicks(least, top) },
   });
   const legend = {
     title: null, orient: "bottom", direction: "horizontal", symbolOpacity: 1,
@@ -101,26 +101,36 @@ function rateChart(rate, panel, axis, theme, width) {
   }
   if (values.some((value) => value.zero)) {
     layers.push({
-      data: { values: [{ y: least, words: "no loss" }] },
-      mark: { type: "text", align: "left", baseline: "bottom", dx: 4, dy: -4, fontSize: 11, color: theme.muted },
-      encoding: { x: { value: 0 }, y: y("y"), text: { field: "words" } },
+      data: { values: [{ y: least, words: "no loss at all" }] },
+      mark: { type: "text", baseline: "bottom", dy: -2, fontSize: 11, color: theme.muted },
+      encoding: { x: { value: { expr: "width / 2" } }, y: y("y"), text: { field: "words" } },
     });
   }
   return {
     description: `${panel.title}: ${panel.axis} of every codec against its rate`,
     width: "container", autosize: { type: "fit-x", contains: "padding" }, height: Math.min(Math.max(width * 0.7, 260), 380), data: { values }, layer: layers,
-    domain: [Math.min(...xs), Math.max(...xs)],
   };
 }
 
-// The codecs that no other beats in both rate and loss.
+// Powers of ten, or where there are few of them 1, 2 and 5 of each.
+function logTicks(low, high) {
+  const [from, to] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
+  const steps = to - from > 3 ? [1] : [1, 2, 5];
+  const ticks = [];
+  for (let power = from; power <= to; power++) for (const step of steps) ticks.push(Number(`${step}e${power}`));
+  return ticks.filter((tick) => tick >= low && tick <= high);
+}
+
+// The codecs that no other beats in both rate and loss. Those that run the model to decode are named beside them.
 function frontier(values, axis) {
   const better = axis === "bits" ? (a, b) => a.x - b.x : (a, b) => b.x - a.x;
   let least = Infinity;
+  const replayed = values.filter((value) => value.kind === "replay");
   return values
     .filter((value) => value.kind === "codec")
     .sort((a, b) => better(a, b) || a.y - b.y)
-    .filter((value) => value.y < least && ((least = value.y), true));
+    .filter((value) => value.y < least && ((least = value.y), true))
+    .concat(replayed);
 }
 
 // The cells of one figure of a map: layer, range of tokens, and the figure or what it is instead.

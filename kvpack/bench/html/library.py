@@ -21,4 +21,4 @@ def javascript() -> str:
         from vl_convert import javascript_bundle
     except ImportError:
         raise KvpackError("--html needs vl-convert-python: pip install 'kvpack[html]'") from None
-    return str(javascript_bundle())
+    return str(javascript_bundle("window.vegaEmbed = vegaEmbed;"))

@@ -84,6 +84,12 @@ function choose(index) {
   return drawAll((name) => !name.startsWith("rate:") && name !== "shares");
 }
 
+// The first file that lost something, which says more than one that lost nothing.
+function first() {
+  const lossy = (entry) => entry.loss && entry.loss.layers.some((layer) => (layer.keys_nmse || []).some((figure) => figure));
+  return Math.max(DATA.entries.findIndex(lossy), 0);
+}
+
 // The heat maps' figures as tables, made when they are asked for.
 function fill(details) {
   const place = details.querySelector("div");
@@ -132,6 +138,6 @@ window.addEventListener("resize", () => {
   state.width = window.innerWidth;
   drawAll();
 });
-Promise.all([drawAll((name) => name.startsWith("rate:") || name === "shares"), DATA.entries && choose(0)]).then(() => {
+Promise.all([drawAll((name) => name.startsWith("rate:") || name === "shares"), DATA.entries && choose(first())]).then(() => {
   document.documentElement.dataset.ready = "yes";
 });
