@@ -280,6 +280,19 @@ def test_the_bench_page_renders_and_fetches_nothing(pages: Pages, dark: bool, wi
 
 
 @needs_browser
+def test_the_page_of_one_document_without_a_model_renders(pages: Pages, tmp_path: Path) -> None:
+    results = pages.results
+    rows = [replace(row, model=None) for row in results.rows if row.document == "0.safetensors"]
+    results = Results(results.setting, results.machine, rows, results.details)
+    page = tmp_path / "page.html"
+    page.write_bytes(bench_page(results, (), "0.safetensors", None, Made(["kvpack"])))
+    found = browse(page)
+    assert (found.root.get("data-ready"), found.console, found.asked) == ("yes", [], [])
+    drawn = [row for row in data_of(page)["rate"]["rows"] if row["drawn"] and "attention_error" in row["figures"]]
+    assert marks(found.chart("rate:attention_error"), "symbol") == len(drawn) > len(CODECS)
+
+
+@needs_browser
 def test_a_point_shows_its_row_and_leads_to_it(pages: Pages) -> None:
     script = """
       const point = [...document.querySelectorAll("[data-chart='rate:kl_plain'] .mark-symbol.role-mark path")]

@@ -104,7 +104,7 @@ def _rate(summaries: Sequence[Summary]) -> list[str]:
         '<p class="controls"><label>Rate <select id="rate-axis"><option value="bits">bits an element</option>'
         '<option value="ratio">times smaller</option></select></label></p>'
     )
-    figures = "".join(chart(f"rate:{p['name']}", p["title"], "Lower and further left is better.") for p in panels)
+    figures = "".join(chart(f"rate:{p['name']}", p["title"], "Lower is better, and so is a smaller file.") for p in panels)
     words = (
         "Every point is a codec at one setting. Rest on a point for its figures; click it for its row in the table; "
         "click a name in the legend to single out a family."
@@ -154,7 +154,11 @@ def _tables(summaries: Sequence[Summary], ids: dict[str, str], documents: int) -
         if some:
             used = [name for name in COLUMNS if any(name in s.figures for s in some)]
             rows = [cells(summary, used) for summary in some]
-            caption = f"{title}. Means over {documents} documents ± 95 % confidence." if documents > 1 else f"{title}."
+            caption = (
+                f"{title}. Means over {documents} documents ± 95 % confidence."
+                if documents > 1
+                else f"{title}. One document."
+            )
             heads = ("codec", *(TITLES.get(name, COLUMNS[name][0]) for name in used))
             parts.append(table(caption, heads, rows, names=[ids[s.codec] for s in some]))
     return parts

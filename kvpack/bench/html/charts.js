@@ -32,11 +32,11 @@ function rateChart(rate, panel, axis, theme, width) {
   const families = [...new Set(values.map((value) => value.family))];
   const tips = Object.keys(Object.assign({}, ...shown.map((row) => row.tip)));
   for (const value of values) tips.forEach((name, i) => { value[`tip${i}`] = value.tip[name] || "–"; });
-  const ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000];
+  const xs = [Math.min(...values.map((value) => value.x)), Math.max(...values.map((value) => value.x))];
   const x = {
     field: "x", type: "quantitative", title: axis === "bits" ? "bits an element, whole file" : "times smaller",
     scale: { type: "log", nice: false, padding: 16 },
-    axis: { values: ticks, format: "~g", labelOverlap: true, grid: true, labelFlush: false },
+    axis: { values: logTicks(xs[0] / 1.2, xs[1] * 1.2), format: "~g", labelOverlap: true, grid: true, labelFlush: false },
   };
   const y = (field) => ({
     field, type: "quantitative", title: panel.axis, scale: { type: "log", nice: false, padding: 10 },
@@ -66,11 +66,6 @@ function rateChart(rate, panel, axis, theme, width) {
       },
     },
     {
-      transform: [{ filter: "datum.half > 0" }],
-      mark: { type: "rule", strokeWidth: 1 },
-      encoding: { x, y: y("low"), y2: { field: "high" }, color: colour, opacity: faded },
-    },
-    {
       params: [{ name: "family", select: { type: "point", fields: ["family"] }, bind: "legend" }],
       mark: { type: "point", filled: true, size: 75, cursor: "pointer", aria: true },
       encoding: {
@@ -81,12 +76,23 @@ function rateChart(rate, panel, axis, theme, width) {
         ],
       },
     },
-    {
-      data: { values: best },
-      mark: { type: "text", align: "left", baseline: "bottom", dx: 6, dy: -3, fontSize: 11, color: theme.ink },
-      encoding: { x, y: y("y"), text: { field: "codec" } },
-    },
   ];
+  for (const side of ["left", "right"]) {
+    const named = best.filter((value) => (Math.log(value.x / xs[0]) > 0.8 * Math.log(xs[1] / xs[0])) === (side === "right"));
+    if (!named.length) continue;
+    layers.push({
+      data: { values: named },
+      mark: { type: "text", align: side, baseline: "bottom", dx: side === "left" ? 6 : -6, dy: -3, fontSize: 11, color: theme.ink },
+      encoding: { x, y: y("y"), text: { field: "codec" } },
+    });
+  }
+  if (values.some((value) => value.half > 0)) {
+    layers.unshift({
+      transform: [{ filter: "datum.half > 0" }],
+      mark: { type: "rule", strokeWidth: 1 },
+      encoding: { x, y: y("low"), y2: { field: "high" }, color: colour, opacity: faded },
+    });
+  }
   if (panel.floor > 0) {
     layers.unshift({
       data: { values: [{ y: panel.floor, words: `hardware noise ${niceNumber(panel.floor)}` }] },
@@ -112,10 +118,11 @@ function rateChart(rate, panel, axis, theme, width) {
   };
 }
 
-// Powers of ten, or where there are few of them 1, 2 and 5 of each.
+// Powers of ten, and where they are few some numbers between them.
 function logTicks(low, high) {
   const [from, to] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
-  const steps = to - from > 3 ? [1] : [1, 2, 5];
+  const decades = Math.log10(high / low);
+  const steps = decades > 3.5 ? [1] : decades > 1.5 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 6, 8];
   const ticks = [];
   for (let power = from; power <= to; power++) for (const step of steps) ticks.push(Number(`${step}e${power}`));
   return ticks.filter((tick) => tick >= low && tick <= high);

@@ -57,12 +57,12 @@ def add_entries(page: Page, entries: Sequence[Entry], needles: Sequence[NeedleEn
     ]
     choice = _choice(entries) if len(entries) > 1 else ""
     page.section("loss", "Where the loss is", choice, *_loss(entries, needles))
-    parts = [chart("shares", "Every file", "The shares of what is stored in it.")] if len(entries) > 1 else []
+    parts = [chart("shares", "Every file", "The shares of what is stored in it."), choice] if choice else []
     parts += [
         chart("pieces", "Kinds of streams", "The bytes of each kind of stream; the colour says what it belongs to."),
         chart("layers", "Layers", "The bytes of the keys and of the values of each layer."),
     ]
-    page.section("bytes", "Where the bytes went", choice, *parts, *_tables(entries))
+    page.section("bytes", "Where the bytes went", *parts, *_tables(entries))
 
 
 def _choice(entries: Sequence[Entry]) -> str:
