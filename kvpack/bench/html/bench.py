@@ -104,7 +104,9 @@ def _rate(summaries: Sequence[Summary]) -> list[str]:
         '<p class="controls"><label>Rate <select id="rate-axis"><option value="bits">bits an element</option>'
         '<option value="ratio">times smaller</option></select></label></p>'
     )
-    figures = "".join(chart(f"rate:{p['name']}", p["title"], "Lower is better, and so is a smaller file.") for p in panels)
+    figures = "".join(
+        chart(f"rate:{p['name']}", p["title"], "Lower is better, and so is a smaller file.") for p in panels
+    )
     words = (
         "Every point is a codec at one setting. Rest on a point for its figures; click it for its row in the table; "
         "click a name in the legend to single out a family."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvpack.bench.detail import Detail
@@ -51,14 +52,15 @@ def verify_page(verified: Verified, reference: CacheReader, look: Inspection, si
 
     """
     report, model = verified.report, verified.model
-    intro = paragraph(f"compared with {verified.original}", "muted") + tiles(_summary(verified, look))
+    intro = paragraph(f"{verified.file}, compared with {verified.original}", "muted") + tiles(_summary(verified, look))
     if verified.failures:
         intro += f'<p class="alarm">{text("Thresholds that are not met: " + "; ".join(verified.failures))}</p>'
-    page = Page(f"What {verified.file} kept", intro)
+    name = "standard input" if verified.file == "-" else Path(verified.file).name
+    page = Page(f"What {name} kept", intro)
     needles = parse_metadata(reference.metadata).needles or ()
     found = [needle.found for needle in model.needles] if model else []
     known = [needle.original for needle in model.needles] if model else []
-    entry = Entry(verified.file, Detail.of(report.loss, size), found)
+    entry = Entry(name, Detail.of(report.loss, size), found)
     if model:
         page.section("model", "What the model predicts from it", *_model(model))
     add_entries(page, [entry], needles, known)
