@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from browser import browse, needs_browser
 from models import CONFIGS, save_model
+from profiles import TINY, tiny_capture
 
 from kvpack.bench.demo import demo_text
 from kvpack.bench.detail import Detail
@@ -143,6 +144,8 @@ def test_the_verify_page_has_the_figures_that_verify_prints(pages: Pages, cli: C
     ]
     loss = data["entries"][0]["loss"]
     assert (loss["tokens"], len(loss["layers"])) == (TOKENS, LAYERS)
+    assert "of this file only serves to measure what it lost" in content
+    assert "of this file only serves to measure what it lost" not in pages.bench.read_text()
     assert "rate" not in data
 
 
@@ -233,7 +236,14 @@ def test_data_and_text_cannot_end_their_element() -> None:
 
 def test_bytes_are_told_apart_by_what_they_store(tmp_path: Path, cli: Cli, small: Path) -> None:
     packed = tmp_path / "x.kvp"
-    assert cli("compress", small, "-c", "kivi-4", "-o", packed).code == 0
+    tiny = tiny_capture(tmp_path / "tiny.safetensors")
+    for codec, kinds in (("fisher-4", {"keys and values"}), ("kvtc-1", {"keys", "values"})):  # both join layers
+        assert cli("compress", tiny, "-c", codec, "-D", TINY, "-o", packed, "-f").code == 0
+        found = breakdown(packed)
+        assert sum(piece.size for piece in found.pieces) == found.size == packed.stat().st_size
+        assert not found.layers
+        assert {piece.what for piece in found.pieces} == {*kinds, "tokens", "file"}
+    assert cli("compress", small, "-c", "kivi-4", "-o", packed, "-f").code == 0
     for path in (small, packed):
         found, look = breakdown(path), inspect(path)
         assert sum(piece.size for piece in found.pieces) == found.size == path.stat().st_size

@@ -10,6 +10,7 @@ from typing import Any
 from kvpack.bench.detail import Detail
 from kvpack.bench.html.page import Page, chart, paragraph, table, text
 from kvpack.cache.metadata import NeedleEntry
+from kvpack.jobs import PROBES
 from kvpack.kvp.breakdown import Breakdown
 
 MAPS = (
@@ -100,6 +101,7 @@ def _pieces(name: str, size: Breakdown) -> str:
     rows = [[p.what, p.stream, f"{p.size:,}", f"{100 * p.size / size.size:.2f} %"] for p in size.pieces]
     rows.append(["all", "", f"{size.size:,}", "100.00 %"])
     found = table(f"Bytes of {name} by what they store", ("belongs to", "stream", "bytes", "share"), rows, left=2)
+    found += _probes(size)
     if not size.layers:
         return found + paragraph("This codec codes layers together, so bytes cannot be told apart by layer.", "muted")
     layers = [[f"{r.layer}", f"{r.keys:,}", f"{r.values:,}", f"{r.bits_per_element:.3f}"] for r in size.layers]
@@ -107,6 +109,18 @@ def _pieces(name: str, size: Breakdown) -> str:
     return (
         f"{found}<details><summary>Bytes by layer as a table</summary>"
         f"{table(f'Bytes of {name} by layer', columns, layers)}</details>"
+    )
+
+
+def _probes(size: Breakdown) -> str:
+    """Say how much of a file only serves to measure it, if that is much and could have been left out."""
+    names = {name.removesuffix(".*") for name in PROBES}
+    share = sum(piece.size for piece in size.pieces if piece.what in names) / size.size
+    if share < 0.05 or any(piece.stream == "uncompressed" for piece in size.pieces):
+        return ""
+    return paragraph(
+        f"{100 * share:.0f} % of this file only serves to measure what it lost (probe queries, attention mass, the "
+        "text that follows). kvpack compress --drop-probes leaves it out."
     )
 
 
