@@ -13,6 +13,7 @@ from kvpack.codecs.protocol import Codec, Need
 from kvpack.formats.source import Capture
 from kvpack.formats.temporary import scratch
 from kvpack.jobs.reader import KvpFile
+from kvpack.kvp.breakdown import Breakdown, breakdown
 from kvpack.kvp.inspection import inspect
 from kvpack.profiles import Profile
 
@@ -21,12 +22,13 @@ from kvpack.profiles import Profile
 class Coded:
     """A capture after a codec's file.
 
-    ``size`` is the file's in bytes, ``ratio`` the uncompressed size of what it holds over it. Seconds are those of the
-    second of two runs, so that compilation is not counted.
+    ``size`` is the file's in bytes, ``bytes`` says where they went, ``ratio`` is the uncompressed size of what it holds
+    over it. Seconds are those of the second of two runs, so that compilation is not counted.
     """
 
     cache: Capture
     size: int
+    bytes: Breakdown
     ratio: float
     bits_per_element: float
     compress_seconds: float
@@ -60,5 +62,5 @@ def through_file(path: Path, codec: Codec, profile: Profile | None, model: Model
             jobs.decompress(KvpFile.open(packed, profile, model=runs), unpacking)
             unpacking.flush()
             seconds.append((middle - start, time.perf_counter() - middle))
-            look, cache = inspect(packed), Capture.open(back)
-    return Coded(cache, look.size, look.ratio, look.bits_per_element or 0.0, *seconds[-1])
+            look, pieces, cache = inspect(packed), breakdown(packed), Capture.open(back)
+    return Coded(cache, look.size, pieces, look.ratio, look.bits_per_element or 0.0, *seconds[-1])

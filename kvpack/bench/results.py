@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from kvpack.bench.detail import Detail
 from kvpack.errors import FormatError, UsageError
 from kvpack.formats.input import read_file
 from kvpack.formats.output import atomic_output
@@ -33,6 +34,10 @@ RECOMPUTE = "recompute"
 
 NOISE = "hardware-noise-"
 """What the names of :mod:`kvpack.bench.noise` begin with."""
+
+
+Key = tuple[str, str, int]
+"""A document's digest, a codec's name and a seed."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Row:
     decode_flops: int | None = None
 
     @property
-    def key(self) -> tuple[str, str, int]:
+    def key(self) -> Key:
         """Key that is unique for each row of a file: document digest, codec and seed."""
         return self.document_sha256, self.codec, self.seed
 
@@ -80,11 +85,15 @@ class Row:
 
 @dataclass
 class Results:
-    """Everything that ``kvpack bench`` writes. All rows of a file must have been made with the same ``setting``."""
+    """Everything that ``kvpack bench`` writes. All rows of a file must have been made with the same ``setting``.
+
+    ``details`` has what a page shows beside a row, by the row's key, where a page was asked for.
+    """
 
     setting: dict[str, Any]
     machine: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
+    details: dict[Key, Detail] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The same in types that JSON has, with ``schema_version``."""
@@ -93,6 +102,7 @@ class Results:
             "setting": self.setting,
             "machine": self.machine,
             "rows": [asdict(row) for row in self.rows],
+            **({"details": [[*key, detail.to_json()] for key, detail in self.details.items()]} if self.details else {}),
         }
 
     def write(self, path: Path, mode: int | None = None) -> None:
@@ -120,7 +130,8 @@ class Results:
             setting, machine = document["setting"], document["machine"]
             if not isinstance(setting, dict) or not isinstance(machine, dict):
                 raise TypeError("the setting or the machine is not an object")
-            return cls(setting, machine, [_row(row) for row in document["rows"]])
+            details = {_key(*key): Detail.parse(detail) for *key, detail in document.get("details", ())}
+            return cls(setting, machine, [_row(row) for row in document["rows"]], details)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise FormatError(f"{path}: not the results of kvpack bench ({error})") from None
 
@@ -139,7 +150,7 @@ class Results:
                 raise UsageError(
                     f"{path}: made with another {name} ({earlier.setting.get(name)}): use -f to start anew"
                 )
-        self.rows = earlier.rows
+        self.rows, self.details = earlier.rows, earlier.details
 
 
 def _row(document: dict[str, Any]) -> Row:
@@ -157,6 +168,11 @@ def _row(document: dict[str, Any]) -> Row:
         value = metric(row)
         _require(name, value is None or isinstance(value, float) or (type(value) is int and abs(value) < 1 << 63))
     return row if "decode_flops" in document or row.size is None else replace(row, decode_flops=0)
+
+
+def _key(digest: Any, codec: Any, seed: Any) -> Key:
+    _require("key", isinstance(digest, str) and isinstance(codec, str) and type(seed) is int)
+    return digest, codec, seed
 
 
 def _require(field: str, sound: bool) -> None:

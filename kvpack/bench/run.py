@@ -20,12 +20,12 @@ import numpy as np
 import kvpack
 from kvpack.bench.bounds import Bound, simulate
 from kvpack.bench.coding import needs_model, through_file
+from kvpack.bench.detail import BINS, Detail
 from kvpack.bench.noise import Noise
 from kvpack.bench.recompute import Recompute, network_of, recompute, token_bytes, tokens_of
-from kvpack.bench.results import TOKEN_ENTROPY, Results, Row
+from kvpack.bench.results import TOKEN_ENTROPY, Key, Results, Row
 from kvpack.capture import Model
 from kvpack.capture.entropy import token_bits
-from kvpack.capture.machine import processor_name
 from kvpack.codecs.protocol import Codec
 from kvpack.errors import CorruptError
 from kvpack.fidelity import CacheReader, compare
@@ -33,6 +33,8 @@ from kvpack.fidelity.model import Judge
 from kvpack.formats.input import InputFile
 from kvpack.formats.records import layer_tensors
 from kvpack.formats.source import Capture
+from kvpack.kvp.breakdown import Breakdown
+from kvpack.numerics.processor import processor_name
 from kvpack.profiles import Profile
 
 QUICK = (
@@ -49,12 +51,16 @@ Extra = Bound | Recompute | Noise | None
 
 @dataclass(frozen=True)
 class Task:
-    """One row to measure: ``subject`` is a codec or one of the extras."""
+    """One row to measure: ``subject`` is a codec or one of the extras.
+
+    ``detailed`` asks for what a page shows beside the row: where the loss is, and where the bytes went.
+    """
 
     path: Path
     sha256: str
     subject: Codec | Extra
     seed: int = 0
+    detailed: bool = False
 
     @property
     def name(self) -> str:
@@ -62,18 +68,25 @@ class Task:
         return self.subject.name if self.subject else TOKEN_ENTROPY
 
     @property
-    def key(self) -> tuple[str, str, int]:
+    def key(self) -> Key:
         """Key of the task's row, as in :class:`Row`."""
         return self.sha256, self.name, self.seed
 
 
-def plan(captures: Sequence[Path], codecs: Sequence[Codec], seeds: int, extras: Sequence[Extra]) -> list[Task]:
-    """Return the tasks document by document: all codecs, those with randomness with several seeds, then the extras."""
+def plan(
+    captures: Sequence[Path], codecs: Sequence[Codec], seeds: int, extras: Sequence[Extra], *, detailed: bool = False
+) -> list[Task]:
+    """Return the tasks document by document: all codecs, those with randomness with several seeds, then the extras.
+
+    If ``detailed``, the codecs' tasks on the first document with their first seeds ask for details.
+    """
     tasks = []
     for path in captures:
         digest = InputFile(path).sha256()
         for codec in codecs:
-            tasks += [Task(path, digest, codec, seed) for seed in range(seeds if codec.seeded else 1)]
+            wanted = detailed and path == captures[0]
+            number = seeds if codec.seeded else 1
+            tasks += [Task(path, digest, codec, seed, wanted and not seed) for seed in range(number)]
         tasks += [Task(path, digest, extra) for extra in extras]
     return tasks
 
@@ -121,17 +134,23 @@ def measure(
 ) -> Iterator[Row]:
     """Measure the tasks that have no row in ``results`` yet; append each new row to ``results`` and yield it.
 
+    A row without the details that its task asks for is measured anew.
+
     Raises:
         CorruptError: A lossless codec did not restore its capture.
 
     """
+    lacking = {task.key for task in tasks if task.detailed} - results.details.keys()
+    results.rows[:] = [row for row in results.rows if row.key not in lacking]
     done = {row.key for row in results.rows}
     bench: _Bench | None = None
     for i, task in enumerate(tasks):
         if task.key not in done:
             if bench is None or bench.path != task.path:
                 capture = Capture.open(task.path)
-                bench = _Bench(task.path, capture, model, Judge(model, capture) if model else None, profile)
+                bench = _Bench(
+                    task.path, capture, model, Judge(model, capture) if model else None, profile, results.details
+                )
             results.rows.append(bench.row(task))
             yield results.rows[-1]
         if progress:
@@ -147,6 +166,7 @@ class _Bench:
     model: Model | None
     judge: Judge | None
     profile: Profile | None
+    details: dict[Key, Detail]
 
     def row(self, task: Task) -> Row:
         subject = task.subject
@@ -179,6 +199,7 @@ class _Bench:
             compress_seconds=coded.compress_seconds,
             decompress_seconds=coded.decompress_seconds,
             decode_flops=flops,
+            pieces=coded.bytes,
         )
 
     def _recompute(self, task: Task) -> Row:
@@ -212,8 +233,11 @@ class _Bench:
         compress_seconds: float | None = None,
         decompress_seconds: float | None = None,
         decode_flops: int | None = None,
+        pieces: Breakdown | None = None,
     ) -> Row:
-        report = compare(self.capture, cache) if cache else None
+        report = compare(self.capture, cache, bins=BINS if task.detailed else 0) if cache else None
+        if task.detailed and report and pieces:
+            self.details[task.key] = Detail.of(report.loss, pieces)
         judged = self.judge.measure(cache) if self.judge and cache else None
         return Row(
             document=task.path.name,

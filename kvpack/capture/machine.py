@@ -1,22 +1,10 @@
-"""Says on which processor and on which device a cache is computed."""
+"""Says on which device a cache is computed."""
 
 from __future__ import annotations
 
-import platform
-from pathlib import Path
-
 import torch
 
-
-def processor_name() -> str:
-    """Return the processor's name as the system tells it, or its kind."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+from kvpack.numerics.processor import processor_name
 
 
 def device_name(device: torch.device) -> str:

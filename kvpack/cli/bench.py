@@ -53,6 +53,10 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option(help="Also draw the curves: .png, .svg or .pdf.", show_default=False, metavar="FILE")
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Also write a page with charts (extra html).", show_default=False, metavar="FILE"),
+    ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(help="Run nothing: list what differs between two results.", metavar="OLD NEW", show_default=False),
@@ -83,7 +87,7 @@ def bench(
         _speed(captures, gib, common.open_profile(profile), as_json=as_json)
         return
     read = [*captures, profile, common.model_files(model)]
-    for path, others in ((output, [report, plot]), (report, [plot]), (plot, [])):
+    for path, others in ((output, [report, plot, html]), (report, [plot, html]), (plot, [html]), (html, [])):
         if path is not None:
             common.check_target(path, read, force=True)
             common.check_different(path, others)
@@ -94,12 +98,17 @@ def bench(
     from kvpack.bench.noise import variants
     from kvpack.bench.recompute import Recompute
     from kvpack.bench.results import Results, student_t
+    from kvpack.cache.metadata import parse_metadata
     from kvpack.capture import load_model
     from kvpack.codecs.protocol import Need
     from kvpack.codecs.recipes import codecs_matching
     from kvpack.formats.source import Capture
     from kvpack.profiles import profile_for
 
+    if html is not None:
+        from kvpack.bench.html import javascript
+
+        javascript()  # If the package is missing, this says so now and not after hours of work.
     for path in captures:
         Capture.open(path)  # A file that is no capture is named now and not after hours of work.
     if len(captures) > 1:
@@ -128,7 +137,7 @@ def bench(
     extras: list[run.Extra] = [] if judge is None else [Recompute()]
     if not quick:
         extras += BOUNDS if judge is None else (*variants(judge), *BOUNDS, None)
-    tasks = run.plan(captures, chosen, 1 if quick else seeds, extras)
+    tasks = run.plan(captures, chosen, 1 if quick else seeds, extras, detailed=html is not None)
     results = Results(run.setting(judge, opened), run.machine(judge))
     if not force:
         results.resume(output)
@@ -136,12 +145,21 @@ def bench(
         for _ in run.measure(tasks, judge, opened, results, progress):
             results.write(output, common.permissions(captures))
     wanted = {task.key for task in tasks}
-    shown = Results(results.setting, results.machine, [row for row in results.rows if row.key in wanted])
+    details = {task.key: results.details[task.key] for task in tasks if task.key in results.details}
+    shown = Results(results.setting, results.machine, [row for row in results.rows if row.key in wanted], details)
     if report is not None:
         with common.writable(report, True, captures) as sink:
             sink.write(pages.markdown(shown).encode())
     if plot is not None:
         pages.plot(shown, plot, common.permissions(captures))
+    if html is not None:
+        from kvpack.bench.html import Made, bench_page
+
+        needles = parse_metadata(Capture.open(captures[0]).metadata).needles or ()
+        made = Made(common.command_line(), results.machine["gpu"])
+        page = bench_page(shown, needles, str(captures[0]), None if profile is None else str(profile), made)
+        with common.writable(html, True, captures) as sink:
+            sink.write(page)
     if as_json:
         common.print_json(shown.to_json())
     elif not quiet:

@@ -13,7 +13,8 @@ from kvpack.cli import common
 from kvpack.errors import CorruptError, MismatchError, QualityError, UsageError
 
 if TYPE_CHECKING:
-    from kvpack.fidelity import Attention, Reconstruction, Report
+    from kvpack.bench.html import Verified
+    from kvpack.fidelity import Attention, CacheReader, Reconstruction, Report
     from kvpack.fidelity.model import ModelReport
     from kvpack.jobs import Integrity
 
@@ -107,6 +108,15 @@ def verify(
             metavar="MODEL",
         ),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write a page with charts: where the loss is, where the bytes went (extra html).",
+            show_default=False,
+            metavar="FILE",
+        ),
+    ] = None,
+    force: common.Force = False,
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
@@ -121,10 +131,13 @@ def verify(
     """
     if file is None:
         limits = (max_nmse, max_attn_err, max_kl, min_top1, max_ppl_increase)
-        if bit_exact or model is not None or any(limit is not None for limit in limits):
-            raise UsageError("thresholds and --model compare two files: kvpack verify ORIGINAL FILE")
+        if bit_exact or model is not None or html is not None or any(limit is not None for limit in limits):
+            raise UsageError("thresholds, --model and --html compare two files: kvpack verify ORIGINAL FILE")
         _check_alone(original, profile, replay_model, device, memlimit, quiet, as_json)
         return
+    if html is not None:
+        _check_page(html, [original, file, profile, common.model_files(model)], force=force, as_json=as_json)
+    from kvpack.bench.detail import BINS
     from kvpack.fidelity import check, compare
     from kvpack.formats.source import Capture
     from kvpack.jobs import KvpFile, differing_parts, open_cache
@@ -143,7 +156,7 @@ def verify(
                 raise MismatchError(f"{file}: was not made from {original} ({stranger} differs)")
             common.attach_model(other, replay_model or model, device)
         with common.progress_bar("verifying", quiet) as progress:
-            report = compare(reference, other, progress)
+            report = compare(reference, other, progress, bins=BINS if html is not None else 0)
         failures = check(report, max_nmse, max_attn_err, bit_exact)
         judged = None
         if model is not None:
@@ -154,15 +167,41 @@ def verify(
             with common.progress_bar(f"running {loaded.name}", quiet) as progress:
                 judged = Judge(loaded, reference, progress).measure(other)
             failures += check_model(judged, max_kl, min_top1, max_ppl_increase)
+        if html is not None:
+            from kvpack.bench.html import Verified
+
+            page = _page(Verified(str(original), str(file), report, judged, failures), reference, second)
+            with common.writable(html, force, [original, file]) as sink:
+                sink.write(page)
     if as_json:
         document = {"original": str(original), "file": str(file), **report.to_json()}
         common.print_json({**document, "model": judged.to_json() if judged else None})
-    elif not quiet:
+    elif not quiet and html != common.STDIO:
         _print(report)
         if judged:
             _print_model(judged)
     if failures:
         raise QualityError(f"{file}: {'; '.join(failures)}")
+
+
+def _check_page(html: Path, read: common.Read, *, force: bool, as_json: bool) -> None:
+    """Refuse a page that cannot be made or written, before the files are compared."""
+    from kvpack.bench.html import javascript
+
+    if as_json and html == common.STDIO:
+        raise UsageError("--json and the page cannot both go to standard output")
+    common.check_target(html, read, force=force)
+    javascript()
+
+
+def _page(verified: Verified, reference: CacheReader, file: Path) -> bytes:
+    """Return the page of a comparison; ``file`` is where the second file can be read again."""
+    from kvpack.bench.html import Made, verify_page
+    from kvpack.kvp.breakdown import breakdown
+    from kvpack.kvp.inspection import inspect
+
+    look, size = inspect(file, verified.file), breakdown(file, verified.file)
+    return verify_page(verified, reference, look, size, Made(common.command_line()))
 
 
 def _check_alone(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from kvpack.errors import FormatError
 from kvpack.fidelity.attention import Attention, Doubles, RowFigures, Shape, require_fit
+from kvpack.fidelity.map import AttentionMap, Bins, map_attention
 from kvpack.fidelity.softmax import TOP_K, OnlineAttention
 
 BLOCK = 1 << 20
@@ -32,7 +33,14 @@ class AttentionMeter:
     """
 
     def __init__(
-        self, queries: NDArray[Any], positions: NDArray[np.integer[Any]], scale: float, keys: Shape, values: Shape
+        self,
+        queries: NDArray[Any],
+        positions: NDArray[np.integer[Any]],
+        scale: float,
+        keys: Shape,
+        values: Shape,
+        *,
+        bins: Bins | None = None,
     ) -> None:
         """Prepare for a layer's probe queries.
 
@@ -42,6 +50,7 @@ class AttentionMeter:
             scale: The factor of the dot products.
             keys: The shape ``(H, T, D)`` of the layer's keys.
             values: The shape ``(H, T, D_v)`` of the layer's values.
+            bins: The ranges of tokens of :meth:`map`, if that will be asked for.
 
         Raises:
             FormatError: The shapes do not belong together, or a position is not that of a token.
@@ -58,6 +67,8 @@ class AttentionMeter:
         """The number of tokens that any query sees. Later ones need not be added."""
         self._next = 0
         self._ours = self._theirs = OnlineAttention(heads, rows, values[2])
+        self._bins = bins
+        self._masses = self._masses_hat = np.zeros((heads, rows, bins.count if bins else 0))
         self._gaps: Doubles = np.zeros((heads, rows))
         self._vanished: Doubles = np.full((heads, rows), -inf)
 
@@ -109,16 +120,34 @@ class AttentionMeter:
             raise FormatError(f"only {self._next} of the {self.seen} tokens that probe queries see were given")
         if not self.seen:
             return Attention()
+        energy, error, measured = self._outputs()
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            kl = np.maximum(self._kl(), 0.0)
+        lost = np.isinf(error)
+        columns = (np.where(lost, inf, kl), np.where(lost, 0.0, self._overlap()), energy, error)
+        return RowFigures(*(column[measured] for column in columns)).summarise(measured.size)
+
+    def map(self) -> AttentionMap | None:
+        """Where attention differs, by ranges of tokens; None without bins or rows. Errors are those of `result`."""
+        if self._bins is None or not self.seen:
+            return None
+        ours, theirs = self._ours, self._theirs
+        energy, error, measured = self._outputs()
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            moved = np.abs(self._masses / ours.total[..., None] - self._masses_hat / theirs.total[..., None])
+        moved[~_is_defined(theirs)] = inf
+        return map_attention(self._bins, self._positions, moved, energy, error, measured)
+
+    def _outputs(self) -> tuple[Doubles, Doubles, NDArray[np.bool_]]:
+        """Of every row ``[H, R]`` ||o||^2, ||o - o^||^2 (infinite where the other is lost), and whether it counts."""
         ours, theirs = self._ours, self._theirs
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             output = ours.outputs()
             energy = (output**2).sum(-1)
             error = np.zeros_like(energy) if theirs is ours else ((output - theirs.outputs()) ** 2).sum(-1)
-            kl = np.maximum(self._kl(), 0.0)
         measured = np.isfinite(energy) & _is_defined(ours)
         lost = ~np.isfinite(error) | ~_is_defined(theirs)
-        columns = (np.where(lost, inf, kl), np.where(lost, 0.0, self._overlap()), energy, np.where(lost, inf, error))
-        return RowFigures(*(column[measured] for column in columns)).summarise(measured.size)
+        return energy, np.where(lost, inf, error), measured
 
     def _add(self, first: int, ours: tuple[Doubles, Doubles], theirs: tuple[Doubles, Doubles]) -> None:
         """Take in tokens whose weights fit into memory, as pairs of keys and values."""
@@ -126,15 +155,22 @@ class AttentionMeter:
         scores = self._scores(ours[0], hidden)
         exact = ours[0] is theirs[0] and ours[1] is theirs[1]
         if not exact and self._theirs is self._ours:
-            self._theirs = self._ours.copy()
+            self._theirs, self._masses_hat = self._ours.copy(), self._masses.copy()
         weights, factor = self._ours.add(first, scores, ours[1], hidden)
+        self._add_masses(self._masses, first, weights, factor)
         self._gaps *= factor
         if self._theirs is self._ours:
             return
         scores_hat = scores if theirs[0] is ours[0] else self._scores(theirs[0], hidden)
-        self._theirs.add(first, scores_hat, theirs[1], hidden)
+        self._add_masses(self._masses_hat, first, *self._theirs.add(first, scores_hat, theirs[1], hidden))
         if scores_hat is not scores:
             self._add_gaps(weights, scores, scores_hat)
+
+    def _add_masses(self, masses: Doubles, first: int, weights: Doubles, factor: Doubles) -> None:
+        """Add the weights ``[H, R, t]`` of a window to the sums ``[H, R, B]`` of its ranges, if there are any."""
+        if self._bins is not None:
+            masses *= factor[..., None]
+            self._bins.add(masses, first, weights)
 
     def _scores(self, keys: Doubles, hidden: NDArray[np.bool_]) -> Doubles:
         """Scaled dot products ``[H, R, t]``, -inf where the row does not see the token."""

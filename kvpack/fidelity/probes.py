@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from kvpack.cache.metadata import parse_metadata
 from kvpack.errors import FormatError
 from kvpack.fidelity.attention import Attention, Shape
+from kvpack.fidelity.map import Bins
 from kvpack.fidelity.meter import AttentionMeter
 from kvpack.fidelity.source import CacheReader
 from kvpack.formats.records import has_queries, probe_positions, probe_queries
@@ -59,13 +60,14 @@ class Probes:
             layers.setdefault(text, []).append(layer)
         return [f"{text} ({layers_text(found)})" for text, found in layers.items()]
 
-    def meter(self, layer: int, keys: Shape, values: Shape) -> AttentionMeter | None:
+    def meter(self, layer: int, keys: Shape, values: Shape, *, bins: Bins | None = None) -> AttentionMeter | None:
         """Prepare to measure a layer, or return None (with a note) where it has no probes.
 
         Args:
             layer: The index of the layer.
             keys: The shape ``(H, T, D)`` of its keys.
             values: The shape ``(H, T, D_v)`` of its values.
+            bins: The ranges of tokens of its map, if that is wanted.
 
         Raises:
             FormatError: The queries do not fit the layer.
@@ -81,7 +83,7 @@ class Probes:
             self._note(LAYER_WITHOUT_QUERIES, layer)
             return None
         try:
-            return AttentionMeter(queries, self.positions, self.scale_for(layer, keys[2]), keys, values)
+            return AttentionMeter(queries, self.positions, self.scale_for(layer, keys[2]), keys, values, bins=bins)
         except FormatError as error:
             raise FormatError(f"layer {layer}: {error}") from None
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpack.fidelity.map import Bins, LayerMap, LossMap, TensorMap
 from kvpack.fidelity.probes import Probes, layers_text
 from kvpack.fidelity.reconstruction import Reconstruction, measure_reconstruction
 from kvpack.fidelity.source import CacheReader, require_same_layers, same_tensor, walk
@@ -21,13 +22,13 @@ Progress = Callable[[int, int], None]
 
 
 @np.errstate(all="ignore")  # caches may hold any number, a signalling NaN among them
-def compare(original: CacheReader, other: CacheReader, progress: Progress | None = None) -> Report:
+def compare(original: CacheReader, other: CacheReader, progress: Progress | None = None, *, bins: int = 0) -> Report:
     """Measure how near ``other`` is to ``original``.
 
     ``other.windows()`` is walked once, and ``original`` is read at the same tokens, so memory holds one window of both
     and the state of the probe queries, however long the caches are. Keys and values (``layers.{i}.keys|values``,
     ``[H, T, D]`` floats) are measured, and every other tensor is compared bit by bit. Attention is measured where
-    ``original`` holds probe queries.
+    ``original`` holds probe queries. With ``bins``, the report also has the errors by at most so many ranges of tokens.
 
     Raises:
         MismatchError: A layer's tensor is in only one of the two, or differs in shape or dtype.
@@ -37,7 +38,8 @@ def compare(original: CacheReader, other: CacheReader, progress: Progress | None
     layers = require_same_layers(original, other)
     steps = _Steps(original, progress)
     probes = Probes(original)
-    meters = [_LayerMeter(index, names, original, probes) for index, names in layers.items()]
+    ranges = Bins.of(_longest(layers, original), bins) if bins else None
+    meters = [_LayerMeter(index, names, original, probes, ranges) for index, names in layers.items()]
     named = {name for names in layers.values() for name in names.values()}
     for first, window in walk(other, named):
         for meter in meters:
@@ -45,7 +47,8 @@ def compare(original: CacheReader, other: CacheReader, progress: Progress | None
         steps.advance(sum(bits.nbytes for bits in window.values()))
     reports = tuple(meter.result() for meter in meters)
     extras = _compare_extras(original, other, named, steps)
-    return Report(reports, extras, tuple(_notes(layers, probes, original, other)))
+    loss = LossMap(ranges, tuple(meter.map() for meter in meters)) if ranges else None
+    return Report(reports, extras, tuple(_notes(layers, probes, original, other)), loss)
 
 
 class _Steps:
@@ -64,12 +67,15 @@ class _Steps:
 class _LayerMeter:
     """Measures the keys and values of one layer, window by window."""
 
-    def __init__(self, index: int, names: Mapping[str, str], original: CacheReader, probes: Probes) -> None:
+    def __init__(
+        self, index: int, names: Mapping[str, str], original: CacheReader, probes: Probes, bins: Bins | None
+    ) -> None:
         """Prepare for the tensors ``names``, by ``"keys"`` and ``"values"``; there may be only one of them."""
         self._index, self._names, self._original, self._probes = index, names, original, probes
         self._figures = {"keys": Reconstruction(), "values": Reconstruction()}
         shapes = [original.tensors[name].shape for name in names.values()]
-        self._attention = probes.meter(index, *shapes) if len(shapes) == 2 else None
+        self._attention = probes.meter(index, *shapes, bins=bins) if len(shapes) == 2 else None
+        self._maps = {what: TensorMap(bins) for what in self._figures} if bins else {}
 
     def add(self, first: int, window: Mapping[str, Bits]) -> None:
         """Take in a window of the other cache, which begins at token ``first``."""
@@ -81,6 +87,8 @@ class _LayerMeter:
                 part = measure_reconstruction(ours, theirs, self._original.tensors[name].dtype)
                 self._figures[what] = Reconstruction.merge([self._figures[what], part])
                 pairs[what] = (ours, ours if part.bit_exact else theirs)
+                if self._maps:
+                    self._maps[what].add(first, ours, theirs, self._original.tensors[name].dtype)
         if self._attention and "keys" in pairs:
             self._add_attention(first, {"values": self._empty(pairs["keys"]), **pairs})
 
@@ -88,6 +96,11 @@ class _LayerMeter:
         """The figures of the layer."""
         attention = self._probes.result(self._index, self._attention) if self._attention else None
         return LayerReport(self._index, self._figures["keys"], self._figures["values"], attention)
+
+    def map(self) -> LayerMap:
+        """The errors of the layer by ranges of tokens, where they were asked for."""
+        attention = self._attention.map() if self._attention else None
+        return LayerMap(self._index, self._maps["keys"].result(), self._maps["values"].result(), attention)
 
     def _add_attention(self, first: int, pairs: Mapping[str, tuple[Bits, Bits]]) -> None:
         assert self._attention
@@ -142,6 +155,11 @@ def _compare_extras(original: CacheReader, other: CacheReader, layers: Collectio
         steps.advance(_size_of(spec))
     added = tuple(name for name in other.tensors if name not in original.tensors)
     return Extras(same, tuple(differ), tuple(missing), added)
+
+
+def _longest(layers: Mapping[int, Mapping[str, str]], source: CacheReader) -> int:
+    """The number of tokens of the longest tensor of keys or values."""
+    return max((source.tensors[name].shape[1] for names in layers.values() for name in names.values()), default=0)
 
 
 def _size_of(spec: TensorSpec) -> int:

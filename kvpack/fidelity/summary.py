@@ -7,6 +7,7 @@ from math import isfinite
 from typing import Any
 
 from kvpack.fidelity.attention import Attention
+from kvpack.fidelity.map import LossMap
 from kvpack.fidelity.probes import layers_text
 from kvpack.fidelity.reconstruction import Reconstruction
 
@@ -49,11 +50,15 @@ class Extras:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`kvpack.fidelity.compare` found, layer by layer; the overall figures follow from the layers."""
+    """What :func:`kvpack.fidelity.compare` found, layer by layer; the overall figures follow from the layers.
+
+    ``loss`` has the errors by ranges of tokens, where they were asked for.
+    """
 
     layers: tuple[LayerReport, ...]
     extras: Extras
     notes: tuple[str, ...]
+    loss: LossMap | None = None
 
     @property
     def keys(self) -> Reconstruction:
@@ -109,6 +114,7 @@ class Report:
                 "added": list(self.extras.added),
             },
             "notes": list(self.notes),
+            "map": self.loss.to_json() if self.loss else None,
         }
         infinite: list[str] = []
         document = _finite(document, "", infinite)

@@ -19,7 +19,7 @@ from kvpack.cli.common.options import (
     Threads,
     Verbose,
 )
-from kvpack.cli.common.screen import counted, listed, print_json, print_table, progress_bar, say
+from kvpack.cli.common.screen import command_line, counted, listed, print_json, print_table, progress_bar, say
 from kvpack.cli.common.streams import naming_system, read_bytes, readable, writable
 from kvpack.cli.common.targets import (
     STDIO,
@@ -70,6 +70,7 @@ __all__ = [
     "check_different",
     "check_streams",
     "check_target",
+    "command_line",
     "counted",
     "device_for",
     "engine",

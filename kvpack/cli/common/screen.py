@@ -71,6 +71,11 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
         typer.echo(text if number else typer.style(text, bold=True))
 
 
+def command_line() -> list[str]:
+    """Return the words of the command that runs."""
+    return ["kvpack", *sys.argv[1:]]
+
+
 def counted(number: int, what: str) -> str:
     """Return a number with its noun: ``1 part``, ``2 parts``."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
