@@ -88,7 +88,7 @@ def compressed(cli: Cli, folder: Path, tokens: int, *options: object) -> dict[st
 def test_every_kind_of_attention_and_length(cli: Cli, folder: Path, tokens: int) -> None:
     """Grouped, whole and single KV heads; rotary whole, partial and none; biases; QK-norm; other lengths than
     calibrated. What a random model's predictions depend on is values; at a fine step they come back but for what no
-    direction holds.
+    direction holds. Coarser steps may spoil what predictions do not depend on, in any order.
     """
     profile, source = Profile.open(folder / "p.kvprofile"), folder / f"{tokens}.safetensors"
     errors = []
@@ -98,7 +98,7 @@ def test_every_kind_of_attention_and_length(cli: Cli, folder: Path, tokens: int)
         assert done.carried == []
         assert cli("verify", source, folder / "x.kvp", "-D", profile.path).code == 0
         errors.append(_nmse(source, KvpFile.open(folder / "x.kvp", profile)))
-    assert errors == sorted(errors)
+    assert errors[0] == min(errors)
     assert errors[0] < 0.2
 
 

@@ -37,9 +37,10 @@ def demo(
     quiet: common.Quiet = False,
     as_json: common.Json = False,
 ) -> None:
-    """Show what kvpack is for: capture the embedded model's cache, compress it and see what the model loses.
+    """Show what kvpack is for, on the cache of a small model that comes with it.
 
-    The text is the start of a speech. The capture and two compressed files are kept; an existing capture is used again.
+    The model reads a speech. Its cache is captured, compressed by nine codecs, and read by the model again. The capture
+    and two compressed files are kept. An existing capture is used again.
     """
     for line in BEFORE.format(folder=folder).splitlines():
         common.say(line, quiet=quiet, to_stderr=True)

@@ -29,6 +29,7 @@ from kvpack.formats.temporary import discard_all
 
 ENVIRONMENT = {
     "KVPACK_CACHE_DIR": "the folder for compiled code (default: ~/.cache/kvpack)",
+    "KVPACK_PROFILES": "the folder of installed profiles",
     "KVPACK_DEBUG": "set to 1, errors are shown with their traceback",
     "TMPDIR": "the folder for temporary files without a name (default: /tmp)",
     "NO_COLOR": "set to 1, nothing is printed in colour",
