@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 TITLE = "The KV cache of 1,792 tokens of a speech, by SmolLM2-135M: {size:.1f} MB"
 COLUMNS = ("codec", "keeps", "MB", "smaller", "KL plain", "KL repeat", "facts")
+RESULTS = "results.json"
+"""The file of the table's figures, as ``--json`` prints them."""
+
 BEFORE = """\
 kvpack demo runs SmolLM2-135M on 1,792 tokens of a speech, saves its KV cache, compresses it with nine codecs
 and lets the model read each result. It takes one to two minutes on 2 cores, and 75 MB in {folder}."""
@@ -39,8 +43,8 @@ def demo(
 ) -> None:
     """Show what kvpack is for, on the cache of a small model that comes with it.
 
-    The model reads a speech. Its cache is captured, compressed by nine codecs, and read by the model again. The capture
-    and two compressed files are kept. An existing capture is used again.
+    The model reads a speech. Its cache is captured, compressed by nine codecs, and read by the model again. The
+    capture, two compressed files and the figures are kept. An existing capture is used again.
     """
     for line in BEFORE.format(folder=folder).splitlines():
         common.say(line, quiet=quiet, to_stderr=True)
@@ -57,8 +61,11 @@ def demo(
     rows = []
     with common.progress_bar("judging codecs", quiet) as progress:
         rows = list(work.judge(model, capture, progress))
+    results = {"schema_version": 2, "capture": str(capture), "codecs": [asdict(row) for row in rows]}
+    with common.writable(folder / RESULTS, True) as sink:
+        sink.write(json.dumps(results, indent=1).encode() + b"\n")
     if as_json:
-        common.print_json({"schema_version": 2, "capture": str(capture), "codecs": [asdict(row) for row in rows]})
+        common.print_json(results)
         return
     from rich.console import Console
 
