@@ -17,8 +17,10 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
+
+from kvpack.bench.results import student_t
 
 CALIBRATION = ("--gradients", "60", "--units", "1024", "--steps", "2500")
 SEQUENCES = 10
@@ -94,28 +96,40 @@ def bench(options: argparse.Namespace, name: str, fold: str, model: Sequence[str
 
 
 def table(results: Path, names: Sequence[str], kinds: dict[str, str], folds: dict[str, Sequence[str]]) -> None:
-    """Print a Markdown row for each document and codec: ratio and KL with its kind seen and with its kind left out."""
+    """Print ratio and KL of each document and codec, and means over the documents that are not called ``other-``."""
+    heads = ("ratio", "KL plain", "KL repeat")
     print(
-        "| document | codec | kind seen: ratio | KL plain | KL repeat | kind left out: ratio | KL plain | KL repeat |"
+        "| document | codec | " + " | ".join(f"{head}, kind {kind}" for kind in ("seen", "left out") for head in heads)
     )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    sums: dict[str, list[list[float]]] = {}
+    print("| --- | --- |" + " --- |" * 6)
+    found: dict[str, list[list[float]]] = {}
     for name in names:
-        fold = next((fold for fold, without in folds.items() if kinds.get(name) in without), None)
-        seen, unseen = rows(results / f"{name}.all.json"), rows(results / f"{name}.{fold}.json") if fold else {}
+        fold = next((fold for fold, without in folds.items() if kinds.get(name) in without), "all")
+        seen, unseen = rows(results / f"{name}.all.json"), rows(results / f"{name}.{fold}.json")
         for codec, figures in seen.items():
-            both = [*figures, *unseen.get(codec, figures if fold is None else ())]
-            sums.setdefault(codec, []).append(both)
-            print(f"| {name} | {codec} | " + " | ".join(f"{x:.4g}" for x in both) + " |")
-    for codec, found in sums.items():
-        print(f"| mean | {codec} | " + " | ".join(f"{mean(column):.4g}" for column in zip(*found, strict=True)) + " |")
+            both = [*figures, *unseen[codec]]
+            print(f"| {name} | {codec} | " + " | ".join(_short(x) for x in both) + " |")
+            if not name.startswith("other-"):
+                found.setdefault(codec, []).append(both)
+    for codec, each in found.items():
+        print(f"| mean | {codec} | " + " | ".join(interval(column) for column in zip(*each, strict=True)) + " |")
+
+
+def interval(values: Sequence[float]) -> str:
+    """Return the mean of documents with its 95 % confidence interval, by Student's t."""
+    width = student_t(len(values) - 1) * stdev(values) / len(values) ** 0.5
+    return f"{_short(mean(values))} ± {_short(width)}"
+
+
+def _short(x: float) -> str:
+    return f"{x:.1f}" if x >= 10 else f"{x:.4f}" if x < 1 else f"{x:.2f}"
 
 
 def rows(path: Path) -> dict[str, list[float]]:
     """Return for each codec of a result its ratio and its KL, plain and repeated."""
     found = {}
     for row in json.loads(path.read_text())["rows"]:
-        if row["ratio"] and row["model"]:
+        if row["model"] and row["codec"] != "recompute":
             found[row["codec"]] = [row["ratio"], row["model"]["plain"]["kl_mean"], row["model"]["repeat"]["kl_mean"]]
     return found
 
