@@ -103,7 +103,7 @@ def bench(
     from kvpack.codecs.protocol import Need
     from kvpack.codecs.recipes import codecs_matching
     from kvpack.formats.source import Capture
-    from kvpack.profiles import profile_for
+    from kvpack.profiles import families, profile_for
 
     if html is not None:
         from kvpack.bench.html import javascript
@@ -115,8 +115,8 @@ def bench(
         student_t(len(captures) - 1)  # If scipy is missing, this says so now and not after hours of work.
     names = ",".join(run.QUICK) if quick and codecs == "all" else codecs
     chosen = codecs_matching(names.split(","))
-    opened = common.open_profile(profile) if profile else profile_for(Capture.open(captures[0]).metadata)
-    known = {name.split(".")[0].split("-")[0] for name in opened or ()}
+    opened = common.open_profile(profile) if profile else profile_for(Capture.open(captures[0]).metadata, "fisher")
+    known = families(opened or ())
     unknown = [
         codec for codec in chosen if Need.PROFILE in codec.traits.needs and codec.name.split("-")[0] not in known
     ]

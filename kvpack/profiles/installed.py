@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -60,14 +60,19 @@ def install_profile(path: Path, model: str, *, move: bool) -> Path:
     return target
 
 
-def profile_for(metadata: Mapping[str, str]) -> Profile | None:
-    """Return the newest installed profile, or else the shipped one, for the model that a capture names.
+def profile_for(metadata: Mapping[str, str], family: str) -> Profile | None:
+    """Return the newest installed profile, or else the shipped one, for a family of codecs and a capture's model.
 
     Models are compared by the SHA-256 of their weights; a capture that names none gets no profile.
     """
     wanted = parse_metadata(metadata).weights_sha256
-    found = (profile for profile in _profiles("") if parse_metadata(profile.metadata).weights_sha256 == wanted)
-    return next(found, None) if wanted else None
+    fitting = (profile for profile in _profiles("") if parse_metadata(profile.metadata).weights_sha256 == wanted)
+    return next((profile for profile in fitting if family in families(profile)), None) if wanted else None
+
+
+def families(profile: Iterable[str]) -> set[str]:
+    """Return the families of codecs that a profile is for, of ``fisher``, ``kvtc`` and ``aquakv``."""
+    return {name.split(".")[0].split("-")[0] for name in profile} & {"fisher", "kvtc", "aquakv"}
 
 
 def profile_with(sha256: str) -> Profile | None:
