@@ -162,21 +162,22 @@ def test_the_readme_shows_every_command() -> None:
         assert f"kvpack {command.callback.__name__}" in README  # type: ignore[union-attr]
 
 
-def rows(text: str) -> dict[str, list[str]]:
-    """Rows of the first table that begins with a codec, by its name."""
+def rows(text: str, start: str = "# ") -> dict[str, list[str]]:
+    """Rows of the first table of codecs after ``start``, by the codec's name."""
+    text = text[text.index(start) :]
     table = text[text.index("| codec |") :].split("\n\n", maxsplit=1)[0].splitlines()[2:]
     cells = [[cell.strip(" `") for cell in row.strip("|").split("|")] for row in table]
     return {first: rest for first, *rest in cells}
 
 
 def test_the_benchmarks_have_every_codec() -> None:
-    assert list(rows(BENCHMARKS)) == list(CODECS)
+    assert list(rows(BENCHMARKS, "### All codecs, one document")) == list(CODECS)
 
 
 def test_the_readmes_results_are_of_the_benchmarks() -> None:
-    every = rows(BENCHMARKS)
+    lines = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in BENCHMARKS.splitlines()]
     for name, figures in rows(README).items():
-        assert set(figures) <= set(every[name]), name
+        assert any(line[0] == name and set(figures) <= set(line) for line in lines), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

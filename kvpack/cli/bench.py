@@ -121,11 +121,11 @@ def bench(
         codec for codec in chosen if Need.PROFILE in codec.traits.needs and codec.name.split("-")[0] not in known
     ]
     if unknown:
-        families = ", ".join(dict.fromkeys(codec.name.split("-")[0] for codec in unknown))
+        missing = ", ".join(dict.fromkeys(codec.name.split("-")[0] for codec in unknown))
         if "all" not in codecs.split(","):
-            raise UsageError(f"no profile for {families}: give one with -D FILE, made by kvpack calibrate --codecs all")
+            raise UsageError(f"no profile for {missing}: give one with -D FILE, made by kvpack calibrate --codecs all")
         chosen = [codec for codec in chosen if codec not in unknown]
-        common.say(f"no profile for {families} (-D): these codecs are left out", quiet=quiet, to_stderr=True)
+        common.say(f"no profile for {missing} (-D): these codecs are left out", quiet=quiet, to_stderr=True)
     judge = None if model == "none" else load_model(None if model == "embedded" else model, dtype, device)
     if any(map(needs_model, chosen)) and not all(can_replay(path, judge) for path in captures):
         if "all" not in codecs.split(","):
