@@ -28,11 +28,11 @@ SHOWN = {
     "lossless": "every bit",
     "kivi-4": "4 bits an element",
     "turboquant-3": "3 bits an element",
-    "local-4": "what most tokens share",
-    "fisher-6": "what predictions need",
+    "local-4": "what tokens share",
+    "fisher-6": "what matters most",
     "fisher-5": "the same, coarser",
-    "fisher-4": "the same, coarser still",
-    "replay": "the text, to run again",
+    "fisher-4": "coarser still",
+    "replay": "the text alone",
 }
 """The codecs of the demo, and what each keeps of a cache."""
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 TITLE = "The KV cache of 1,792 tokens of a speech, by SmolLM2-135M: {size:.1f} MB"
 COLUMNS = ("codec", "keeps", "MB", "smaller", "KL plain", "KL repeat", "facts")
+WIDTH = 80
+"""Columns of the table, in a terminal of any width."""
+
 RESULTS = "results.json"
 """The file of the table's figures, as ``--json`` prints them."""
 
@@ -25,10 +28,12 @@ BEFORE = """\
 kvpack demo runs SmolLM2-135M on 1,792 tokens of a speech, saves its KV cache, compresses it with nine codecs
 and lets the model read each result. It takes one to two minutes on 2 cores, and 75 MB in {folder}."""
 AFTER = """\
-KL: how much the model's next-token predictions change, in nats, while the text goes on (plain) and while a
-passage of it is repeated. A CPU and a GPU computing the same cache differ by 0.001 to 0.002.
+KL: how much the model's next-token predictions change, in nats, while the text
+goes on (plain) and while a passage of it is repeated. A CPU and a GPU that
+compute the same cache differ by 0.001 to 0.002.
 Facts: sentences hidden in the text that the model must recite from its cache.
-fisher uses a profile of 12 MB that comes with kvpack and was calibrated on other kinds of text."""
+fisher uses a profile of 12 MB that comes with kvpack. It has seen no speeches.
+replay stores the text alone, and runs the model again to get the cache."""
 
 
 def demo(
@@ -69,7 +74,7 @@ def demo(
         return
     from rich.console import Console
 
-    console = Console(highlight=False, record=svg is not None)
+    console = Console(highlight=False, record=svg is not None, width=WIDTH)
     console.print(_table(rows))
     console.print(AFTER, soft_wrap=True)
     console.print("\nTry next:", soft_wrap=True)
