@@ -71,7 +71,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
         (folder / f"{i}.txt").write_text(demo_text()[1000 * i :][:300])
         limits = ("--max-tokens", TOKENS, "--needles", NEEDLES, "--queries", 8)
         run("capture", "-m", model, "--text", f"{i}.txt", "-o", f"{i}.safetensors", *limits)
-    run("compress", "0.safetensors", "-c", "kivi-2", "-o", "0.kvp")
+    run("compress", "0.safetensors", "-c", "kivi-2", "--keep-probes", "-o", "0.kvp")
     captures = ("0.safetensors", "1.safetensors")
     run("bench", *captures, "-m", model, "--codecs", ",".join(CODECS), "--seeds", 1, "-o", "r.json", "--html", "b.html")
     run("verify", "0.safetensors", "0.kvp", "-m", model, "--html", "v.html", "--json")
@@ -208,7 +208,7 @@ def test_the_html_option_refuses_what_other_outputs_refuse(cli: Cli, small: Path
 
 def test_a_file_that_fails_its_thresholds_has_a_page_that_says_so(cli: Cli, small: Path, tmp_path: Path) -> None:
     packed, page = tmp_path / "x.kvp", tmp_path / "x.html"
-    assert cli("compress", small, "-c", "kivi-2", "-o", packed).code == 0
+    assert cli("compress", small, "-c", "kivi-2", "--keep-probes", "-o", packed).code == 0
     found = cli("verify", small, packed, "--max-nmse", "1e-9", "--html", page, "-q")
     assert found.code == 3
     assert "Thresholds that are not met: NMSE of" in page.read_text()
@@ -238,12 +238,12 @@ def test_bytes_are_told_apart_by_what_they_store(tmp_path: Path, cli: Cli, small
     packed = tmp_path / "x.kvp"
     tiny = tiny_capture(tmp_path / "tiny.safetensors")
     for codec, kinds in (("fisher-4", {"keys and values"}), ("kvtc-1", {"keys", "values"})):  # both join layers
-        assert cli("compress", tiny, "-c", codec, "-D", TINY, "-o", packed, "-f").code == 0
+        assert cli("compress", tiny, "-c", codec, "-D", TINY, "--keep-probes", "-o", packed, "-f").code == 0
         found = breakdown(packed)
         assert sum(piece.size for piece in found.pieces) == found.size == packed.stat().st_size
         assert not found.layers
         assert {piece.what for piece in found.pieces} == {*kinds, "tokens", "file"}
-    assert cli("compress", small, "-c", "kivi-4", "-o", packed, "-f").code == 0
+    assert cli("compress", small, "-c", "kivi-4", "--keep-probes", "-o", packed, "-f").code == 0
     for path in (small, packed):
         found, look = breakdown(path), inspect(path)
         assert sum(piece.size for piece in found.pieces) == found.size == path.stat().st_size

@@ -23,7 +23,8 @@ Cli = Callable[..., Any]
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of installed profiles, still missing."""
+    """The folder of installed profiles, still missing. Those that are shipped play no part."""
+    monkeypatch.setattr("kvpack.profiles.installed.SHIPPED", Path(os.devnull))
     monkeypatch.setenv("KVPACK_PROFILES", str(tmp_path / "installed"))
     return tmp_path / "installed"
 
@@ -91,7 +92,8 @@ def test_where_profiles_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert installed_folder() == Path.home() / ".local/share/kvpack/profiles"
 
 
-def test_shipped_profiles_are_what_their_names_say() -> None:
+def test_shipped_profiles_are_what_their_names_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvpack.profiles.installed.SHIPPED", SHIPPED)
     shipped = list(SHIPPED.glob("*.kvprofile"))
     assert shipped
     page = (Path(__file__).parent.parent / "docs" / "profile-format.md").read_text()

@@ -43,7 +43,7 @@ def test_every_extra_that_a_message_names_is_there() -> None:
     }
     assert named
     assert named <= set(extras)
-    assert set(extras["all"][0].removeprefix("kvpack[").rstrip("]").split(",")) == {"capture", "bench", "plot"}
+    assert set(extras["all"][0].removeprefix("kvpack[").rstrip("]").split(",")) == {"capture", "bench", "plot", "html"}
 
 
 def run(command: list[Any], folder: Path, **environment: str) -> str:

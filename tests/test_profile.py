@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,9 @@ Cli = Callable[..., Any]
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Path:
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A capture for which no profile is installed, although it names the model of one that is shipped."""
+    monkeypatch.setattr("kvpack.profiles.installed.SHIPPED", Path(os.devnull))
     return tiny_capture(tmp_path / "tiny.safetensors")
 
 
