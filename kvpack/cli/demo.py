@@ -79,7 +79,8 @@ def demo(
     console.print(AFTER, soft_wrap=True)
     console.print("\nTry next:", soft_wrap=True)
     console.print(f"  kvpack inspect {folder / 'fisher-5.kvp'}", markup=False, soft_wrap=True)
-    console.print(f"  kvpack verify {capture} {folder / 'fisher-5.kvp'} --model embedded", markup=False, soft_wrap=True)
+    console.print(f"  kvpack verify {capture} \\", markup=False, soft_wrap=True)
+    console.print(f"    {folder / 'fisher-5.kvp'} --model embedded", markup=False, soft_wrap=True)
     if svg is not None:
         with common.writable(svg, True) as sink:
             sink.write(console.export_svg(title="kvpack demo").encode())
