@@ -18,6 +18,10 @@ RESULTS = ROOT / "kvpack-demo" / "results.json"
 """What the README's first command has left, where it was run as the README says (as .ci/run does)."""
 
 
+WIDTH = 12.2
+"""Width of a character in the pictures that rich draws."""
+
+
 def drawn() -> dict[str, list[str]]:
     """Rows of the README's picture by codec: what is kept, MB, times smaller, KL plain, KL repeat, facts."""
     picture = (ROOT / "docs" / "demo.svg").read_text()
@@ -26,9 +30,17 @@ def drawn() -> dict[str, list[str]]:
         x, y = (re.search(rf' {name}="([0-9.]+)"', attributes) for name in "xy")
         if x and y:
             lines.setdefault(y[1], []).append((float(x[1]), html.unescape(text)))
-    rows = ["".join(text for _, text in sorted(parts)).replace("\xa0", " ").strip() for parts in lines.values()]
+    rows = [laid_out(parts) for parts in lines.values()]
     cells = [re.split(r"  +", row) for row in rows]
     return {first: rest for first, *rest in cells if first in {*SHOWN, "none"}}
+
+
+def laid_out(parts: list[tuple[float, str]]) -> str:
+    """A line of the picture, whose texts stand at multiples of :data:`WIDTH`."""
+    line = ""
+    for x, text in sorted(parts):
+        line = line.ljust(round(x / WIDTH)) + text.replace("\xa0", " ")
+    return line.strip()
 
 
 def compared(rows: list[dict[str, Any]]) -> None:

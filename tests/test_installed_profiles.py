@@ -15,7 +15,7 @@ from profiles import TINY, tiny_capture
 import kvpack
 from kvpack.cache.metadata import parse_metadata
 from kvpack.formats.source import Capture
-from kvpack.profiles import Profile, install_profile, installed_folder, profile_for, profile_with
+from kvpack.profiles import Profile, families, install_profile, installed_folder, profile_for, profile_with
 from kvpack.profiles.installed import DIGITS, SHIPPED
 
 Cli = Callable[..., Any]
@@ -73,15 +73,21 @@ def test_the_newest_of_several_is_taken(tmp_path: Path, tiny: Path) -> None:
     copy.write_bytes(TINY.read_bytes())
     second = first.with_name("other.000000000000.kvprofile")
     copy.rename(second)
-    metadata = Capture.open(tiny).metadata
+    capture = Capture.open(tiny)
+    metadata, tensors = capture.metadata, list(capture.tensors.values())
     for newer, older in ((first, second), (second, first)):
         os.utime(newer, (2e9, 2e9))
         os.utime(older, (1e9, 1e9))
-        found = profile_for(metadata, "fisher")
+        found = profile_for(metadata, "fisher", tensors)
         assert found is not None
         assert found.path == newer
-    assert profile_for({}, "fisher") is None
-    assert profile_for({"model": json.dumps({"weights_sha256": "0" * 64})}, "fisher") is None
+    assert (
+        profile_for(metadata, "fisher", [spec for spec in tensors if spec.name != "layers.0.keys"]) is None
+    )  # It is for another number of elements.
+    assert profile_for(metadata, "kvtc", tensors) is not None
+    assert profile_for(metadata, "other", tensors) is None
+    assert profile_for({}, "fisher", tensors) is None
+    assert profile_for({"model": json.dumps({"weights_sha256": "0" * 64})}, "fisher", tensors) is None
 
 
 def test_where_profiles_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +107,6 @@ def test_shipped_profiles_are_what_their_names_say(monkeypatch: pytest.MonkeyPat
         profile = Profile.open(path)
         assert re.fullmatch(rf".+\.{profile.sha256[:DIGITS]}\.kvprofile", path.name)
         assert profile.sha256 in page  # The page says how it was made.
-        assert profile_for(profile.metadata, "fisher") is not None
+        assert families(profile) == {"fisher"}
         assert parse_metadata(profile.metadata).weights_sha256
         assert "fisher.curve" in profile

@@ -112,7 +112,7 @@ def judge(model: Model, path: Path, progress: run.Progress | None = None) -> Ite
 
     """
     capture = Capture.open(path)
-    profile = profile_for(capture.metadata, "fisher")
+    profile = profile_for(capture.metadata, "fisher", capture.tensors.values())
     for name in KEPT:
         with atomic_output(path.with_name(f"{name}.kvp"), force=True) as sink:
             jobs.compress(path, sink, codec_named(name), profile=profile)

@@ -115,7 +115,9 @@ def bench(
         student_t(len(captures) - 1)  # If scipy is missing, this says so now and not after hours of work.
     names = ",".join(run.QUICK) if quick and codecs == "all" else codecs
     chosen = codecs_matching(names.split(","))
-    opened = common.open_profile(profile) if profile else profile_for(Capture.open(captures[0]).metadata, "fisher")
+    first = Capture.open(captures[0])
+    found = None if profile else profile_for(first.metadata, "fisher", first.tensors.values())
+    opened = common.open_profile(profile) if profile else found
     known = families(opened or ())
     unknown = [
         codec for codec in chosen if Need.PROFILE in codec.traits.needs and codec.name.split("-")[0] not in known

@@ -96,7 +96,7 @@ def choose(
     """
     given = profile
     if profile is None and goal.max_attn_err is None:
-        profile = profile_for(capture.metadata, "fisher")
+        profile = profile_for(capture.metadata, "fisher", capture.tensors.values())
     if profile is not None and "fisher.curve" not in profile:
         raise MismatchError(f"the profile {profile.name} has no section fisher: calibrate again")
     if goal.quality is not None or goal.max_kl is not None:

@@ -15,7 +15,9 @@ from pathlib import Path
 
 from kvpack.cache.metadata import parse_metadata
 from kvpack.errors import KvpackError
+from kvpack.formats.captures import layer_of
 from kvpack.formats.output import atomic_output
+from kvpack.formats.safetensors import TensorSpec
 from kvpack.profiles.file import Profile
 
 SUFFIX = ".kvprofile"
@@ -60,14 +62,24 @@ def install_profile(path: Path, model: str, *, move: bool) -> Path:
     return target
 
 
-def profile_for(metadata: Mapping[str, str], family: str) -> Profile | None:
+def profile_for(metadata: Mapping[str, str], family: str, tensors: Iterable[TensorSpec]) -> Profile | None:
     """Return the newest installed profile, or else the shipped one, for a family of codecs and a capture's model.
 
-    Models are compared by the SHA-256 of their weights; a capture that names none gets no profile.
+    Models are compared by the SHA-256 of their weights; a capture that names none gets no profile. A profile of
+    ``fisher`` for another number of elements a token is passed over, as for a capture of some layers. ``tensors`` are
+    the capture's.
     """
     wanted = parse_metadata(metadata).weights_sha256
-    fitting = (profile for profile in _profiles("") if parse_metadata(profile.metadata).weights_sha256 == wanted)
-    return next((profile for profile in fitting if family in families(profile)), None) if wanted else None
+    if wanted is None:
+        return None
+    elements = sum(spec.shape[0] * spec.shape[2] for spec in tensors if layer_of(spec) is not None)
+    return next((profile for profile in _profiles("") if _fits(profile, wanted, family, elements)), None)
+
+
+def _fits(profile: Profile, weights_sha256: str, family: str, elements: int) -> bool:
+    if parse_metadata(profile.metadata).weights_sha256 != weights_sha256 or family not in families(profile):
+        return False
+    return family != "fisher" or profile["fisher.mean"].shape[-1] == elements
 
 
 def families(profile: Iterable[str]) -> set[str]:
