@@ -331,6 +331,26 @@ def test_calibrate_overwrites_nothing_unless_told(cli: Cli, folder: Path, tmp_pa
     assert out.read_text() == "mine"
 
 
+def test_calibrate_installs(cli: Cli, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside ``-o``, whatever its name, or alone. Without either, the command has nowhere to write to."""
+    place, out = tmp_path / "installed", tmp_path / "new.kvprofile"
+    monkeypatch.setenv("KVPACK_PROFILES", str(place))
+    few = ("-q", "--rank", 20, "--gradients", 2)
+    assert cli(*command(folder, out, *few, "--install")).code == 0
+    (installed,) = place.iterdir()
+    assert installed.read_bytes() == out.read_bytes()
+    assert installed.name == f"model.{Profile.open(out).sha256[:12]}.kvprofile"
+    installed.unlink()
+    words = command(folder, out, *few)
+    alone = [word for word in words if word not in ("-o", out)]
+    assert cli(*alone, "--install").code == 0
+    assert list(place.iterdir()) == [installed]
+    assert installed.read_bytes() == out.read_bytes()
+    nowhere = cli(*alone)
+    assert (nowhere.code, nowhere.err.count("\n")) == (2, 1)
+    assert "-o FILE, --install, or both" in nowhere.err
+
+
 @pytest.mark.parametrize("name", ["mistral-sliding", "mamba"])
 def test_calibrate_refuses_models_that_kvpack_cannot_represent(
     cli: Cli, folder: Path, tmp_path: Path, name: str

@@ -113,17 +113,18 @@ def calibrate(
     contents = [(str(path), read_text(path)) for path in text]
     from kvpack import calibration
     from kvpack.capture import load_model
-    from kvpack.profiles import install_profile, installed_folder, write_profile
+    from kvpack.profiles import SECTIONS, install_profile, installed_folder, write_profile
 
+    only_installed = output is None
     if output is None:
         output, force = installed_folder() / NEW, True
         output.parent.mkdir(parents=True, exist_ok=True)
     common.check_target(output, [*text, common.model_files(model)], force=force)
 
-    sections = calibration.SECTIONS if codecs == "all" else tuple(codecs.split(","))
-    unknown = [name for name in sections if name not in calibration.SECTIONS]
+    sections = SECTIONS if codecs == "all" else tuple(codecs.split(","))
+    unknown = [name for name in sections if name not in SECTIONS]
     if unknown:
-        raise UsageError(f"no calibrated codecs are named {unknown[0]!r}; there are: {', '.join(calibration.SECTIONS)}")
+        raise UsageError(f"no calibrated codecs are named {unknown[0]!r}; there are: {', '.join(SECTIONS)}")
     loaded = load_model(model, dtype, device)
     options = calibration.CorpusOptions(tokens, context)
     settings = [tokens, context, rank, gradients, units, steps, dtype, __version__]
@@ -141,7 +142,7 @@ def calibrate(
     work.remove()
     count = sum(document["sequences"] for document in sample.documents)
     if install:
-        output = install_profile(output, loaded.name, move=output.name == NEW)
+        output = install_profile(output, loaded.name, move=only_installed)
     common.say(f"{output}: {count} sequences, {sample.tokens.size} tokens, {size} bytes", quiet=quiet)
 
 
