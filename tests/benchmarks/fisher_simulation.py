@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from documents import calibration
 from numpy.typing import NDArray
 from safetensors import safe_open
 
@@ -120,8 +119,8 @@ def material(model: Model, folder: Path, captures: list[Path], count: int, conte
 def sequences(model: Model, folder: Path, count: int, context: int) -> NDArray[np.int32]:
     """``[S, T]`` token ids, of the calibration texts of ``documents.py``; at random where more than ``count``."""
     found: list[list[int]] = []
-    for path in (folder / f"{name}.txt" for name in calibration()):
-        ids = model.tokenizer(path.read_text()).input_ids if path.is_file() else []
+    for path in sorted(folder.glob("calibration-*.txt")):
+        ids = model.tokenizer(path.read_text()).input_ids
         mine = len(ids) // context
         stride = len(ids) // max(mine, 1)
         found += [ids[i * stride : i * stride + context] for i in range(mine)]

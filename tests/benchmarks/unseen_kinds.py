@@ -17,16 +17,31 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
 
-from kvpack.bench.results import student_t
+import numpy as np
+
+from kvpack.bench.report import COLUMNS, cells
+from kvpack.bench.results import RECOMPUTE, Results, Row, summarize
 
 CALIBRATION = ("--gradients", "60", "--units", "1024", "--steps", "2500")
 SEQUENCES = 10
 """Number of sequences of 2,048 tokens that are taken of each kind."""
 
-Document = dict[str, Any]
+NINE = ("manual", "code", "essay", "changelog", "licence", "docstrings", "manpage", "handbook", "novel")
+"""The documents of the means; the first six are also judged with other codecs."""
+
+SHOWN = (
+    "bits",
+    "ratio",
+    "kl_plain",
+    "kl_repeat",
+    "ppl_plain",
+    "ppl_repeat",
+    "top1_plain",
+    "needles",
+    "attention_error",
+)
+"""Columns of the means."""
 
 
 def main() -> None:
@@ -96,42 +111,54 @@ def bench(options: argparse.Namespace, name: str, fold: str, model: Sequence[str
 
 
 def table(results: Path, names: Sequence[str], kinds: dict[str, str], folds: dict[str, Sequence[str]]) -> None:
-    """Print ratio and KL of each document and codec, and means over the documents that are not called ``other-``."""
-    heads = ("ratio", "KL plain", "KL repeat")
-    print(
-        "| document | codec | " + " | ".join(f"{head}, kind {kind}" for kind in ("seen", "left out") for head in heads)
-    )
+    """Print ratio and KL of each document and codec, then the means of docs/benchmarks.md."""
+    heads = [f"{head}, kind {kind}" for kind in ("seen", "left out") for head in ("ratio", "KL plain", "KL repeat")]
+    print("| document | codec | " + " | ".join(heads) + " |")
     print("| --- | --- |" + " --- |" * 6)
-    found: dict[str, list[list[float]]] = {}
+    seen = {name: Results.read(results / f"{name}.all.json") for name in names}
+    unseen = {}
     for name in names:
         fold = next((fold for fold, without in folds.items() if kinds.get(name) in without), "all")
-        seen, unseen = rows(results / f"{name}.all.json"), rows(results / f"{name}.{fold}.json")
-        for codec, figures in seen.items():
-            both = [*figures, *unseen[codec]]
-            print(f"| {name} | {codec} | " + " | ".join(_short(x) for x in both) + " |")
-            if not name.startswith("other-"):
-                found.setdefault(codec, []).append(both)
-    for codec, each in found.items():
-        print(f"| mean | {codec} | " + " | ".join(interval(column) for column in zip(*each, strict=True)) + " |")
+        unseen[name] = Results.read(results / f"{name}.{fold}.json")
+        new = {row.codec: row for row in unseen[name].rows}
+        for row in seen[name].rows:
+            if row.codec != RECOMPUTE:
+                print(
+                    f"| {name} | {row.codec} | "
+                    + " | ".join(map(_short, (*figures(row), *figures(new[row.codec]))))
+                    + " |"
+                )
+    for kind, found in (("left out", unseen), ("seen", seen)):
+        for documents in (NINE, NINE[:6]):
+            print(f"\nMeans with 95 % confidence, kind {kind}: {', '.join(documents)}.\n")
+            means([found[name] for name in documents])
 
 
-def interval(values: Sequence[float]) -> str:
-    """Return the mean of documents with its 95 % confidence interval, by Student's t."""
-    width = student_t(len(values) - 1) * stdev(values) / len(values) ** 0.5
-    return f"{_short(mean(values))} ± {_short(width)}"
+def figures(row: Row) -> tuple[float, float, float]:
+    """Return ratio and KL, plain and repeated."""
+    assert row.ratio is not None
+    assert row.model is not None
+    return row.ratio, row.model["plain"]["kl_mean"], row.model["repeat"]["kl_mean"]
+
+
+def means(found: Sequence[Results]) -> None:
+    """Print a row of means for each codec, and the ratios at which the largest mean KL of either text is a limit."""
+    summaries = [s for s in summarize([row for each in found for row in each.rows]) if s.codec != RECOMPUTE]
+    print("| codec | " + " | ".join(COLUMNS[name][0] for name in SHOWN) + " |")
+    print("| --- |" + " --- |" * len(SHOWN))
+    for summary in summaries:
+        codec, bits, _, *rest = cells(summary, SHOWN)
+        ratio = summary.figures["ratio"]
+        print(f"| {codec} | {bits} | {ratio.mean:.1f} ± {ratio.half or 0:.1f} | " + " | ".join(rest) + " |")
+    kl = np.log([[s.figures[name].mean for name in ("kl_plain", "kl_repeat")] for s in summaries])
+    ratios = np.log([s.figures["ratio"].mean for s in summaries])
+    for what, columns, limit in (("plain", [0], 0.03), ("both", [0, 1], 0.03), ("both", [0, 1], 0.06)):
+        at = np.interp(np.log(limit), kl[:, columns].max(1), ratios)
+        print(f"\nRatio at a KL of {limit} nats, {what}, by interpolation: {np.exp(at):.0f}")
 
 
 def _short(x: float) -> str:
     return f"{x:.1f}" if x >= 10 else f"{x:.4f}" if x < 1 else f"{x:.2f}"
-
-
-def rows(path: Path) -> dict[str, list[float]]:
-    """Return for each codec of a result its ratio and its KL, plain and repeated."""
-    found = {}
-    for row in json.loads(path.read_text())["rows"]:
-        if row["model"] and row["codec"] != "recompute":
-            found[row["codec"]] = [row["ratio"], row["model"]["plain"]["kl_mean"], row["model"]["repeat"]["kl_mean"]]
-    return found
 
 
 if __name__ == "__main__":
