@@ -15,7 +15,7 @@ from profiles import TINY, tiny_capture
 import kvpack
 from kvpack.cache.metadata import parse_metadata
 from kvpack.formats.source import Capture
-from kvpack.profiles import Profile, families, install_profile, installed_folder, profile_for, profile_with
+from kvpack.profiles import Profile, install_profile, installed_folder, profile_for, profile_with, sections_of
 from kvpack.profiles.installed import DIGITS, SHIPPED
 
 Cli = Callable[..., Any]
@@ -107,6 +107,6 @@ def test_shipped_profiles_are_what_their_names_say(monkeypatch: pytest.MonkeyPat
         profile = Profile.open(path)
         assert re.fullmatch(rf".+\.{profile.sha256[:DIGITS]}\.kvprofile", path.name)
         assert profile.sha256 in page  # The page says how it was made.
-        assert families(profile) == {"fisher"}
+        assert sections_of(profile) == {"fisher"}
         assert parse_metadata(profile.metadata).weights_sha256
         assert "fisher.curve" in profile

@@ -2,11 +2,10 @@
 
 from kvpack.calibration.corpus import CorpusOptions, Sample, collect
 from kvpack.calibration.prediction import PredictorOptions
-from kvpack.calibration.run import SECTIONS, FisherOptions, calibrate, metadata
+from kvpack.calibration.run import FisherOptions, calibrate, metadata
 from kvpack.calibration.work import Work
 
 __all__ = [
-    "SECTIONS",
     "CorpusOptions",
     "FisherOptions",
     "PredictorOptions",

@@ -25,9 +25,6 @@ from kvpack.codecs.recipes import AQUAKV_BITS, KVTC_RATES
 Arrays = dict[str, NDArray[Any]]
 Say = Callable[[str], None]
 
-SECTIONS = ("fisher", "kvtc", "aquakv")
-"""Families of codecs that need a profile; each is a section of it."""
-
 PLAIN_SHARE = 0.1
 """Weight of plain continuations in the gradients; repeated passages have the rest (ablation in docs/fisher.md)."""
 

@@ -103,7 +103,7 @@ def bench(
     from kvpack.codecs.protocol import Need
     from kvpack.codecs.recipes import codecs_matching
     from kvpack.formats.source import Capture
-    from kvpack.profiles import families, profile_for
+    from kvpack.profiles import profile_for, section_of, sections_of
 
     if html is not None:
         from kvpack.bench.html import javascript
@@ -118,12 +118,10 @@ def bench(
     first = Capture.open(captures[0])
     found = None if profile else profile_for(first.metadata, "fisher", first.tensors.values())
     opened = common.open_profile(profile) if profile else found
-    known = families(opened or ())
-    unknown = [
-        codec for codec in chosen if Need.PROFILE in codec.traits.needs and codec.name.split("-")[0] not in known
-    ]
+    known = sections_of(opened or ())
+    unknown = [codec for codec in chosen if Need.PROFILE in codec.traits.needs and section_of(codec.name) not in known]
     if unknown:
-        missing = ", ".join(dict.fromkeys(codec.name.split("-")[0] for codec in unknown))
+        missing = ", ".join(dict.fromkeys(section_of(codec.name) for codec in unknown))
         if "all" not in codecs.split(","):
             raise UsageError(f"no profile for {missing}: give one with -D FILE, made by kvpack calibrate --codecs all")
         chosen = [codec for codec in chosen if codec not in unknown]

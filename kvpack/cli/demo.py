@@ -63,7 +63,6 @@ def demo(
     if not capture.exists():
         with common.progress_bar("running SmolLM2-135M", quiet) as progress:
             work.capture_demo(model, capture, progress)
-    rows = []
     with common.progress_bar("judging codecs", quiet) as progress:
         rows = list(work.judge(model, capture, progress))
     results = {"schema_version": 2, "capture": str(capture), "codecs": [asdict(row) for row in rows]}

@@ -134,9 +134,7 @@ def prepare(
         raise FormatError(f"{source.file.name}: no layers.N.keys or layers.N.values to compress lossily")
     needed = None
     if Need.PROFILE in codec.traits.needs:
-        needed = (
-            profile if profile is not None else profile_for(source.metadata, codec.name.split("-")[0], kept.tensors)
-        )
+        needed = profile if profile is not None else profile_for(source.metadata, codec.name, kept.tensors)
         if needed is None:
             raise UsageError(
                 f"{codec.name} needs a calibration profile, and none is installed for this model: -D FILE, made by "

@@ -11,10 +11,10 @@ from typing import Any
 
 from kvpack.formats.captures import layer_of
 from kvpack.formats.input import InputFile
+from kvpack.formats.kinds import is_container
 from kvpack.formats.safetensors import TensorFile
 from kvpack.kvp import Container
 from kvpack.kvp.inspection import LayerBytes, inspect_capture, inspect_container
-from kvpack.kvp.layout import MAGIC
 
 TOGETHER = "keys and values"
 """What is stored by a codec that codes keys and values as one array."""
@@ -52,7 +52,7 @@ class Breakdown:
 def breakdown(path: Path, name: str | None = None) -> Breakdown:
     """Return where the bytes of a capture or of a ``.kvp`` file went. The errors are those of ``kvpack inspect``."""
     file = InputFile(path, name)
-    if bytes(file.read(0, min(4, file.size))) == MAGIC[:4]:
+    if is_container(file.name, file):
         return _of_container(file.name, Container.of(file))
     header = TensorFile.of(file.name, file).header
     sizes: Counter[tuple[str, str]] = Counter({(FRAME, "header"): header.data_start})

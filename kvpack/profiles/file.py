@@ -22,6 +22,9 @@ from kvpack.formats.kinds import begins, instead, is_safetensors
 from kvpack.formats.safetensors import TensorFile, build_header
 
 PROFILE_VERSION = 1
+SECTIONS = ("fisher", "kvtc", "aquakv")
+"""Families of codecs that need a profile; each is a section of it."""
+
 _NUMPY = {"F16": np.float16, "F32": np.float32, "I32": np.int32, "U8": np.uint8}
 _NAMES = {np.dtype(dtype): name for name, dtype in _NUMPY.items()}
 

@@ -18,7 +18,7 @@ from kvpack.errors import KvpackError
 from kvpack.formats.captures import layer_of
 from kvpack.formats.output import atomic_output
 from kvpack.formats.safetensors import TensorSpec
-from kvpack.profiles.file import Profile
+from kvpack.profiles.file import SECTIONS, Profile
 
 SUFFIX = ".kvprofile"
 DIGITS = 12
@@ -62,29 +62,34 @@ def install_profile(path: Path, model: str, *, move: bool) -> Path:
     return target
 
 
-def profile_for(metadata: Mapping[str, str], family: str, tensors: Iterable[TensorSpec]) -> Profile | None:
-    """Return the newest installed profile, or else the shipped one, for a family of codecs and a capture's model.
+def profile_for(metadata: Mapping[str, str], codec: str, tensors: Iterable[TensorSpec]) -> Profile | None:
+    """Return the newest installed profile, or else the shipped one, for the codec of this name and a capture's model.
 
-    Models are compared by the SHA-256 of their weights; a capture that names none gets no profile. A profile of
-    ``fisher`` for another number of elements a token is passed over, as for a capture of some layers. ``tensors`` are
-    the capture's.
+    ``metadata`` and ``tensors`` are the capture's. Models are compared by the SHA-256 of their weights; a capture that
+    names none gets no profile. A profile of ``fisher`` is passed over if it is for another number of elements per
+    token, as where a capture has some layers only.
     """
     wanted = parse_metadata(metadata).weights_sha256
     if wanted is None:
         return None
     elements = sum(spec.shape[0] * spec.shape[2] for spec in tensors if layer_of(spec) is not None)
-    return next((profile for profile in _profiles("") if _fits(profile, wanted, family, elements)), None)
+    return next((profile for profile in _profiles("") if _fits(profile, wanted, section_of(codec), elements)), None)
 
 
-def _fits(profile: Profile, weights_sha256: str, family: str, elements: int) -> bool:
-    if parse_metadata(profile.metadata).weights_sha256 != weights_sha256 or family not in families(profile):
+def _fits(profile: Profile, weights_sha256: str, section: str, elements: int) -> bool:
+    if parse_metadata(profile.metadata).weights_sha256 != weights_sha256 or section not in sections_of(profile):
         return False
-    return family != "fisher" or profile["fisher.mean"].shape[-1] == elements
+    return section != "fisher" or profile["fisher.mean"].shape[-1] == elements
 
 
-def families(profile: Iterable[str]) -> set[str]:
-    """Return the families of codecs that a profile is for, of ``fisher``, ``kvtc`` and ``aquakv``."""
-    return {name.split(".")[0].split("-")[0] for name in profile} & {"fisher", "kvtc", "aquakv"}
+def section_of(name: str) -> str:
+    """Return the section of a profile to which a codec or an array of this name belongs."""
+    return name.split(".", maxsplit=1)[0].split("-", maxsplit=1)[0]
+
+
+def sections_of(profile: Iterable[str]) -> set[str]:
+    """Return the sections, of :data:`SECTIONS`, that a profile with arrays of these names has."""
+    return {section_of(name) for name in profile} & set(SECTIONS)
 
 
 def profile_with(sha256: str) -> Profile | None:

@@ -78,7 +78,7 @@ def put(
         if "lossy" in capture.metadata:
             raise MismatchError("was decoded from a lossy codec: stored again it would pass for the model's own")
         if Need.PROFILE in codec.traits.needs and profile is None:
-            profile = profile_for(capture.metadata, codec.name.split("-")[0], capture.tensors.values())
+            profile = profile_for(capture.metadata, codec.name, capture.tensors.values())
         work = _Work(store, capture, tokens, codec, profile, window)
         work.job(0, min(window, len(tokens)), "", "")  # This refuses what cannot be coded before anything is written.
         needed = profile.sha256 if profile and Need.PROFILE in codec.traits.needs else None
